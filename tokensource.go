@@ -1,0 +1,474 @@
+package outboundauth
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"sync"
+	"time"
+)
+
+// token is an access token and the instants that govern its use. Immutable,
+// so it may be read without a lock; compared by address.
+type token struct {
+	value string
+
+	// Past refreshAt the token is replaced in the background, past usableTo
+	// it is not used any more: both leave the rest of its life as a reserve.
+	refreshAt, usableTo, expires time.Time
+}
+
+// GoString and String keep the token out of everything that prints values.
+func (t *token) GoString() string { return "token" }
+func (t *token) String() string   { return "token" }
+
+// grant is what an authorization server issued (RFC 6749 §5.1).
+type grant struct {
+	accessToken string
+	lifetime    time.Duration // 0: the server named none
+}
+
+// requester makes the token requests of a source. A source is shared by all
+// configs that need the same token, and each of them brings its own.
+type requester interface {
+	// request makes one token request.
+	request(ctx context.Context) (grant, error)
+
+	// fingerprint tells the client's current secrets apart without holding
+	// them. It may do I/O: placeholders can name files.
+	fingerprint() string
+
+	// fetched is told how each fetch ended: with err == nil at the first try
+	// or after failures, or with err, and when it is tried again.
+	fetched(t *token, err *fetchError, failures int)
+}
+
+// permanent is implemented by errors that a repetition will not mend, because
+// the authorization server, or our own check, rejected what was configured.
+type permanent interface{ Permanent() bool }
+
+// throttled is implemented by errors that say how long to stay away.
+type throttled interface{ RetryAfter() time.Duration }
+
+// fetchError is why there is no token. Its text is safe to log and to show:
+// it holds no secret, token, form or body.
+type fetchError struct {
+	err     error
+	retryAt time.Time // no new fetch before this instant
+}
+
+func (e *fetchError) Error() string { return e.err.Error() }
+func (e *fetchError) Unwrap() error { return e.err }
+
+// errReleased ends the wait for a fetch that was given up because the last
+// config that used the source was unloaded. An error of its own, because
+// Caddy takes every context.Canceled for a client that went away.
+var errReleased = errors.New("the configuration that asked for the token was unloaded")
+
+// lifecycle is how long a token is used; see the fields of Credentials.
+type lifecycle struct {
+	refreshBefore   time.Duration // 0: the last fifth of the lifetime
+	defaultLifetime time.Duration
+	fetchTimeout    time.Duration
+}
+
+const (
+	// The two quick retries bridge a dropped connection or a restart of one
+	// of the server's instances.
+	quickRetries    = 2
+	quickRetryDelay = 100 * time.Millisecond
+
+	transientBackoff, maxTransientBackoff = 1 * time.Second, 30 * time.Second
+	permanentBackoff, maxPermanentBackoff = 5 * time.Second, 5 * time.Minute
+	maxRetryAfter                         = 5 * time.Minute
+
+	// How often callers that meet a permanent error may look whether the
+	// secret has changed since.
+	secretCheckInterval = 1 * time.Second
+
+	// The reserve at the end of a token's life: the time that a request may
+	// need on its way, or clocks may differ.
+	maxReserve = 10 * time.Second
+)
+
+// tokenSource caches one access token and keeps it fresh. It is safe for
+// concurrent use. A fetch belongs to the source and not to a caller: it goes
+// on when the caller leaves, and its result serves everybody.
+//
+//	state            a caller gets              side effect
+//	fresh            the token, at once         none
+//	stale            the token, at once         one fetch in the background
+//	absent, expired  the result of the one      starts it; within a back-off
+//	                 fetch in flight            the last error, at once
+type tokenSource struct {
+	lifecycle
+
+	mu sync.Mutex // guards all fields below; never held over I/O
+
+	// Those who share the source, newest last; the newest makes the
+	// requests, so none is made with the modules of a config that ended.
+	requesters []requester
+
+	current  *token
+	inflight *fetch
+	timer    *time.Timer // starts the next fetch of a source in use
+
+	// wanted: a caller asked since the last fetch ended. A source that
+	// nobody wants lets its token lapse.
+	wanted bool
+
+	// Of the failures since the last success; all zero without one.
+	failures    int
+	lastErr     *fetchError
+	failedWith  string    // the secrets' fingerprint; "" after a transient error
+	nextCheckAt time.Time // of the fingerprint
+
+	released bool
+}
+
+// fetch is one fetch in flight. t and err may be read once done is closed.
+type fetch struct {
+	done   chan struct{}
+	t      *token
+	err    error
+	cancel context.CancelCauseFunc
+
+	waiters int // guarded by the source's mu
+}
+
+func newTokenSource(l lifecycle) *tokenSource { return &tokenSource{lifecycle: l} }
+
+// GoString keeps tokens out of caddy.UsagePool's panics, which print values.
+func (s *tokenSource) GoString() string { return "tokenSource" }
+
+// Token returns a token that may be used now. It waits for at most one fetch
+// and no longer than ctx lasts; the error is then ctx's own, otherwise a
+// *fetchError.
+func (s *tokenSource) Token(ctx context.Context) (*token, error) {
+	now := time.Now()
+	s.mu.Lock()
+	s.wanted = true
+	if t := s.current; t != nil && now.Before(t.usableTo) {
+		if !now.Before(t.refreshAt) && !s.backingOff(now) {
+			s.start(false)
+		}
+		s.mu.Unlock()
+		return t, nil
+	}
+	if s.inflight == nil && s.backingOff(now) && !s.checkDue(now) {
+		err := s.lastErr
+		s.mu.Unlock()
+		return nil, err
+	}
+	f := s.start(s.backingOff(now))
+	f.waiters++
+	s.mu.Unlock()
+
+	defer s.leave(f)
+	select {
+	case <-f.done:
+		return f.t, f.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// Cached returns the token if one may be used now; it neither waits nor
+// fetches.
+func (s *tokenSource) Cached() (*token, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	t := s.current
+	return t, t != nil && time.Now().Before(t.usableTo)
+}
+
+// Invalidate drops t, which an upstream refused. A token that has replaced t
+// meanwhile stays: a late refusal says nothing about it.
+func (s *tokenSource) Invalidate(t *token) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.current == t {
+		s.current = nil
+	}
+}
+
+// Warm starts the first fetch in the background. A source that has a token,
+// or had none to give a moment ago, is left alone.
+func (s *tokenSource) Warm() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.current == nil && !s.released && !s.backingOff(time.Now()) {
+		s.start(false)
+	}
+}
+
+// attach adds a user of the source, who makes its requests from now on.
+func (s *tokenSource) attach(r requester) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.requesters = append(s.requesters, r)
+}
+
+// detach removes a user. The last one stays for requests that are still on
+// their way: Caddy serves those after their config has been unloaded.
+func (s *tokenSource) detach(r requester) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i, have := range s.requesters {
+		if have == r && len(s.requesters) > 1 {
+			s.requesters = append(s.requesters[:i:i], s.requesters[i+1:]...)
+			return
+		}
+	}
+}
+
+// Destruct ends what the source has started, for caddy.UsagePool. Only a
+// fetch that somebody waits for goes on, until it has ended or they have left.
+func (s *tokenSource) Destruct() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.released = true
+	s.stopTimer()
+	if f := s.inflight; f != nil && f.waiters == 0 {
+		f.cancel(errReleased)
+	}
+	return nil
+}
+
+// leave ends a caller's wait. Nobody but its callers needs the fetch of a
+// source that was released.
+func (s *tokenSource) leave(f *fetch) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f.waiters--
+	if f.waiters == 0 && s.released {
+		f.cancel(errReleased)
+	}
+}
+
+// backingOff tells whether it is too early to fetch again. mu is held.
+func (s *tokenSource) backingOff(now time.Time) bool {
+	return s.lastErr != nil && now.Before(s.lastErr.retryAt)
+}
+
+// checkDue tells whether the secrets of a permanent error may be compared
+// again: with a new secret it is not too early to fetch. mu is held.
+func (s *tokenSource) checkDue(now time.Time) bool {
+	return s.failedWith != "" && !now.Before(s.nextCheckAt)
+}
+
+// start returns the fetch in flight, or starts one. With onlyIfChanged the
+// fetch ends in the last error unless the secrets have changed since. mu is
+// held.
+func (s *tokenSource) start(onlyIfChanged bool) *fetch {
+	if s.inflight != nil {
+		return s.inflight
+	}
+	s.stopTimer()
+	s.nextCheckAt = time.Now().Add(secretCheckInterval)
+
+	// The context is the source's own. A caller's would end the fetch with
+	// the caller, and carries values that make Caddy's HTTP transport dial
+	// the upstream: the client's secret would go there.
+	ctx, cancel := context.WithCancelCause(context.Background())
+	f := &fetch{done: make(chan struct{}), cancel: cancel}
+	s.inflight = f
+	failedWith := ""
+	if onlyIfChanged {
+		failedWith = s.failedWith
+	}
+	go s.run(ctx, f, s.requesters[len(s.requesters)-1], failedWith, s.failures)
+	return f
+}
+
+// run is the goroutine of one fetch: it ends with the fetch, which ends by
+// its timeout, or earlier when the source is released.
+func (s *tokenSource) run(ctx context.Context, f *fetch, r requester, failedWith string, failures int) {
+	defer f.cancel(nil)
+
+	fingerprint := r.fingerprint()
+	if failedWith != "" && failedWith == fingerprint {
+		s.mu.Lock()
+		f.err = s.lastErr
+		s.finish(f)
+		s.mu.Unlock()
+		return
+	}
+
+	started := time.Now()
+	g, err := s.request(ctx, r, failures)
+	now := time.Now()
+
+	s.mu.Lock()
+	var failed *fetchError
+	if err == nil {
+		f.t, err = s.newToken(g, started, now)
+	}
+	if err == nil {
+		s.current = f.t
+		s.failures, s.lastErr, s.failedWith = 0, nil, ""
+	} else {
+		failed = s.fail(err, fingerprint, now)
+		f.err = failed
+	}
+	s.finish(f)
+	s.mu.Unlock()
+
+	r.fetched(f.t, failed, failures)
+}
+
+// request makes the token request, in case of a transient error up to three
+// times. Only the first fetch that fails repeats itself: those that follow it
+// are repetitions already, at growing distances.
+func (s *tokenSource) request(ctx context.Context, r requester, failures int) (grant, error) {
+	ctx, cancel := context.WithTimeout(ctx, s.fetchTimeout)
+	defer cancel()
+
+	for try := 0; ; try++ {
+		g, err := requestSafely(ctx, r)
+		if err == nil {
+			return g, nil
+		}
+		if cause := context.Cause(ctx); errors.Is(cause, errReleased) {
+			return grant{}, cause
+		}
+		if ctx.Err() != nil || failures > 0 || try == quickRetries || isPermanent(err) || retryAfter(err) > 0 {
+			return grant{}, err
+		}
+		delay := time.NewTimer(rand.N(quickRetryDelay << try))
+		select {
+		case <-delay.C:
+		case <-ctx.Done():
+			delay.Stop()
+			return grant{}, err
+		}
+	}
+}
+
+// requestSafely turns a panic into an error: in a goroutine of ours nobody
+// else could recover it, and it would end the whole server. The panic's value
+// is not shown because it could hold what the request held.
+func requestSafely(ctx context.Context, r requester) (g grant, err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("the token request panicked with a value of type %T; please report it as a bug", p)
+		}
+	}()
+	return r.request(ctx)
+}
+
+// finish publishes the result of f and sees to the next fetch. mu is held.
+func (s *tokenSource) finish(f *fetch) {
+	s.inflight = nil
+	// Whoever waits here uses the token, which counts as wanting the next.
+	s.wanted = f.waiters > 0
+	close(f.done)
+	if s.released {
+		return
+	}
+
+	var at time.Time
+	switch {
+	case s.lastErr != nil:
+		at = s.lastErr.retryAt
+	case s.current != nil:
+		at = s.current.refreshAt
+	default: // invalidated while it was fetched
+		return
+	}
+	s.stopTimer()
+	s.timer = time.AfterFunc(time.Until(at), s.refresh)
+}
+
+// refresh is called by the timer. It renews the token of a source in use, so
+// that it is fresh when the next request comes, however long after the last.
+func (s *tokenSource) refresh() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := time.Now()
+	// A failed renewal is repeated while its token lives, asked for or not.
+	renewing := s.failures > 0 && s.current != nil && now.Before(s.current.usableTo)
+	if (s.wanted || renewing) && !s.released && !s.backingOff(now) {
+		s.start(false)
+	}
+}
+
+func (s *tokenSource) stopTimer() {
+	if s.timer != nil {
+		s.timer.Stop()
+	}
+}
+
+// newToken computes the instants of a token. Its life began some time after
+// the request was sent; counting from there, it never lasts too long.
+func (s *tokenSource) newToken(g grant, sent, now time.Time) (*token, error) {
+	life := g.lifetime
+	if life == 0 {
+		life = s.defaultLifetime
+	}
+	took := now.Sub(sent)
+	usable := life - min(maxReserve, life/10)
+	if took >= usable {
+		return nil, fmt.Errorf("the token lives for %v, but took %v to get: nothing is left of it", life, took.Round(time.Millisecond))
+	}
+
+	refresh := life - life/5
+	if s.refreshBefore > 0 {
+		refresh = life - s.refreshBefore
+	}
+	// A server that was slow this time is given twice that to answer the
+	// next, so that the new token is there before the old one ends.
+	refresh = min(refresh, usable-2*took)
+	// At random, so that a fleet that started together does not renew
+	// together. The first half of the life is never given away.
+	refresh = max(refresh-rand.N(life/10+1), life/2)
+
+	return &token{
+		value:     g.accessToken,
+		refreshAt: sent.Add(refresh),
+		usableTo:  sent.Add(usable),
+		expires:   sent.Add(life),
+	}, nil
+}
+
+// fail notes a failure and computes when to try again. mu is held.
+func (s *tokenSource) fail(err error, fingerprint string, now time.Time) *fetchError {
+	var wait time.Duration
+	if isPermanent(err) {
+		// Between a half and the whole, so that wrong credentials do not
+		// lock the client out by quick repetition.
+		wait = backoff(s.failures, permanentBackoff, maxPermanentBackoff)
+		wait = wait/2 + rand.N(wait/2)
+		s.failedWith = fingerprint
+	} else {
+		// Full jitter: anywhere in the interval.
+		wait = rand.N(backoff(s.failures, transientBackoff, maxTransientBackoff))
+		s.failedWith = ""
+	}
+	wait = max(wait, min(retryAfter(err), maxRetryAfter))
+	s.failures++
+	s.lastErr = &fetchError{err: err, retryAt: now.Add(wait)}
+	return s.lastErr
+}
+
+// backoff doubles base for each failure before this one, up to limit.
+func backoff(failures int, base, limit time.Duration) time.Duration {
+	for ; failures > 0 && base < limit; failures-- {
+		base *= 2
+	}
+	return min(base, limit)
+}
+
+func isPermanent(err error) bool {
+	var p permanent
+	return errors.As(err, &p) && p.Permanent()
+}
+
+func retryAfter(err error) time.Duration {
+	var t throttled
+	if errors.As(err, &t) {
+		return t.RetryAfter()
+	}
+	return 0
+}
