@@ -1,0 +1,251 @@
+package outboundauth
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"go.uber.org/zap"
+)
+
+// endpoint makes the token requests of one client at one token endpoint
+// (RFC 6749 §3.2). It is the requester of a tokenSource; its fields do not
+// change once it is in use.
+type endpoint struct {
+	url    *url.URL
+	method string // of client authentication
+	id     string
+	scopes []string
+	audience
+
+	// Still with their placeholders, which are resolved for each request: a
+	// secret that was rotated is used without a reload.
+	secret  string
+	params  map[string]string
+	headers map[string]string
+
+	transport http.RoundTripper // token_transport
+	logger    *zap.Logger
+}
+
+// audience is sent as `audience`, once for each value.
+type audience []string
+
+// resolved is an endpoint's templates with the placeholders replaced. It
+// lives no longer than a request.
+type resolved struct {
+	secret          string
+	params, headers map[string]string
+}
+
+// resolve replaces the placeholders by the values that they have now, with a
+// replacer that knows nothing of any request.
+func (e *endpoint) resolve() (resolved, error) {
+	repl := caddy.NewReplacer()
+	r := resolved{params: make(map[string]string, len(e.params)), headers: make(map[string]string, len(e.headers))}
+	var err error
+	if needsSecret(e.method) {
+		if r.secret, err = resolveSecret(repl, "client_secret", e.secret); err != nil {
+			return resolved{}, err
+		}
+	}
+	for name, value := range e.params {
+		if r.params[name], err = resolveSecret(repl, "param "+name, value); err != nil {
+			return resolved{}, err
+		}
+	}
+	for name, value := range e.headers {
+		if r.headers[name], err = resolveSecret(repl, "token_request_header "+name, value); err != nil {
+			return resolved{}, err
+		}
+		if !validHeaderValue(r.headers[name]) {
+			return resolved{}, fmt.Errorf("token_request_header %s: the value holds a control character", name)
+		}
+	}
+	return r, nil
+}
+
+// fingerprint implements requester.
+func (e *endpoint) fingerprint() string {
+	r, err := e.resolve()
+	if err != nil {
+		return err.Error()
+	}
+	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %q", r.secret, r.params, r.headers)) // maps print sorted
+	return string(sum[:])
+}
+
+// request implements requester.
+func (e *endpoint) request(ctx context.Context) (grant, error) {
+	r, err := e.resolve()
+	if err != nil {
+		return grant{}, e.failed(codeConfiguration, err, true)
+	}
+	req, sensitive := e.newRequest(ctx, r)
+
+	// RoundTrip and not an http.Client: a redirect is not followed, as it
+	// would send the client's secret elsewhere.
+	res, err := e.transport.RoundTrip(req)
+	if err != nil {
+		return grant{}, networkError(ctx, e.url.Host, err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(io.LimitReader(res.Body, maxTokenResponse+1))
+	if err != nil {
+		return grant{}, networkError(ctx, e.url.Host, err)
+	}
+	return e.read(res, body, sensitive)
+}
+
+// newRequest builds the token request (RFC 6749 §4.4.2), and returns what of
+// it must not be shown.
+func (e *endpoint) newRequest(ctx context.Context, r resolved) (*http.Request, []string) {
+	form := url.Values{"grant_type": {"client_credentials"}}
+	if len(e.scopes) > 0 { // a parameter without a value is left out (§3.2)
+		form.Set("scope", strings.Join(e.scopes, " "))
+	}
+	if len(e.audience) > 0 {
+		form["audience"] = e.audience
+	}
+	header := http.Header{
+		"Accept":       {"application/json"},
+		"Content-Type": {"application/x-www-form-urlencoded"},
+		"User-Agent":   {"caddy-outbound-auth"},
+	}
+	sensitive := authenticate(e.method, e.id, r.secret, form, header)
+	for name, value := range r.params {
+		form.Set(name, value)
+		if e.params[name] != value { // came from a placeholder
+			sensitive = append(sensitive, value)
+		}
+	}
+	for name, value := range r.headers {
+		header.Set(name, value)
+		if e.headers[name] != value {
+			sensitive = append(sensitive, value)
+		}
+	}
+
+	// Caddy's HTTP transport looks for a replacer in the context, and for
+	// nothing else that this one could have.
+	ctx = context.WithValue(ctx, caddy.ReplacerCtxKey, caddy.NewReplacer())
+	body := form.Encode()
+	u := *e.url // the transport may write to it
+	return (&http.Request{
+		Method:        http.MethodPost,
+		URL:           &u,
+		Host:          u.Host,
+		Header:        header,
+		Body:          io.NopCloser(strings.NewReader(body)),
+		ContentLength: int64(len(body)),
+		GetBody: func() (io.ReadCloser, error) { // a kept-alive connection may have been closed
+			return io.NopCloser(strings.NewReader(body)), nil
+		},
+		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+	}).WithContext(ctx), sensitive
+}
+
+// read turns an answer into a grant or a *tokenError.
+func (e *endpoint) read(res *http.Response, body []byte, sensitive []string) (grant, error) {
+	failure := &tokenError{Endpoint: e.url.Host, Status: res.StatusCode}
+	if res.StatusCode >= 300 && res.StatusCode < 400 {
+		failure.Code = codeHTTPStatus
+		failure.Description = "a redirect, which is not followed because it would take the client's credentials elsewhere"
+		failure.Hint = "set token_url to the final address"
+		return grant{}, failure.classify()
+	}
+	if len(body) > maxTokenResponse {
+		return grant{}, e.unreadable(failure, fmt.Errorf("the answer is larger than %d bytes", maxTokenResponse))
+	}
+	answer, err := parseTokenResponse(body)
+	code, description := answer.refusal()
+
+	if res.StatusCode == http.StatusOK && code == "" {
+		if err != nil {
+			return grant{}, e.unreadable(failure, err)
+		}
+		g, err := answer.grant()
+		if err != nil {
+			return grant{}, e.unreadable(failure, err)
+		}
+		return g, nil
+	}
+
+	if res.StatusCode != http.StatusOK && res.StatusCode < 300 && code == "" {
+		return grant{}, e.unreadable(failure, errors.New("the status of a token answer is 200"))
+	}
+	failure.Code = errorCode(code)
+	failure.Description = clean(description, 200)
+	failure.retryAfter = parseRetryAfter(res.Header, time.Now())
+	for _, s := range sensitive {
+		if s != "" && (strings.Contains(code, s) || strings.Contains(description, s)) {
+			failure.Code, failure.Description = codeHTTPStatus, "the server's words repeat the client's credentials, and are not shown"
+		}
+	}
+	return grant{}, failure.classify()
+}
+
+// unreadable is an answer that is neither a token nor a refusal: it counts as
+// a passing fault of the server, or of something in front of it.
+func (e *endpoint) unreadable(failure *tokenError, err error) *tokenError {
+	failure.Code, failure.Description = codeInvalidResponse, err.Error()
+	return failure
+}
+
+func (e *endpoint) failed(code string, err error, permanent bool) *tokenError {
+	return &tokenError{Endpoint: e.url.Host, Code: code, Description: err.Error(), permanent: permanent}
+}
+
+// fetched implements requester: one line in the log for each change of state.
+func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
+	client := []zap.Field{zap.String("token_endpoint", e.url.Host), zap.String("client_id", e.id)}
+	switch {
+	case err != nil:
+		if errors.Is(err, errReleased) {
+			return
+		}
+		e.logger.Warn("obtaining token failed", append(client,
+			zap.Error(err.err), zap.Int("failures", failures+1), zap.Time("retry_at", err.retryAt))...)
+	case failures > 0:
+		e.logger.Info("obtaining token succeeded again", append(client,
+			zap.Int("failures", failures), zap.Time("expires", t.expires))...)
+	default:
+		e.logger.Debug("obtained token", append(client,
+			zap.Time("expires", t.expires), zap.Time("renewal", t.refreshAt))...)
+	}
+}
+
+// errorCode returns a code as RFC 6749 §5.2 permits it: it becomes part of
+// log lines.
+func errorCode(code string) string {
+	if code == "" {
+		return codeHTTPStatus
+	}
+	code = strings.Map(func(r rune) rune {
+		if r < ' ' || r > '~' || r == '"' || r == '\\' {
+			return -1
+		}
+		return r
+	}, code)
+	return clean(code, 64)
+}
+
+// resolveSecret replaces the placeholders of a setting that may be secret.
+// The error names a placeholder that is empty, never a value.
+func resolveSecret(repl *caddy.Replacer, setting, template string) (string, error) {
+	value, err := repl.ReplaceOrErr(template, true, false)
+	if err != nil {
+		return "", fmt.Errorf("%s: %w", setting, err)
+	}
+	if value == "" {
+		return "", fmt.Errorf("%s is empty", setting)
+	}
+	return value, nil
+}

@@ -1,0 +1,153 @@
+package outboundauth
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+)
+
+// Short codes of our own, for failures in which the authorization server sent
+// no `error` of its own (RFC 6749 §5.2). With the server's codes they make up
+// a small, fixed vocabulary for logs and metrics.
+const (
+	codeTimeout         = "timeout"
+	codeNetwork         = "network"
+	codeInvalidResponse = "invalid_response"
+	codeHTTPStatus      = "http_status"
+	codeConfiguration   = "configuration"
+)
+
+// tokenError is why a token request failed. Every part of it may be logged
+// and shown: it holds no secret, token, form or body.
+type tokenError struct {
+	Endpoint    string // host of the token endpoint
+	Status      int    // HTTP status; 0 without an answer
+	Code        string // the OAuth error code, or one of ours
+	Description string // in words: the server's, or ours
+	Hint        string // what to change
+
+	permanent  bool
+	retryAfter time.Duration
+}
+
+func (e *tokenError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "token endpoint %s: ", e.Endpoint)
+	if e.Status != 0 {
+		fmt.Fprintf(&b, "status %d: ", e.Status)
+	}
+	b.WriteString(e.Code)
+	if e.Description != "" {
+		b.WriteString(": " + e.Description)
+	}
+	if e.Hint != "" {
+		b.WriteString(" (" + e.Hint + ")")
+	}
+	return b.String()
+}
+
+// Permanent tells that repeating the request will not help.
+func (e *tokenError) Permanent() bool { return e.permanent }
+
+// RetryAfter is how long the server asked to be left alone; 0 if it did not.
+func (e *tokenError) RetryAfter() time.Duration { return e.retryAfter }
+
+// hints says for the codes of RFC 6749 §5.2 and RFC 8707 §2 what to change.
+var hints = map[string]string{
+	"invalid_client":         "check client_id, client_secret and auth_method",
+	"unauthorized_client":    "allow this client the client_credentials grant at the authorization server",
+	"invalid_scope":          "check scopes",
+	"invalid_target":         "check audience",
+	"invalid_request":        "check param and auth_method",
+	"unsupported_grant_type": "check token_url: the server does not offer the client_credentials grant there",
+}
+
+// transientCodes are those that a server sends with a status in the 400s
+// although it means its own state, not the request.
+var transientCodes = []string{"temporarily_unavailable", "server_error", "slow_down"}
+
+// classify decides whether an answer other than a token is permanent. A status in the 500s, 408
+// and 429 pass by themselves; what else the server rejects, it will reject
+// again.
+func (e *tokenError) classify() *tokenError {
+	switch {
+	case e.Status >= 500, e.Status == http.StatusRequestTimeout, e.Status == http.StatusTooEarly,
+		e.Status == http.StatusTooManyRequests:
+		e.permanent = false
+	default:
+		e.permanent = !slices.Contains(transientCodes, e.Code)
+	}
+	if e.permanent && e.Hint == "" {
+		e.Hint = hints[e.Code]
+	}
+	return e
+}
+
+// networkError describes a request that got no answer. Only errors whose text
+// is known to come from this machine are quoted: those of net/http repeat
+// parts of a malformed answer, and a server may send back what we sent.
+func networkError(ctx context.Context, endpoint string, err error) *tokenError {
+	e := &tokenError{Endpoint: endpoint, Code: codeNetwork}
+	var (
+		op        *net.OpError
+		dns       *net.DNSError
+		cert      *tls.CertificateVerificationError
+		hostname  x509.HostnameError
+		authority x509.UnknownAuthorityError
+		record    tls.RecordHeaderError
+		alert     tls.AlertError
+		timeout   interface{ Timeout() bool }
+	)
+	switch {
+	// net/http gives its own text to the end of a context, so ask the context.
+	case errors.Is(ctx.Err(), context.DeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
+		e.Code = codeTimeout
+		e.Description = "no answer in time"
+		e.Hint = "raise token_timeout if the server is just slow"
+	case errors.As(err, &dns):
+		e.Description = dns.Error()
+	case errors.As(err, &hostname):
+		e.Description = hostname.Error()
+	case errors.As(err, &authority):
+		e.Description = authority.Error()
+		e.Hint = "name its CA with tls_trust_pool in token_transport"
+	case errors.As(err, &cert):
+		e.Description = "the server's certificate is not valid: " + cert.Err.Error()
+	case errors.As(err, &record):
+		e.Description = "the server does not speak TLS there"
+		e.Hint = "check the scheme and port of token_url"
+	case errors.As(err, &alert):
+		e.Description = alert.Error()
+	case errors.As(err, &op):
+		e.Description = op.Error()
+	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
+		e.Description = "the server closed the connection before its answer was complete"
+	default:
+		e.Description = "the connection broke, or the answer is not HTTP"
+	}
+	return e
+}
+
+// clean makes a text from outside fit for a log line: printable, no line
+// breaks, at most limit bytes.
+func clean(s string, limit int) string {
+	s = strings.Map(func(r rune) rune {
+		if r < ' ' || r == 0x7f || r == '\u2028' || r == '\u2029' || (r >= 0x80 && r < 0xa0) {
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s, ""))
+	s = strings.TrimSpace(s)
+	if len(s) > limit {
+		s = strings.ToValidUTF8(s[:limit], "") + "…"
+	}
+	return s
+}

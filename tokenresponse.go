@@ -1,0 +1,140 @@
+package outboundauth
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"math"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// maxTokenResponse bounds the answer of a token endpoint, in bytes. RFC 6749
+// §5.1 leaves the size of a token open; a real one has a few kilobytes.
+const maxTokenResponse = 1 << 20
+
+// maxLifetime is what longer ones are taken for: no sum of instants overflows.
+const maxLifetime = 10 * 365 * 24 * time.Hour
+
+// tokenResponse holds the members of a token endpoint's answer by name. Not a
+// struct: encoding/json matches names in any case, and "ACCESS_TOKEN" is not
+// the member that RFC 6749 names. Unknown members are ignored (§5.1), and so
+// is refresh_token: the next token is simply asked for (§4.4.3).
+type tokenResponse map[string]json.RawMessage
+
+// parseTokenResponse reads a body as a JSON object.
+func parseTokenResponse(body []byte) (tokenResponse, error) {
+	var r tokenResponse
+	if err := json.Unmarshal(body, &r); err != nil || r == nil {
+		// The decoder's error would quote the body.
+		return nil, errors.New("the answer is not a JSON object")
+	}
+	return r, nil
+}
+
+// grant reads a successful answer (RFC 6749 §5.1), strictly: a token that is
+// no bearer token, or that would break the header, must not be used.
+func (r tokenResponse) grant() (grant, error) {
+	accessToken, err := r.str("access_token")
+	if err != nil {
+		return grant{}, err
+	}
+	if accessToken == "" {
+		return grant{}, errors.New("the answer has no access_token")
+	}
+	// RFC 6749 appendix A.12 permits VSCHAR; of these a space would not
+	// survive in the header (RFC 6750 §2.1).
+	for _, c := range []byte(accessToken) {
+		if c <= ' ' || c >= 0x7f {
+			return grant{}, errors.New("access_token holds a character that is not allowed in a header")
+		}
+	}
+	tokenType, err := r.str("token_type")
+	if err != nil {
+		return grant{}, err
+	}
+	// The type is required, but some servers leave it out. One that we do
+	// not understand must not be used (§7.1), whatever it is.
+	if tokenType != "" && !strings.EqualFold(tokenType, "Bearer") {
+		return grant{}, errors.New("token_type is not Bearer")
+	}
+	lifetime, err := r.lifetime()
+	if err != nil {
+		return grant{}, err
+	}
+	return grant{accessToken: accessToken, lifetime: lifetime}, nil
+}
+
+// lifetime reads expires_in, in seconds. The RFC means an integer; servers
+// also send floats and strings. 0, as good as absent, leaves it open.
+func (r tokenResponse) lifetime() (time.Duration, error) {
+	raw := bytes.TrimSpace(r["expires_in"])
+	if len(raw) > 0 && raw[0] == '"' {
+		s, err := r.str("expires_in")
+		if err != nil {
+			return 0, err
+		}
+		raw = []byte(strings.TrimSpace(s))
+	}
+	if len(raw) == 0 || bytes.Equal(raw, []byte("null")) {
+		return 0, nil
+	}
+	seconds, err := strconv.ParseFloat(string(raw), 64)
+	if math.IsInf(seconds, 1) && errors.Is(err, strconv.ErrRange) {
+		return maxLifetime, nil // too large a number for a float
+	}
+	if err != nil || math.IsNaN(seconds) || math.IsInf(seconds, 0) || strings.ContainsAny(string(raw), "xXpP_") {
+		return 0, errors.New("expires_in is not a number")
+	}
+	if seconds < 0 {
+		return 0, errors.New("expires_in is negative: the token has expired already")
+	}
+	if seconds >= maxLifetime.Seconds() {
+		return maxLifetime, nil
+	}
+	return time.Duration(seconds * float64(time.Second)), nil
+}
+
+// str returns a member that must be a string; "" if it is absent or null.
+func (r tokenResponse) str(name string) (string, error) {
+	raw, ok := r[name]
+	if !ok {
+		return "", nil
+	}
+	var s *string
+	if err := json.Unmarshal(raw, &s); err != nil {
+		return "", fmt.Errorf("%s is not a string", name)
+	}
+	if s == nil {
+		return "", nil
+	}
+	return *s, nil
+}
+
+// refusal reads the error members (RFC 6749 §5.2) and the other names under
+// which servers send the description. An answer without any gives "", "".
+func (r tokenResponse) refusal() (code, description string) {
+	code, _ = r.str("error")
+	for _, name := range []string{"error_description", "errorDescription", "message"} {
+		if description, _ = r.str(name); description != "" {
+			break
+		}
+	}
+	return code, description
+}
+
+// parseRetryAfter reads the Retry-After header in both its forms (RFC 9110
+// §10.2.3); 0 if there is none, or none that can be read.
+func parseRetryAfter(h http.Header, now time.Time) time.Duration {
+	v := strings.TrimSpace(h.Get("Retry-After"))
+	if seconds, err := strconv.ParseUint(v, 10, 63); err == nil || errors.Is(err, strconv.ErrRange) {
+		return time.Duration(min(seconds, uint64(maxLifetime/time.Second))) * time.Second
+	}
+	if at, err := http.ParseTime(v); err == nil {
+		return max(0, at.Sub(now))
+	}
+	return 0
+}
