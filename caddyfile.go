@@ -1,0 +1,392 @@
+package outboundauth
+
+import (
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+)
+
+// UnmarshalCaddyfile sets up the transport from Caddyfile tokens. Syntax:
+//
+//	transport oauth2 {
+//		# the OAuth client
+//		token_url            <url>
+//		client_id            <id>
+//		client_secret        <secret>
+//		auth_method          client_secret_basic | client_secret_post | none
+//		scopes               <scope...>
+//		audience             <value...>
+//		param                <name> <value>
+//		token_request_header <field> <value>
+//		token_timeout        <duration>
+//		token_transport {
+//			<option of transport http>
+//		}
+//
+//		# what the upstream is sent
+//		tenant               [<field>] <value>
+//		header               <field> <value>
+//		bearer_header        <field> [<scheme>]
+//
+//		# the life of a token
+//		refresh_before       <duration>
+//		default_lifetime     <duration>
+//		retry_on             <status...> | off
+//		replay_body          <size>
+//
+//		# other credentials for some of the upstreams
+//		upstream <address...> {
+//			<any of the above>
+//		}
+//		upstream <address...> off
+//
+//		insecure_plaintext   token_url | upstream ...
+//
+//		<any option of transport http>
+//	}
+func (t *Transport) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next()
+	name := d.Token()
+	if d.NextArg() {
+		return d.Errf("transport oauth2 takes no argument '%s': write its settings in a block", d.Val())
+	}
+
+	// What is not ours goes to the http transport, by whole segments: taken
+	// word by word, an argument could pass for one of our settings.
+	open := name
+	open.Text = "{"
+	rest := []caddyfile.Token{name, open}
+
+	base := newCredentialsBlock()
+	for d.NextBlock(0) {
+		switch d.Val() {
+		case "upstream":
+			upstream, err := unmarshalUpstream(d)
+			if err != nil {
+				return err
+			}
+			t.Upstreams = append(t.Upstreams, upstream)
+		case "insecure_plaintext":
+			if t.InsecurePlaintext != nil {
+				return d.Err("insecure_plaintext is set twice: put all on one line")
+			}
+			t.InsecurePlaintext = d.RemainingArgs()
+			if len(t.InsecurePlaintext) == 0 {
+				return d.Errf("insecure_plaintext: say where: %s", strings.Join(plaintextTargets, ", "))
+			}
+			for _, target := range t.InsecurePlaintext {
+				if !slices.Contains(plaintextTargets, target) {
+					return d.Errf("insecure_plaintext: unknown '%s'; use %s", target, strings.Join(plaintextTargets, " or "))
+				}
+			}
+		default:
+			ours, err := base.unmarshal(d)
+			if err != nil {
+				return err
+			}
+			if !ours {
+				rest = append(rest, d.NextSegment()...)
+			}
+		}
+	}
+	if len(base.seen) > 0 {
+		t.Credentials = &base.Credentials
+	}
+	if err := t.checkBlocks(d, base); err != nil {
+		return err
+	}
+
+	if len(rest) == 2 {
+		return nil
+	}
+	end := rest[len(rest)-1]
+	end.Line++
+	end.Text = "}"
+	return t.HTTPTransport.UnmarshalCaddyfile(caddyfile.NewDispenser(append(rest, end)))
+}
+
+// checkBlocks finds what only shows when the whole block has been read.
+// Provision would find it too, but knows neither file nor line.
+func (t *Transport) checkBlocks(d *caddyfile.Dispenser, base *credentialsBlock) error {
+	if len(t.Upstreams) == 0 {
+		if missing := base.missing(); missing != "" {
+			return d.Errf("transport oauth2: %s", missing)
+		}
+	}
+	for _, upstream := range t.Upstreams {
+		if upstream.Off {
+			continue
+		}
+		merged := upstream.inherit(t.Credentials)
+		if missing := merged.missing(); missing != "" {
+			return d.Errf("transport oauth2: upstream %s: %s", strings.Join(upstream.Addresses, " "), missing)
+		}
+	}
+	if base.tokenURL != nil && !slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {
+		if u, err := parseTokenURL(base.TokenURL); err == nil {
+			if err := checkPlaintext(u); err != nil {
+				return base.tokenURL.WrapErr(err)
+			}
+		}
+	}
+	return nil
+}
+
+// unmarshalUpstream parses an upstream block:
+//
+//	upstream <address...> {
+//		<settings of the credentials>
+//	}
+//	upstream <address...> off
+func unmarshalUpstream(d *caddyfile.Dispenser) (*Upstream, error) {
+	// The reverse proxy's own parser reads the addresses, so that whatever
+	// can be written there, schemes and port ranges included, means the same
+	// here.
+	directive := d.Token()
+	directive.Text = "reverse_proxy"
+	tokens := []caddyfile.Token{directive}
+	var off bool
+	for d.NextArg() {
+		if off {
+			return nil, d.Err("upstream: off comes last")
+		}
+		if off = d.Val() == "off"; !off {
+			tokens = append(tokens, d.Token())
+		}
+	}
+	if len(tokens) == 1 {
+		return nil, d.Err("upstream: name the address of an upstream, as reverse_proxy has it")
+	}
+	var proxy reverseproxy.Handler
+	if err := proxy.UnmarshalCaddyfile(caddyfile.NewDispenser(tokens)); err != nil {
+		return nil, err
+	}
+	upstream := &Upstream{Off: off}
+	for _, u := range proxy.Upstreams {
+		upstream.Addresses = append(upstream.Addresses, u.Dial)
+	}
+
+	block := newCredentialsBlock()
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		if off {
+			return nil, d.Err("upstream: off takes no block: remove one of the two")
+		}
+		ours, err := block.unmarshal(d)
+		if err != nil {
+			return nil, err
+		}
+		if !ours {
+			return nil, d.Errf("upstream: '%s' cannot differ between upstreams: an upstream block takes the settings of its credentials; options of transport http stand beside it", d.Val())
+		}
+	}
+	if !off && len(block.seen) == 0 {
+		return nil, d.Err("upstream: has no settings of its own: open a block with them, or write off")
+	}
+	if !off {
+		upstream.Credentials = &block.Credentials
+	}
+	return upstream, nil
+}
+
+// A credentialsBlock is the settings of Credentials while they are read.
+type credentialsBlock struct {
+	Credentials
+	seen     map[string]bool
+	tokenURL *caddyfile.Dispenser // where it stands, for later errors
+}
+
+func newCredentialsBlock() *credentialsBlock {
+	return &credentialsBlock{seen: make(map[string]bool)}
+}
+
+// unmarshal reads the setting at d, unless it is not one of Credentials.
+func (b *credentialsBlock) unmarshal(d *caddyfile.Dispenser) (ours bool, err error) {
+	setting := d.Val()
+	parse, ours := credentialsSettings[setting]
+	if !ours {
+		return false, nil
+	}
+	if b.seen[setting] && !slices.Contains(repeatableSettings, setting) {
+		return true, d.Errf("%s is set twice: keep one", setting)
+	}
+	b.seen[setting] = true
+	at := *d
+	if setting == "token_url" {
+		b.tokenURL = &at
+	}
+	if err := parse(&b.Credentials, d); err != nil {
+		return true, err
+	}
+	if d.NextArg() {
+		return true, d.Errf("%s: too many arguments, starting with '%s'", setting, d.Val())
+	}
+	if err := b.check(); err != nil {
+		return true, at.WrapErr(err)
+	}
+	return true, nil
+}
+
+var repeatableSettings = []string{"param", "token_request_header", "header"}
+
+// credentialsSettings parses the settings of Credentials, by name.
+var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) error{
+	"token_url":     func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.TokenURL) },
+	"client_id":     func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.ClientID) },
+	"client_secret": func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.ClientSecret) },
+	"auth_method":   func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.AuthMethod) },
+	"scopes":        func(c *Credentials, d *caddyfile.Dispenser) error { return listArg(d, &c.Scopes) },
+	"audience":      func(c *Credentials, d *caddyfile.Dispenser) error { return listArg(d, &c.Audience) },
+	"param":         func(c *Credentials, d *caddyfile.Dispenser) error { return namedArg(d, &c.Params, false) },
+	"token_request_header": func(c *Credentials, d *caddyfile.Dispenser) error {
+		return namedArg(d, &c.TokenRequestHeaders, true)
+	},
+	"token_timeout": func(c *Credentials, d *caddyfile.Dispenser) error { return durationArg(d, &c.TokenTimeout) },
+	"token_transport": func(c *Credentials, d *caddyfile.Dispenser) error {
+		if d.CountRemainingArgs() > 0 {
+			return d.Err("token_transport takes no arguments: write options of transport http in a block")
+		}
+		c.TokenTransport = new(reverseproxy.HTTPTransport)
+		return c.TokenTransport.UnmarshalCaddyfile(d.NewFromNextSegment())
+	},
+	"tenant": func(c *Credentials, d *caddyfile.Dispenser) error {
+		c.Tenant = new(Tenant)
+		switch args := d.RemainingArgs(); len(args) {
+		case 1:
+			c.Tenant.Value = args[0]
+		case 2:
+			c.Tenant.Field, c.Tenant.Value = args[0], args[1]
+		default:
+			return d.Err("tenant: write `tenant [<field>] <value>`")
+		}
+		return nil
+	},
+	"header": func(c *Credentials, d *caddyfile.Dispenser) error { return namedArg(d, &c.Headers, true) },
+	"bearer_header": func(c *Credentials, d *caddyfile.Dispenser) error {
+		c.BearerHeader = new(BearerHeader)
+		switch args := d.RemainingArgs(); len(args) {
+		case 2:
+			c.BearerHeader.Scheme = &args[1]
+			fallthrough
+		case 1:
+			c.BearerHeader.Field = args[0]
+		default:
+			return d.Err("bearer_header: write `bearer_header <field> [<scheme>]`")
+		}
+		return nil
+	},
+	"refresh_before":   func(c *Credentials, d *caddyfile.Dispenser) error { return durationArg(d, &c.RefreshBefore) },
+	"default_lifetime": func(c *Credentials, d *caddyfile.Dispenser) error { return durationArg(d, &c.DefaultLifetime) },
+	"retry_on": func(c *Credentials, d *caddyfile.Dispenser) error {
+		var args []string
+		if err := listArg(d, &args); err != nil {
+			return err
+		}
+		if slices.Equal(args, []string{"off"}) {
+			c.RetryOn = []int{retryOff}
+			return nil
+		}
+		for _, arg := range args {
+			status, err := strconv.Atoi(arg)
+			if err != nil {
+				return d.Errf("retry_on: '%s' is not a status; write statuses such as 401, or off", arg)
+			}
+			c.RetryOn = append(c.RetryOn, status)
+		}
+		return nil
+	},
+	"replay_body": func(c *Credentials, d *caddyfile.Dispenser) error {
+		var arg string
+		at := d.Token()
+		if err := oneArg(d, &arg); err != nil {
+			return err
+		}
+		size, err := parseSize(at, arg)
+		if err != nil {
+			return d.Errf("replay_body: '%s' is not a size, such as 64KiB", arg)
+		}
+		if c.ReplayBody = size; size == 0 {
+			c.ReplayBody = replayNoBody
+		}
+		return nil
+	},
+}
+
+// oneArg reads the single argument of a setting.
+func oneArg(d *caddyfile.Dispenser, value *string) error {
+	setting := d.Val()
+	if !d.NextArg() || d.Val() == "" {
+		return d.Errf("%s: a value is missing", setting)
+	}
+	*value = d.Val()
+	return nil
+}
+
+// listArg reads one argument or more.
+func listArg(d *caddyfile.Dispenser, values *[]string) error {
+	setting := d.Val()
+	if *values = d.RemainingArgs(); len(*values) == 0 {
+		return d.Errf("%s: a value is missing", setting)
+	}
+	return nil
+}
+
+// namedArg reads a name and a value, and adds them to values. Names of header
+// fields are taken in any case.
+func namedArg(d *caddyfile.Dispenser, values *map[string]string, isField bool) error {
+	setting := d.Val()
+	var name, value string
+	if !d.AllArgs(&name, &value) {
+		return d.Errf("%s: write `%s <name> <value>`", setting, setting)
+	}
+	if isField {
+		name = http.CanonicalHeaderKey(name)
+	}
+	if _, ok := (*values)[name]; ok {
+		return d.Errf("%s %s is set twice: keep one", setting, name)
+	}
+	if *values == nil {
+		*values = make(map[string]string)
+	}
+	(*values)[name] = value
+	return nil
+}
+
+// durationArg reads a duration, in Caddy's notation.
+func durationArg(d *caddyfile.Dispenser, value *caddy.Duration) error {
+	setting := d.Val()
+	var arg string
+	if err := oneArg(d, &arg); err != nil {
+		return err
+	}
+	parsed, err := caddy.ParseDuration(arg)
+	if err != nil || parsed <= 0 {
+		return d.Errf("%s: '%s' is not a duration above 0, such as 30s or 5m", setting, arg)
+	}
+	*value = caddy.Duration(parsed)
+	return nil
+}
+
+// parseSize reads a size as Caddy writes sizes, by the parser of an option of
+// the http transport that is a size.
+func parseSize(at caddyfile.Token, size string) (int64, error) {
+	var tokens []caddyfile.Token
+	for i, text := range []string{"http", "{", "read_buffer", size, "}"} {
+		token := at
+		token.Text = text
+		if i >= 2 {
+			token.Line++
+		}
+		if i == 4 {
+			token.Line++
+		}
+		tokens = append(tokens, token)
+	}
+	var h reverseproxy.HTTPTransport
+	err := h.UnmarshalCaddyfile(caddyfile.NewDispenser(tokens))
+	return int64(h.ReadBufferSize), err
+}

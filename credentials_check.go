@@ -1,0 +1,248 @@
+package outboundauth
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"net/url"
+	"slices"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// reservedParams are the form parameters that have settings of their own.
+var reservedParams = map[string]string{
+	"grant_type":    "it is always client_credentials",
+	"client_id":     "use client_id",
+	"client_secret": "use client_secret",
+	"scope":         "use scopes",
+	"audience":      "use audience",
+}
+
+// check tells what is wrong with a setting that is present. Values that still
+// have placeholders pass: they are checked again once these are replaced.
+func (c *Credentials) check() error {
+	if _, err := parseTokenURL(c.TokenURL); err != nil && c.TokenURL != "" && !hasPlaceholder(c.TokenURL) {
+		return fmt.Errorf("token_url: %w", err)
+	}
+	if c.AuthMethod != "" && !slices.Contains(authMethods, c.AuthMethod) {
+		return fmt.Errorf("auth_method: unknown method '%s'; use one of %s", c.AuthMethod, strings.Join(authMethods, ", "))
+	}
+	if c.AuthMethod == authNone && c.ClientSecret != "" {
+		return errors.New("auth_method none sends no client_secret: remove one of the two")
+	}
+	for _, scope := range c.Scopes {
+		if !validScope(scope) && !hasPlaceholder(scope) {
+			return fmt.Errorf("scopes: '%s' is not a scope (RFC 6749 section 3.3: printable ASCII without spaces, quotes and backslashes)", scope)
+		}
+	}
+	if slices.Contains(c.Audience, "") {
+		return errors.New("audience: an empty value cannot be sent; remove it")
+	}
+	for _, name := range sortedKeys(c.Params) {
+		if hint, ok := reservedParams[name]; ok {
+			return fmt.Errorf("param %s: has a setting of its own: %s", name, hint)
+		}
+		if name == "" || c.Params[name] == "" {
+			return fmt.Errorf("param %s: name and value must not be empty", name)
+		}
+	}
+	for _, field := range sortedKeys(c.TokenRequestHeaders) {
+		if err := checkHeaderField(field, "authorization", "content-type"); err != nil {
+			return fmt.Errorf("token_request_header: %w", err)
+		}
+		if !validHeaderValue(c.TokenRequestHeaders[field]) {
+			return fmt.Errorf("token_request_header %s: the value holds a control character", field)
+		}
+	}
+	for _, status := range c.RetryOn {
+		if (status < 400 || status > 599) && !slices.Equal(c.RetryOn, []int{retryOff}) {
+			return fmt.Errorf("retry_on: %d is not an error status (400 to 599)", status)
+		}
+	}
+	if c.ReplayBody < replayNoBody {
+		return errors.New("replay_body: must not be negative")
+	}
+	for name, d := range map[string]caddy.Duration{
+		"token_timeout": c.TokenTimeout, "refresh_before": c.RefreshBefore, "default_lifetime": c.DefaultLifetime,
+	} {
+		if d < 0 {
+			return fmt.Errorf("%s: must not be negative", name)
+		}
+	}
+	return c.checkHeaders()
+}
+
+// checkHeaders checks what the upstream is sent. Two settings for one header
+// contradict each other, as do two spellings that an upstream may confuse.
+func (c *Credentials) checkHeaders() error {
+	var taken fieldSet
+	field, scheme := c.BearerHeader.resolve()
+	if err := checkHeaderField(field); err != nil {
+		return fmt.Errorf("bearer_header: %w", err)
+	}
+	if scheme != "" && !validHeaderField(scheme) {
+		return fmt.Errorf("bearer_header: '%s' is not an authentication scheme", scheme)
+	}
+	taken.add(field)
+
+	if c.Tenant != nil {
+		field = c.Tenant.field()
+		if err := checkHeaderField(field); err != nil {
+			return fmt.Errorf("tenant: %w", err)
+		}
+		if taken.has(field) {
+			return fmt.Errorf("tenant: the header %s carries the token already", field)
+		}
+		if !validHeaderValue(c.Tenant.Value) {
+			return errors.New("tenant: the value holds a control character")
+		}
+		taken.add(field)
+	}
+	for _, field := range sortedKeys(c.Headers) {
+		if err := checkHeaderField(field); err != nil {
+			return fmt.Errorf("header: %w", err)
+		}
+		if taken.has(field) {
+			return fmt.Errorf("header: %s is set already, by bearer_header, tenant or another header", field)
+		}
+		if !validHeaderValue(c.Headers[field]) {
+			return fmt.Errorf("header %s: the value holds a control character", field)
+		}
+		taken.add(field)
+	}
+	return nil
+}
+
+// missing names the first setting without which no token can be asked for,
+// and what to write; "" if nothing is missing.
+func (c *Credentials) missing() string {
+	switch {
+	case c.TokenURL == "":
+		return "token_url is missing: set it to the URL of the authorization server's token endpoint"
+	case c.ClientID == "":
+		return "client_id is missing"
+	case c.ClientSecret == "" && needsSecret(c.AuthMethod):
+		return "client_secret is missing: set it, for example to {env.CLIENT_SECRET}, or set auth_method none"
+	}
+	return ""
+}
+
+// resolve returns a copy with the placeholders replaced in what is read once,
+// when the config is loaded. Secrets keep theirs: they are read again for
+// each token request, and nothing resolved may reach the config that the
+// admin API shows.
+func (c Credentials) resolve(repl *caddy.Replacer) (Credentials, error) {
+	var err error
+	replace := func(setting string, value *string) {
+		if err != nil || *value == "" {
+			return
+		}
+		var replaced string
+		if replaced, err = repl.ReplaceOrErr(*value, true, true); err != nil {
+			err = fmt.Errorf("%s: %w (only global placeholders such as {env.*} and {file.*} are known here)", setting, err)
+		}
+		*value = replaced
+	}
+	replace("token_url", &c.TokenURL)
+	replace("client_id", &c.ClientID)
+	c.Scopes, c.Audience = slices.Clone(c.Scopes), slices.Clone(c.Audience)
+	for i := range c.Scopes {
+		replace("scopes", &c.Scopes[i])
+	}
+	for i := range c.Audience {
+		replace("audience", &c.Audience[i])
+	}
+	if err != nil {
+		return c, err
+	}
+	// One placeholder may hold several scopes, as servers write them.
+	c.Scopes = strings.Fields(strings.Join(c.Scopes, " "))
+
+	if err := checkSecretTemplate("client_secret", c.ClientSecret); err != nil {
+		return c, err
+	}
+	for name, value := range c.Params {
+		if err := checkSecretTemplate("param "+name, value); err != nil {
+			return c, err
+		}
+	}
+	for name, value := range c.TokenRequestHeaders {
+		if err := checkSecretTemplate("token_request_header "+name, value); err != nil {
+			return c, err
+		}
+	}
+	return c, c.check()
+}
+
+// requestNamespaces are the placeholders that have a value only while a
+// request is served, so never in a token request.
+var requestNamespaces = []string{"{http.", "{vars.", "{tls.", "{err.", "{rp."}
+
+// checkSecretTemplate refuses placeholders that would be sent as they stand.
+// Other braces are allowed: generated secrets contain any character.
+func checkSecretTemplate(setting, template string) error {
+	for _, prefix := range requestNamespaces {
+		if strings.Contains(template, prefix) {
+			return fmt.Errorf("%s: %s*} placeholders have no value in a token request; use {env.*} or {file.*}", setting, prefix)
+		}
+	}
+	return nil
+}
+
+// parseTokenURL parses the URL of a token endpoint (RFC 6749 §3.2). No error
+// quotes it, as it may hold a password or a key.
+func parseTokenURL(raw string) (*url.URL, error) {
+	u, err := url.Parse(raw)
+	switch {
+	case err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Hostname() == "":
+		return nil, errors.New("must be an absolute URL, such as https://auth.example.com/oauth2/token")
+	case u.User != nil:
+		return nil, errors.New("must hold no user and password; use client_id and client_secret")
+	case u.Fragment != "" || strings.HasSuffix(raw, "#"):
+		return nil, errors.New("must have no fragment (RFC 6749 section 3.2)")
+	}
+	return u, nil
+}
+
+// checkPlaintext refuses a token endpoint to which the client's secret would
+// travel unencrypted.
+func checkPlaintext(u *url.URL) error {
+	if u.Scheme == "https" || staysOnMachine("tcp", u.Hostname()) {
+		return nil
+	}
+	return fmt.Errorf("token_url: the client's credentials would go to %s unencrypted; use https://, or allow it with `insecure_plaintext %s`",
+		u.Host, plaintextTokenURL)
+}
+
+// validScope tells whether s is a scope-token (RFC 6749 §3.3).
+func validScope(s string) bool {
+	return s != "" && strings.IndexFunc(s, func(r rune) bool {
+		return r <= ' ' || r > '~' || r == '"' || r == '\\'
+	}) < 0
+}
+
+func hasPlaceholder(s string) bool { return strings.Contains(s, "{") }
+
+func sortedKeys(m map[string]string) []string { return slices.Sorted(maps.Keys(m)) }
+
+// field returns the field name with its default.
+func (t *Tenant) field() string {
+	if t == nil || t.Field == "" {
+		return defaultTenantField
+	}
+	return t.Field
+}
+
+// resolve returns field name and scheme with their defaults.
+func (b *BearerHeader) resolve() (field, scheme string) {
+	field, scheme = defaultBearerField, defaultBearerScheme
+	if b != nil && b.Field != "" {
+		field = b.Field
+	}
+	if b != nil && b.Scheme != nil {
+		scheme = *b.Scheme
+	}
+	return field, scheme
+}

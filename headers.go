@@ -1,0 +1,138 @@
+package outboundauth
+
+import (
+	"fmt"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// A headerTemplate is an identity header: the field, and the value with its
+// placeholders.
+type headerTemplate struct {
+	field    string // canonical
+	template string
+	values   []string // ready to use, if template holds no placeholder
+}
+
+func newHeaderTemplate(field, value string) headerTemplate {
+	h := headerTemplate{field: http.CanonicalHeaderKey(field), template: value}
+	if !strings.ContainsAny(value, "{}") {
+		h.values = []string{value}
+	}
+	return h
+}
+
+// set adds the header to out. An empty value sends no header; one that would
+// break the header, or smuggle in another, is an error that does not quote
+// it: it may come from the client.
+func (h *headerTemplate) set(out http.Header, repl *caddy.Replacer) error {
+	values := h.values
+	if values == nil {
+		// Only ever expand what stands in the config: expanding a value
+		// again would let a client write `{env.SECRET}`.
+		value := strings.TrimSpace(repl.ReplaceAll(h.template, ""))
+		if !validHeaderValue(value) {
+			return fmt.Errorf("header %s: the value of '%s' holds a control character", h.field, h.template)
+		}
+		values = []string{value}
+	}
+	if values[0] != "" {
+		out[h.field] = values
+	}
+	return nil
+}
+
+// A fieldSet holds the names of headers that the gateway vouches for. What a
+// client sends under such a name, or under one that an upstream may take for
+// it, does not pass: CGI and its heirs map '-' and '_' to the same variable,
+// and some servers '.' too.
+type fieldSet struct {
+	names   map[string]struct{} // folded
+	lengths uint64              // bit n: a name of length n, modulo 64, is in names
+}
+
+func (s *fieldSet) add(field string) {
+	if s.names == nil {
+		s.names = make(map[string]struct{})
+	}
+	s.names[string(fold(nil, field))] = struct{}{}
+	s.lengths |= 1 << (len(field) % 64)
+}
+
+// has is asked for each header of each request: comparing lengths answers
+// most of these questions, and none of them allocates.
+func (s *fieldSet) has(field string) bool {
+	if s.lengths&(1<<(len(field)%64)) == 0 {
+		return false
+	}
+	var buf [64]byte
+	_, ok := s.names[string(fold(buf[:0], field))]
+	return ok
+}
+
+// without returns a copy of h that lacks the fields of the set. The values
+// are shared with h: nobody writes to them on the way to the upstream.
+func (s *fieldSet) without(h http.Header) http.Header {
+	out := maps.Clone(h)
+	if out == nil {
+		out = make(http.Header)
+	}
+	for field := range h {
+		if s.has(field) {
+			delete(out, field)
+		}
+	}
+	return out
+}
+
+// fold appends field to b in lower case, with '-' for its aliases.
+func fold(b []byte, field string) []byte {
+	for _, c := range []byte(field) {
+		switch {
+		case 'A' <= c && c <= 'Z':
+			c += 'a' - 'A'
+		case c == '_', c == '.':
+			c = '-'
+		}
+		b = append(b, c)
+	}
+	return b
+}
+
+// validHeaderValue tells whether a value keeps to RFC 9110 §5.5: no control
+// characters but the tab.
+func validHeaderValue(v string) bool {
+	return strings.IndexFunc(v, func(r rune) bool { return (r < ' ' && r != '\t') || r == 0x7f }) < 0
+}
+
+// validHeaderField tells whether a name is a token (RFC 9110 §5.1).
+func validHeaderField(name string) bool {
+	return name != "" && strings.IndexFunc(name, func(r rune) bool {
+		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' ||
+			strings.ContainsRune("!#$%&'*+-.^_`|~", r))
+	}) < 0
+}
+
+// hopHeaders belong to one connection (RFC 9110 §7.6.1) or to the framing of
+// a message: neither an identity nor a token request may set them.
+var hopHeaders = []string{
+	"connection", "content-length", "host", "keep-alive", "proxy-connection",
+	"te", "trailer", "transfer-encoding", "upgrade",
+}
+
+// checkHeaderField tells what is wrong with the name of a header that a
+// setting sends, except for the reserved ones.
+func checkHeaderField(name string, reserved ...string) error {
+	if !validHeaderField(name) {
+		return fmt.Errorf("'%s' is not a header field name", name)
+	}
+	lower := strings.ToLower(name)
+	if slices.Contains(hopHeaders, lower) || slices.Contains(reserved, lower) {
+		return fmt.Errorf("the header %s is not free to set", name)
+	}
+	return nil
+}

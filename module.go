@@ -1,0 +1,244 @@
+// Package outboundauth gives Caddy's reverse proxy an access token for each
+// upstream: it obtains it with the OAuth 2.0 client credentials grant
+// (RFC 6749 §4.4), keeps it fresh, and sends it along with the headers that
+// name the tenant.
+package outboundauth
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+	"go.uber.org/zap"
+)
+
+func init() {
+	caddy.RegisterModule(new(Transport))
+}
+
+// Transport is the `http` transport with an access token: every request goes
+// upstream with a valid token of the right OAuth client, and with the headers
+// that name the tenant. The client of the proxy knows nothing of it.
+//
+// Tokens are obtained with the client credentials grant when they are first
+// needed (and as soon as the config runs), shared by all that need the same
+// one, and replaced in the background before they expire. They survive
+// reloads.
+//
+// What clients send as `Authorization`, as `X-Tenant-Id` and under the other
+// names that this transport sets is removed, including spellings with `_` or
+// `.` for `-`. That holds for what `header_up` sets as well: it acts before
+// the transport does.
+//
+// All settings of the `http` transport are available beside the ones here.
+type Transport struct {
+	// What the upstreams are sent, and what `upstreams` inherits.
+	Credentials *Credentials `json:"credentials,omitempty"`
+
+	// Other credentials for some of the upstreams.
+	Upstreams []*Upstream `json:"upstreams,omitempty"`
+
+	// Where secrets may travel unencrypted to another machine: `token_url`
+	// allows http to the token endpoint, `upstream` allows it to the
+	// upstreams. Loopback addresses and Unix sockets are always allowed.
+	// Default: nowhere.
+	InsecurePlaintext []string `json:"insecure_plaintext,omitempty"`
+
+	*reverseproxy.HTTPTransport
+
+	clients         map[dialAddress]*client // of the addresses in Upstreams; nil: off
+	fallback        *client                 // for all other addresses; nil: refused
+	acquired        []*client               // to be released
+	tokenTransports []*reverseproxy.HTTPTransport
+	reserved        fieldSet // headers that only the transport sets
+	plaintext       bool     // to upstreams, allowed
+	logger          *zap.Logger
+}
+
+// Upstream has the credentials of one or more upstreams.
+type Upstream struct {
+	// The dial addresses of the upstreams, as the reverse proxy has them. An
+	// address that is none of its upstreams is an error, unless it also has
+	// dynamic ones. Global placeholders are supported and evaluated when the
+	// config is loaded. Required.
+	Addresses []string `json:"addresses,omitempty"`
+
+	// Proxy to these upstreams as the `http` transport does: no token is
+	// sent, and no header removed. Default: `false`.
+	Off bool `json:"off,omitempty"`
+
+	// What these upstreams are sent. What is not set here is inherited.
+	*Credentials
+}
+
+// dialAddress is what a connection is made to, as in reverseproxy.DialInfo.
+// The URL of a request does not tell: the PROXY protocol rewrites it.
+type dialAddress struct{ network, address string }
+
+// CaddyModule returns the Caddy module information.
+func (*Transport) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID: "http.reverse_proxy.transport.oauth2",
+		New: func() caddy.Module {
+			return &Transport{HTTPTransport: new(reverseproxy.HTTPTransport)}
+		},
+	}
+}
+
+// Provision sets up the transport. It makes no token request: provisioning
+// also happens when a config is merely validated.
+func (t *Transport) Provision(ctx caddy.Context) error {
+	t.logger = ctx.Logger()
+	for _, target := range t.InsecurePlaintext {
+		if !slices.Contains(plaintextTargets, target) {
+			return fmt.Errorf("insecure_plaintext: '%s' is neither %s nor %s", target, plaintextTokenURL, plaintextUpstream)
+		}
+	}
+	t.plaintext = slices.Contains(t.InsecurePlaintext, plaintextUpstream)
+	t.reserved.add(defaultBearerField)
+	t.reserved.add(defaultTenantField)
+
+	if err := t.HTTPTransport.Provision(ctx); err != nil {
+		return err
+	}
+	if err := t.provisionClients(ctx); err != nil {
+		return err
+	}
+	if err := t.checkParent(ctx); err != nil {
+		return err
+	}
+	return t.warmUp(ctx)
+}
+
+// RoundTrip implements http.RoundTripper. The request and its header are left
+// as they are: the proxy sends the same to the next upstream when it retries,
+// and logs them.
+func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	cl, off, err := t.clientFor(req)
+	if err != nil {
+		return t.refuse(req, http.StatusBadGateway, err)
+	}
+	if off {
+		return t.HTTPTransport.RoundTrip(req)
+	}
+
+	ctx := req.Context()
+	repl, _ := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if repl == nil {
+		repl = caddy.NewReplacer()
+	}
+	var tok *token
+	if isHealthCheck(ctx) {
+		// An upstream is not unhealthy because its token is missing, so a
+		// check goes without one if need be, and at once.
+		tok, _ = cl.source.Cached()
+	} else if tok, err = cl.source.Token(ctx); err != nil {
+		if ctxErr := ctx.Err(); ctxErr != nil && errors.Is(err, context.Canceled) {
+			closeBody(req)
+			return nil, ctxErr // the client went away
+		}
+		return t.refuse(req, statusOf(err), err)
+	}
+
+	// A shallow copy: a deep one would cut the request from the trailers
+	// that are filled in when its body ends.
+	out := new(http.Request)
+	*out = *req
+	out.Header = t.reserved.without(req.Header)
+	if err := cl.header(out.Header, tok, repl); err != nil {
+		return t.refuse(req, http.StatusBadGateway, err)
+	}
+	return t.HTTPTransport.RoundTrip(out)
+}
+
+// clientFor returns the client whose token the request's upstream gets, or
+// that it gets none. It is an error if the config does not say, or if the
+// token would travel unencrypted.
+func (t *Transport) clientFor(req *http.Request) (cl *client, off bool, err error) {
+	dial, ok := reverseproxy.GetDialInfo(req.Context())
+	if !ok {
+		return nil, false, errors.New("transport oauth2 serves requests of reverse_proxy only")
+	}
+	cl, listed := t.clients[dialAddress{dial.Network, dial.Address}]
+	if listed && cl == nil {
+		return nil, true, nil
+	}
+	if !listed {
+		cl = t.fallback
+	}
+	if cl == nil {
+		return nil, false, fmt.Errorf("upstream %s has no credentials: add `upstream %s { … }` or `upstream %s off` to transport oauth2",
+			dial.Address, dial.Address, dial.Address)
+	}
+	t.SetScheme(req) // as the http transport would, which shares the URL
+	if req.URL.Scheme != "https" && !t.plaintext && !staysOnMachine(dial.Network, dial.Host) {
+		return nil, false, plaintextError(dial.Address)
+	}
+	return cl, false, nil
+}
+
+// refuse answers a request that does not go upstream. The error keeps its
+// status on the way through handle_errors.
+func (t *Transport) refuse(req *http.Request, status int, err error) (*http.Response, error) {
+	closeBody(req)
+	return nil, caddyhttp.Error(status, err)
+}
+
+// closeBody does what a RoundTripper owes to a request that it does not send.
+func closeBody(req *http.Request) {
+	if req.Body != nil {
+		_ = req.Body.Close()
+	}
+}
+
+// statusOf tells a client of the proxy why there is no token: 504 if it did
+// not come in time, otherwise 503.
+func statusOf(err error) int {
+	var refused *tokenError
+	if errors.Is(err, context.DeadlineExceeded) || (errors.As(err, &refused) && refused.Code == codeTimeout) {
+		return http.StatusGatewayTimeout
+	}
+	return http.StatusServiceUnavailable
+}
+
+// isHealthCheck recognizes the reverse proxy's own requests: unlike those
+// that the server has received, they have no variables.
+func isHealthCheck(ctx context.Context) bool {
+	return ctx.Value(caddyhttp.VarsCtxKey) == nil
+}
+
+// Cleanup releases the tokens, which other configs may go on using. It
+// releases only what was acquired: Caddy calls it after a failed Provision too.
+func (t *Transport) Cleanup() error {
+	var errs []error
+	for _, cl := range t.acquired {
+		errs = append(errs, cl.release())
+	}
+	t.acquired = nil
+	for _, transport := range append(t.tokenTransports, t.HTTPTransport) {
+		errs = append(errs, transport.Cleanup())
+	}
+	t.tokenTransports = nil
+	return errors.Join(errs...)
+}
+
+// Interface guards. The reverse proxy looks for the optional interfaces of a
+// transport by type assertion; the embedded HTTPTransport brings them.
+var (
+	_ caddy.Provisioner     = (*Transport)(nil)
+	_ caddy.CleanerUpper    = (*Transport)(nil)
+	_ caddyfile.Unmarshaler = (*Transport)(nil)
+	_ http.RoundTripper     = (*Transport)(nil)
+
+	_ reverseproxy.TLSTransport                        = (*Transport)(nil)
+	_ reverseproxy.H2CTransport                        = (*Transport)(nil)
+	_ reverseproxy.ProxyProtocolTransport              = (*Transport)(nil)
+	_ reverseproxy.HealthCheckSchemeOverriderTransport = (*Transport)(nil)
+	_ reverseproxy.RequestHeaderOpsTransport           = (*Transport)(nil)
+)

@@ -1,0 +1,260 @@
+package outboundauth
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+	"go.uber.org/zap"
+)
+
+// tokenTransport is a provisioned token_transport with its config, which is
+// part of what tells token sources apart.
+type tokenTransport struct {
+	*reverseproxy.HTTPTransport
+	config []byte
+}
+
+// provisionClients makes the clients of all credentials, and the table by
+// which a request finds its own.
+func (t *Transport) provisionClients(ctx caddy.Context) error {
+	repl := caddy.NewReplacer()
+	// Upstreams that inherit their token_transport share it.
+	transports := make(map[*reverseproxy.HTTPTransport]tokenTransport)
+
+	if len(t.Upstreams) == 0 && t.Credentials == nil {
+		return errors.New("transport oauth2: token_url, client_id and client_secret are missing")
+	}
+	if t.Credentials != nil {
+		base := *t.Credentials
+		if missing := base.missing(); missing == "" {
+			var err error
+			if t.fallback, err = t.newClient(ctx, repl, base, transports); err != nil {
+				return err
+			}
+		} else if len(t.Upstreams) == 0 {
+			return errors.New(missing)
+		} else if err := base.check(); err != nil { // a base to inherit from
+			return err
+		}
+	}
+
+	t.clients = make(map[dialAddress]*client)
+	for i, upstream := range t.Upstreams {
+		cl, err := t.upstreamClient(ctx, repl, upstream, transports)
+		if err != nil {
+			return fmt.Errorf("upstream %d (%s): %w", i, strings.Join(upstream.Addresses, " "), err)
+		}
+		for _, address := range upstream.Addresses {
+			dial, err := parseDialAddress(repl, address)
+			if err != nil {
+				return fmt.Errorf("upstream %s: %w", address, err)
+			}
+			if _, ok := t.clients[dial]; ok {
+				return fmt.Errorf("upstream %s: named twice; each address belongs to one upstream block", address)
+			}
+			t.clients[dial] = cl
+		}
+	}
+	return nil
+}
+
+// upstreamClient makes the client of one upstream block; nil if it is off.
+func (t *Transport) upstreamClient(ctx caddy.Context, repl *caddy.Replacer, u *Upstream, transports map[*reverseproxy.HTTPTransport]tokenTransport) (*client, error) {
+	if len(u.Addresses) == 0 {
+		return nil, errors.New("addresses is missing: name the upstream")
+	}
+	if u.Off {
+		if u.Credentials != nil {
+			return nil, errors.New("off contradicts its other settings: remove one of the two")
+		}
+		return nil, nil
+	}
+	var own Credentials
+	if u.Credentials != nil {
+		own = *u.Credentials
+	}
+	if err := own.check(); err != nil {
+		return nil, err
+	}
+	merged := own.inherit(t.Credentials)
+	if missing := merged.missing(); missing != "" {
+		return nil, errors.New(missing)
+	}
+	return t.newClient(ctx, repl, merged, transports)
+}
+
+// newClient provisions credentials and everything that they need.
+func (t *Transport) newClient(ctx caddy.Context, repl *caddy.Replacer, c Credentials, transports map[*reverseproxy.HTTPTransport]tokenTransport) (*client, error) {
+	c, err := c.resolve(repl)
+	if err != nil {
+		return nil, err
+	}
+	u, err := parseTokenURL(c.TokenURL)
+	if err != nil {
+		return nil, fmt.Errorf("token_url: %w", err)
+	}
+	if !slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {
+		if err := checkPlaintext(u); err != nil {
+			return nil, err
+		}
+	}
+	transport, ok := transports[c.TokenTransport]
+	if !ok {
+		if transport, err = t.provisionTokenTransport(ctx, c.TokenTransport); err != nil {
+			return nil, fmt.Errorf("token_transport: %w", err)
+		}
+		transports[c.TokenTransport] = transport
+	}
+	cl, err := newClient(c, transport, transport.config, t.logger)
+	if err != nil {
+		return nil, err
+	}
+	t.acquired = append(t.acquired, cl)
+	cl.fields(&t.reserved)
+	return cl, nil
+}
+
+// provisionTokenTransport provisions h, or the default transport if it is nil.
+func (t *Transport) provisionTokenTransport(ctx caddy.Context, h *reverseproxy.HTTPTransport) (tokenTransport, error) {
+	if h == nil {
+		h = new(reverseproxy.HTTPTransport)
+	}
+	config, err := json.Marshal(h) // before Provision: it writes its defaults there
+	if err != nil {
+		return tokenTransport{}, err
+	}
+	t.tokenTransports = append(t.tokenTransports, h)
+	return tokenTransport{h, config}, h.Provision(ctx)
+}
+
+// checkParent compares the upstreams of the handler that the transport is
+// part of with the credentials: what is wrong there should be found at load,
+// not by a request.
+func (t *Transport) checkParent(ctx caddy.Context) error {
+	modules := ctx.Modules()
+	if len(modules) < 2 {
+		return nil
+	}
+	handler, ok := modules[len(modules)-2].(*reverseproxy.Handler)
+	if !ok {
+		return nil // the transport of another handler: nothing is known of it
+	}
+	t.warnHeaderUp(handler)
+
+	repl := caddy.NewReplacer()
+	static := make(map[dialAddress]string)
+	complete := handler.DynamicUpstreamsRaw == nil
+	for _, u := range handler.Upstreams {
+		if dial, err := parseDialAddress(repl, u.Dial); err == nil {
+			static[dial] = u.Dial
+		} else { // it depends on the request, which will be checked
+			complete = false
+		}
+	}
+	if complete {
+		for dial := range t.clients {
+			if _, ok := static[dial]; !ok {
+				return fmt.Errorf("upstream %s: reverse_proxy has no such upstream; write it as there", dial.address)
+			}
+		}
+	}
+	for dial, address := range static {
+		cl, listed := t.clients[dial]
+		if !listed {
+			cl = t.fallback
+		}
+		if cl == nil && !listed {
+			missing := "token_url, client_id and client_secret are missing"
+			if t.Credentials != nil {
+				missing = t.Credentials.missing()
+			}
+			return fmt.Errorf("upstream %s has no credentials: %s; or add `upstream %s { … }` or `upstream %s off`", address, missing, address, address)
+		}
+		if cl != nil && !t.plaintext && !t.encrypted(dial) {
+			return plaintextError(address)
+		}
+	}
+	return nil
+}
+
+// warnHeaderUp tells of header_up lines that have no effect.
+func (t *Transport) warnHeaderUp(handler *reverseproxy.Handler) {
+	if handler.Headers == nil || handler.Headers.Request == nil {
+		return
+	}
+	for _, fields := range []map[string][]string{handler.Headers.Request.Set, handler.Headers.Request.Add} {
+		for field := range fields {
+			if t.reserved.has(field) {
+				t.logger.Warn("header_up has no effect: transport oauth2 removes or replaces this header",
+					zap.String("field", field))
+			}
+		}
+	}
+}
+
+// encrypted tells whether what is sent to a static upstream can be seen by
+// nobody outside this machine.
+func (t *Transport) encrypted(dial dialAddress) bool {
+	host, port, err := net.SplitHostPort(dial.address)
+	if err != nil {
+		host = dial.address
+	}
+	if t.TLS != nil && !slices.Contains(t.TLS.ExceptPorts, port) {
+		return true
+	}
+	return staysOnMachine(dial.network, host)
+}
+
+func plaintextError(address string) error {
+	return fmt.Errorf("the token would go to upstream %s unencrypted; use https://, or allow it with `insecure_plaintext %s`",
+		address, plaintextUpstream)
+}
+
+// parseDialAddress normalizes an address as the reverse proxy does before it
+// dials. It is an error if the address depends on the request.
+func parseDialAddress(repl *caddy.Replacer, address string) (dialAddress, error) {
+	address, err := repl.ReplaceOrErr(address, true, true)
+	if err != nil {
+		return dialAddress{}, err
+	}
+	parsed, err := caddy.ParseNetworkAddress(address)
+	if err != nil {
+		return dialAddress{}, err
+	}
+	if parsed.PortRangeSize() != 1 {
+		return dialAddress{}, errors.New("must be a single address")
+	}
+	return dialAddress{parsed.Network, parsed.JoinHostPort(0)}, nil
+}
+
+// warmUp makes the tokens ready once the config runs, so that the first
+// requests need not wait. Caddy emits the event at the start and after each
+// reload, but not when a config is merely validated.
+func (t *Transport) warmUp(ctx caddy.Context) error {
+	app, err := ctx.App("events")
+	if err != nil {
+		return fmt.Errorf("getting events app: %w", err)
+	}
+	return app.(*caddyevents.App).On("started", onStarted(t.acquired))
+}
+
+// onStarted is the clients to warm up when the config has started.
+type onStarted []*client
+
+// Handle implements caddyevents.Handler. Events are dispatched in turn, so it
+// only starts the fetches. One that fails is logged, and tried again later:
+// it does not keep the server from starting.
+func (clients onStarted) Handle(context.Context, caddy.Event) error {
+	for _, cl := range clients {
+		cl.source.Warm()
+	}
+	return nil
+}
