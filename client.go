@@ -2,6 +2,7 @@ package outboundauth
 
 import (
 	"cmp"
+	"context"
 	"crypto/sha256"
 	"encoding/json"
 	"fmt"
@@ -34,6 +35,10 @@ type client struct {
 	bearerField  string
 	bearerPrefix string // with the space, if there is a scheme
 	identity     []headerTemplate
+
+	retryOn     []int // statuses
+	replayLimit int   // bytes
+	renewals    renewals
 
 	// The header of the latest token, made once for all requests. Its values
 	// are shared by them and never written to.
@@ -85,6 +90,13 @@ func newClient(c Credentials, tokenTransport http.RoundTripper, transportConfig 
 	if scheme != "" {
 		cl.bearerPrefix = scheme + " "
 	}
+	cl.retryOn = c.RetryOn
+	if len(c.RetryOn) == 0 {
+		cl.retryOn = []int{http.StatusUnauthorized}
+	} else if c.RetryOn[0] == retryOff {
+		cl.retryOn = nil
+	}
+	cl.replayLimit = int(max(0, cmp.Or(c.ReplayBody, defaultReplayBody)))
 	if c.Tenant != nil {
 		cl.identity = append(cl.identity, newHeaderTemplate(c.Tenant.field(), c.Tenant.Value))
 	}
@@ -111,11 +123,11 @@ func (cl *client) release() error {
 	return err
 }
 
-// header sets the bearer and identity headers. t may be nil: then only the
-// identity is sent.
-func (cl *client) header(out http.Header, t *token, repl *caddy.Replacer) error {
+// header sets the bearer and identity headers for the request that ctx
+// belongs to. t may be nil: then only the identity is sent.
+func (cl *client) header(ctx context.Context, out http.Header, t *token) error {
 	for i := range cl.identity {
-		if err := cl.identity[i].set(out, repl); err != nil {
+		if err := cl.identity[i].set(ctx, out); err != nil {
 			return err
 		}
 	}

@@ -185,8 +185,11 @@ func (e *endpoint) read(res *http.Response, body []byte, sensitive []string) (gr
 	failure.Description = clean(description, 200)
 	failure.retryAfter = parseRetryAfter(res.Header, time.Now())
 	for _, s := range sensitive {
-		if s != "" && (strings.Contains(code, s) || strings.Contains(description, s)) {
-			failure.Code, failure.Description = codeHTTPStatus, "the server's words repeat the client's credentials, and are not shown"
+		if strings.Contains(description, s) {
+			failure.Description = "the server's description repeats the client's credentials, and is not shown"
+		}
+		if _, known := hints[code]; !known && strings.Contains(code, s) {
+			failure.Code = codeHTTPStatus
 		}
 	}
 	return grant{}, failure.classify()

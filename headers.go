@@ -1,6 +1,7 @@
 package outboundauth
 
 import (
+	"context"
 	"fmt"
 	"maps"
 	"net/http"
@@ -29,9 +30,13 @@ func newHeaderTemplate(field, value string) headerTemplate {
 // set adds the header to out. An empty value sends no header; one that would
 // break the header, or smuggle in another, is an error that does not quote
 // it: it may come from the client.
-func (h *headerTemplate) set(out http.Header, repl *caddy.Replacer) error {
+func (h *headerTemplate) set(ctx context.Context, out http.Header) error {
 	values := h.values
 	if values == nil {
+		repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+		if !ok {
+			repl = caddy.NewReplacer()
+		}
 		// Only ever expand what stands in the config: expanding a value
 		// again would let a client write `{env.SECRET}`.
 		value := strings.TrimSpace(repl.ReplaceAll(h.template, ""))
@@ -112,8 +117,8 @@ func validHeaderValue(v string) bool {
 // validHeaderField tells whether a name is a token (RFC 9110 §5.1).
 func validHeaderField(name string) bool {
 	return name != "" && strings.IndexFunc(name, func(r rune) bool {
-		return !('a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' ||
-			strings.ContainsRune("!#$%&'*+-.^_`|~", r))
+		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') &&
+			!strings.ContainsRune("!#$%&'*+-.^_`|~", r)
 	}) < 0
 }
 

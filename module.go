@@ -129,16 +129,17 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 
 	ctx := req.Context()
-	repl, _ := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
-	if repl == nil {
-		repl = caddy.NewReplacer()
-	}
-	var tok *token
 	if isHealthCheck(ctx) {
 		// An upstream is not unhealthy because its token is missing, so a
 		// check goes without one if need be, and at once.
-		tok, _ = cl.source.Cached()
-	} else if tok, err = cl.source.Token(ctx); err != nil {
+		out, err := t.outbound(req, cl, cl.source.Cached())
+		if err != nil {
+			return t.refuse(req, http.StatusBadGateway, err)
+		}
+		return t.HTTPTransport.RoundTrip(out)
+	}
+	tok, err := cl.source.Token(ctx)
+	if err != nil {
 		if ctxErr := ctx.Err(); ctxErr != nil && errors.Is(err, context.Canceled) {
 			closeBody(req)
 			return nil, ctxErr // the client went away
@@ -146,15 +147,16 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return t.refuse(req, statusOf(err), err)
 	}
 
-	// A shallow copy: a deep one would cut the request from the trailers
-	// that are filled in when its body ends.
+	return t.roundTrip(req, cl, tok)
+}
+
+// outbound returns req as it goes upstream. The copy is shallow: a deep one
+// would cut it from the trailers that are filled in when the body ends.
+func (t *Transport) outbound(req *http.Request, cl *client, tok *token) (*http.Request, error) {
 	out := new(http.Request)
 	*out = *req
 	out.Header = t.reserved.without(req.Header)
-	if err := cl.header(out.Header, tok, repl); err != nil {
-		return t.refuse(req, http.StatusBadGateway, err)
-	}
-	return t.HTTPTransport.RoundTrip(out)
+	return out, cl.header(req.Context(), out.Header, tok)
 }
 
 // clientFor returns the client whose token the request's upstream gets, or

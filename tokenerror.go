@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
 // Short codes of our own, for failures in which the authorization server sent
@@ -97,6 +99,7 @@ func (e *tokenError) classify() *tokenError {
 func networkError(ctx context.Context, endpoint string, err error) *tokenError {
 	e := &tokenError{Endpoint: endpoint, Code: codeNetwork}
 	var (
+		dial      reverseproxy.DialError
 		op        *net.OpError
 		dns       *net.DNSError
 		cert      *tls.CertificateVerificationError
@@ -112,6 +115,8 @@ func networkError(ctx context.Context, endpoint string, err error) *tokenError {
 		e.Code = codeTimeout
 		e.Description = "no answer in time"
 		e.Hint = "raise token_timeout if the server is just slow"
+	case errors.As(err, &dial): // of Caddy's dialer; hides the error within
+		e.Description = dial.Error()
 	case errors.As(err, &dns):
 		e.Description = dns.Error()
 	case errors.As(err, &hostname):

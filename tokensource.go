@@ -174,13 +174,15 @@ func (s *tokenSource) Token(ctx context.Context) (*token, error) {
 	}
 }
 
-// Cached returns the token if one may be used now; it neither waits nor
-// fetches.
-func (s *tokenSource) Cached() (*token, bool) {
+// Cached returns the token if there is one that may be used now, otherwise
+// nil. It neither waits nor fetches.
+func (s *tokenSource) Cached() *token {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	t := s.current
-	return t, t != nil && time.Now().Before(t.usableTo)
+	if s.current == nil || !time.Now().Before(s.current.usableTo) {
+		return nil
+	}
+	return s.current
 }
 
 // Invalidate drops t, which an upstream refused. A token that has replaced t
@@ -436,10 +438,10 @@ func (s *tokenSource) newToken(g grant, sent, now time.Time) (*token, error) {
 func (s *tokenSource) fail(err error, fingerprint string, now time.Time) *fetchError {
 	var wait time.Duration
 	if isPermanent(err) {
-		// Between a half and the whole, so that wrong credentials do not
+		// Never less than the interval, so that wrong credentials do not
 		// lock the client out by quick repetition.
 		wait = backoff(s.failures, permanentBackoff, maxPermanentBackoff)
-		wait = wait/2 + rand.N(wait/2)
+		wait = min(wait+rand.N(wait/2), maxPermanentBackoff)
 		s.failedWith = fingerprint
 	} else {
 		// Full jitter: anywhere in the interval.
