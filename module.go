@@ -58,6 +58,7 @@ type Transport struct {
 	tokenTransports []*reverseproxy.HTTPTransport
 	reserved        fieldSet // headers that only the transport sets
 	plaintext       bool     // to upstreams, allowed
+	routed          bool     // the handler has the route for failures
 	logger          *zap.Logger
 }
 
@@ -110,9 +111,13 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	if err := t.provisionClients(ctx); err != nil {
 		return err
 	}
-	if err := t.checkParent(ctx); err != nil {
-		return err
-	}
+	if handler, ok := parentHandler(ctx); ok {
+		if err := t.checkUpstreams(handler); err != nil {
+			return err
+		}
+		installFailureRoute(handler)
+		t.routed = true
+	} // otherwise it is the transport of a handler of which nothing is known
 	return t.warmUp(ctx)
 }
 
@@ -125,7 +130,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return t.refuse(req, http.StatusBadGateway, err)
 	}
 	if off {
-		return t.HTTPTransport.RoundTrip(req)
+		return t.send(req)
 	}
 
 	ctx := req.Context()
@@ -136,7 +141,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		if err != nil {
 			return t.refuse(req, http.StatusBadGateway, err)
 		}
-		return t.HTTPTransport.RoundTrip(out)
+		return t.send(out)
 	}
 	tok, err := cl.source.Token(ctx)
 	if err != nil {
@@ -183,30 +188,6 @@ func (t *Transport) clientFor(req *http.Request) (cl *client, off bool, err erro
 		return nil, false, plaintextError(dial.Address)
 	}
 	return cl, false, nil
-}
-
-// refuse answers a request that does not go upstream. The error keeps its
-// status on the way through handle_errors.
-func (t *Transport) refuse(req *http.Request, status int, err error) (*http.Response, error) {
-	closeBody(req)
-	return nil, caddyhttp.Error(status, err)
-}
-
-// closeBody does what a RoundTripper owes to a request that it does not send.
-func closeBody(req *http.Request) {
-	if req.Body != nil {
-		_ = req.Body.Close()
-	}
-}
-
-// statusOf tells a client of the proxy why there is no token: 504 if it did
-// not come in time, otherwise 503.
-func statusOf(err error) int {
-	var refused *tokenError
-	if errors.Is(err, context.DeadlineExceeded) || (errors.As(err, &refused) && refused.Code == codeTimeout) {
-		return http.StatusGatewayTimeout
-	}
-	return http.StatusServiceUnavailable
 }
 
 // isHealthCheck recognizes the reverse proxy's own requests: unlike those

@@ -135,18 +135,20 @@ func (t *Transport) provisionTokenTransport(ctx caddy.Context, h *reverseproxy.H
 	return tokenTransport{h, config}, h.Provision(ctx)
 }
 
-// checkParent compares the upstreams of the handler that the transport is
-// part of with the credentials: what is wrong there should be found at load,
-// not by a request.
-func (t *Transport) checkParent(ctx caddy.Context) error {
+// parentHandler returns the handler that a transport which is being
+// provisioned is part of: the module whose provisioning loads it.
+func parentHandler(ctx caddy.Context) (*reverseproxy.Handler, bool) {
 	modules := ctx.Modules()
 	if len(modules) < 2 {
-		return nil
+		return nil, false
 	}
 	handler, ok := modules[len(modules)-2].(*reverseproxy.Handler)
-	if !ok {
-		return nil // the transport of another handler: nothing is known of it
-	}
+	return handler, ok
+}
+
+// checkUpstreams compares the upstreams of the handler with the credentials:
+// what is wrong there should be found at load, not by a request.
+func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 	t.warnHeaderUp(handler)
 
 	repl := caddy.NewReplacer()

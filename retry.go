@@ -75,7 +75,7 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (*http.
 		defer body.commit()
 		out.Body = body.first()
 	}
-	res, err := t.HTTPTransport.RoundTrip(out)
+	res, err := t.send(out)
 	if err != nil {
 		return nil, err
 	}
@@ -103,7 +103,7 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (*http.
 	_, _ = io.CopyN(io.Discard, res.Body, maxDrain)
 	_ = res.Body.Close()
 
-	res, err = t.HTTPTransport.RoundTrip(out)
+	res, err = t.send(out)
 	if err != nil {
 		return nil, err
 	}

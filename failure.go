@@ -1,0 +1,168 @@
+package outboundauth
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/json"
+	"errors"
+	"math"
+	"net/http"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+)
+
+// The reverse proxy takes every error of a transport for a failure of the
+// upstream: it counts it against the upstream's health and tries the next
+// one. A missing token is neither's fault. So the transport does not return
+// an error but a response that no upstream can send, marked in a header; a
+// response route in front of the user's own turns it into the error. From
+// there, it goes to handle_errors like any other.
+const (
+	// Caddy redacts this field in its logs, and in a response it means
+	// nothing (RFC 9110 §11.7.2).
+	failureField = "Proxy-Authorization"
+
+	phError       = "http.oauth2.error"
+	phDescription = "http.oauth2.error_description"
+	phStatus      = "http.oauth2.status"
+
+	phFailure = "http.oauth2.failure" // the error, for failureHandler
+)
+
+// failureMark is the value of the field, new in each process. Upstreams can't
+// guess it, and it would be taken from them: see send.
+var failureMark = rand.Text()
+
+func init() {
+	caddy.RegisterModule(failureHandler{})
+}
+
+// failureHandler raises the error of a request that did not go upstream. The
+// `oauth2` transport adds it to the reverse proxy that it is part of; it is
+// of no use in a config.
+type failureHandler struct{}
+
+// CaddyModule returns the Caddy module information.
+func (failureHandler) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "http.handlers.oauth2_failure",
+		New: func() caddy.Module { return new(failureHandler) },
+	}
+}
+
+// ServeHTTP implements caddyhttp.MiddlewareHandler.
+func (failureHandler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
+	repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	failure, _ := repl.Get(phFailure)
+	err, ok := failure.(error)
+	if !ok {
+		return next.ServeHTTP(w, r)
+	}
+	repl.Delete(phFailure)
+	repl.Delete("http.reverse_proxy.header." + failureField) // the mark is nobody's business
+	if seconds := retryAfterSeconds(err); seconds != "" {
+		w.Header().Set("Retry-After", seconds)
+	}
+	return err
+}
+
+// installFailureRoute gives the handler the route. The handler provisions its
+// response routes after its transport, whose Provision calls this.
+func installFailureRoute(handler *reverseproxy.Handler) {
+	handler.HandleResponse = slices.Insert(handler.HandleResponse, 0, caddyhttp.ResponseHandler{
+		Match: &caddyhttp.ResponseMatcher{Headers: http.Header{failureField: {failureMark}}},
+		Routes: caddyhttp.RouteList{{
+			HandlersRaw: []json.RawMessage{json.RawMessage(`{"handler": "oauth2_failure"}`)},
+		}},
+	})
+}
+
+// refuse answers a request that does not go upstream, with an error that has
+// this status when it reaches handle_errors.
+func (t *Transport) refuse(req *http.Request, status int, err error) (*http.Response, error) {
+	closeBody(req)
+	ctx := req.Context()
+	repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if !t.routed || !ok || isHealthCheck(ctx) {
+		return nil, caddyhttp.Error(status, err)
+	}
+	describe(repl, err)
+	repl.Set(phFailure, caddyhttp.Error(status, err))
+	return &http.Response{
+		Status:     "200 OK", // of no consequence, so that nothing is counted
+		StatusCode: http.StatusOK,
+		Proto:      "HTTP/1.1",
+		ProtoMajor: 1,
+		ProtoMinor: 1,
+		Header:     http.Header{failureField: {failureMark}},
+		Body:       http.NoBody,
+		Request:    req,
+	}, nil
+}
+
+// send sends a request upstream with Caddy's own transport. What the upstream
+// sends in the field of the mark is removed.
+func (t *Transport) send(req *http.Request) (*http.Response, error) {
+	res, err := t.HTTPTransport.RoundTrip(req)
+	if err == nil {
+		delete(res.Header, failureField)
+	}
+	return res, err
+}
+
+// describe sets the placeholders that tell why there is no token: the OAuth
+// error code or one of ours, the description, and the status with which the
+// token endpoint answered, if it did.
+func describe(repl *caddy.Replacer, err error) {
+	code, description, status := codeConfiguration, err.Error(), ""
+	var refused *tokenError
+	if errors.As(err, &refused) {
+		code, description = refused.Code, refused.Description
+		if refused.Status != 0 {
+			status = strconv.Itoa(refused.Status)
+		}
+	} else if errors.Is(err, context.DeadlineExceeded) {
+		code = codeTimeout
+	}
+	repl.Set(phError, code)
+	repl.Set(phDescription, description)
+	repl.Set(phStatus, status)
+}
+
+// retryAfterSeconds tells when asking again may help (RFC 9110 §10.2.3); ""
+// if it is not a matter of time.
+func retryAfterSeconds(err error) string {
+	var failed *fetchError
+	if !errors.As(err, &failed) {
+		return ""
+	}
+	return strconv.Itoa(max(1, int(math.Ceil(time.Until(failed.retryAt).Seconds()))))
+}
+
+// closeBody does what a RoundTripper owes to a request that it does not send.
+func closeBody(req *http.Request) {
+	if req.Body != nil {
+		_ = req.Body.Close()
+	}
+}
+
+// statusOf tells a client of the proxy why there is no token: 504 if it did
+// not come in time, otherwise 503.
+func statusOf(err error) int {
+	var refused *tokenError
+	if errors.Is(err, context.DeadlineExceeded) || (errors.As(err, &refused) && refused.Code == codeTimeout) {
+		return http.StatusGatewayTimeout
+	}
+	return http.StatusServiceUnavailable
+}
+
+// Interface guards.
+var (
+	_ caddy.Module                = failureHandler{}
+	_ caddyhttp.MiddlewareHandler = failureHandler{}
+)
