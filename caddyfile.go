@@ -374,17 +374,11 @@ func durationArg(d *caddyfile.Dispenser, value *caddy.Duration) error {
 // parseSize reads a size as Caddy writes sizes, by the parser of an option of
 // the http transport that is a size.
 func parseSize(at caddyfile.Token, size string) (int64, error) {
-	var tokens []caddyfile.Token
+	tokens := make([]caddyfile.Token, 5)
 	for i, text := range []string{"http", "{", "read_buffer", size, "}"} {
-		token := at
-		token.Text = text
-		if i >= 2 {
-			token.Line++
-		}
-		if i == 4 {
-			token.Line++
-		}
-		tokens = append(tokens, token)
+		tokens[i] = at
+		tokens[i].Text = text
+		tokens[i].Line += i / 2 // the option on a line of its own
 	}
 	var h reverseproxy.HTTPTransport
 	err := h.UnmarshalCaddyfile(caddyfile.NewDispenser(tokens))

@@ -120,8 +120,7 @@ func (t *Transport) send(req *http.Request) (*http.Response, error) {
 // token endpoint answered, if it did.
 func describe(repl *caddy.Replacer, err error) {
 	code, description, status := codeConfiguration, err.Error(), ""
-	var refused *tokenError
-	if errors.As(err, &refused) {
+	if refused, ok := errors.AsType[*tokenError](err); ok {
 		code, description = refused.Code, refused.Description
 		if refused.Status != 0 {
 			status = strconv.Itoa(refused.Status)
@@ -137,8 +136,8 @@ func describe(repl *caddy.Replacer, err error) {
 // retryAfterSeconds tells when asking again may help (RFC 9110 §10.2.3); ""
 // if it is not a matter of time.
 func retryAfterSeconds(err error) string {
-	var failed *fetchError
-	if !errors.As(err, &failed) {
+	failed, ok := errors.AsType[*fetchError](err)
+	if !ok {
 		return ""
 	}
 	return strconv.Itoa(max(1, int(math.Ceil(time.Until(failed.retryAt).Seconds()))))
@@ -154,8 +153,8 @@ func closeBody(req *http.Request) {
 // statusOf tells a client of the proxy why there is no token: 504 if it did
 // not come in time, otherwise 503.
 func statusOf(err error) int {
-	var refused *tokenError
-	if errors.Is(err, context.DeadlineExceeded) || (errors.As(err, &refused) && refused.Code == codeTimeout) {
+	refused, ok := errors.AsType[*tokenError](err)
+	if errors.Is(err, context.DeadlineExceeded) || (ok && refused.Code == codeTimeout) {
 		return http.StatusGatewayTimeout
 	}
 	return http.StatusServiceUnavailable

@@ -11,11 +11,12 @@ import (
 	"net/http"
 	"slices"
 
+	"go.uber.org/zap"
+
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
-	"go.uber.org/zap"
 )
 
 func init() {
@@ -199,16 +200,15 @@ func isHealthCheck(ctx context.Context) bool {
 // Cleanup releases the tokens, which other configs may go on using. It
 // releases only what was acquired: Caddy calls it after a failed Provision too.
 func (t *Transport) Cleanup() error {
-	var errs []error
+	err := t.HTTPTransport.Cleanup()
 	for _, cl := range t.acquired {
-		errs = append(errs, cl.release())
+		err = errors.Join(err, cl.release())
 	}
-	t.acquired = nil
-	for _, transport := range append(t.tokenTransports, t.HTTPTransport) {
-		errs = append(errs, transport.Cleanup())
+	for _, transport := range t.tokenTransports {
+		err = errors.Join(err, transport.Cleanup())
 	}
-	t.tokenTransports = nil
-	return errors.Join(errs...)
+	t.acquired, t.tokenTransports = nil, nil
+	return err
 }
 
 // Interface guards. The reverse proxy looks for the optional interfaces of a

@@ -46,10 +46,16 @@ type requester interface {
 
 // permanent is implemented by errors that a repetition will not mend, because
 // the authorization server, or our own check, rejected what was configured.
-type permanent interface{ Permanent() bool }
+type permanent interface {
+	error
+	Permanent() bool
+}
 
 // throttled is implemented by errors that say how long to stay away.
-type throttled interface{ RetryAfter() time.Duration }
+type throttled interface {
+	error
+	RetryAfter() time.Duration
+}
 
 // fetchError is why there is no token. Its text is safe to log and to show:
 // it holds no secret, token, form or body.
@@ -463,13 +469,12 @@ func backoff(failures int, base, limit time.Duration) time.Duration {
 }
 
 func isPermanent(err error) bool {
-	var p permanent
-	return errors.As(err, &p) && p.Permanent()
+	p, ok := errors.AsType[permanent](err)
+	return ok && p.Permanent()
 }
 
 func retryAfter(err error) time.Duration {
-	var t throttled
-	if errors.As(err, &t) {
+	if t, ok := errors.AsType[throttled](err); ok {
 		return t.RetryAfter()
 	}
 	return 0
