@@ -1,6 +1,8 @@
 package outboundauth
 
 import (
+	"errors"
+	"fmt"
 	"net/http"
 	"slices"
 	"strconv"
@@ -51,26 +53,29 @@ import (
 //	}
 func (t *Transport) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next()
-	name := d.Token()
-	if d.NextArg() {
+	if d.CountRemainingArgs() > 0 {
+		d.NextArg()
 		return d.Errf("transport oauth2 takes no argument '%s': write its settings in a block", d.Val())
 	}
+	segment := d.NextSegment()
+	d = caddyfile.NewDispenser(segment)
+	d.Next()
 
 	// What is not ours goes to the http transport, by whole segments: taken
 	// word by word, an argument could pass for one of our settings.
-	open := name
-	open.Text = "{"
-	rest := []caddyfile.Token{name, open}
+	rest := slices.Clone(segment[:min(2, len(segment))]) // the name and the opening brace
 
-	base := newCredentialsBlock()
+	base := newCredentialsBlock(d)
+	var blocks []*credentialsBlock // of t.Upstreams
 	for d.NextBlock(0) {
 		switch d.Val() {
 		case "upstream":
-			upstream, err := unmarshalUpstream(d)
+			upstream, block, err := unmarshalUpstream(d)
 			if err != nil {
 				return err
 			}
 			t.Upstreams = append(t.Upstreams, upstream)
+			blocks = append(blocks, block)
 		case "insecure_plaintext":
 			if t.InsecurePlaintext != nil {
 				return d.Err("insecure_plaintext is set twice: put all on one line")
@@ -97,40 +102,52 @@ func (t *Transport) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	if len(base.seen) > 0 {
 		t.Credentials = &base.Credentials
 	}
-	if err := t.checkBlocks(d, base); err != nil {
-		return err
+	if len(rest) > 2 {
+		rest = append(rest, segment[len(segment)-1])
+		if err := t.HTTPTransport.UnmarshalCaddyfile(caddyfile.NewDispenser(rest)); err != nil {
+			if strings.HasPrefix(err.Error(), "unrecognized subdirective") {
+				return fmt.Errorf("%w: neither a setting of transport oauth2 nor an option of transport http", err)
+			}
+			return err
+		}
 	}
-
-	if len(rest) == 2 {
-		return nil
-	}
-	end := rest[len(rest)-1]
-	end.Line++
-	end.Text = "}"
-	return t.HTTPTransport.UnmarshalCaddyfile(caddyfile.NewDispenser(append(rest, end)))
+	return t.checkBlocks(base, blocks)
 }
 
 // checkBlocks finds what only shows when the whole block has been read.
 // Provision would find it too, but knows neither file nor line.
-func (t *Transport) checkBlocks(d *caddyfile.Dispenser, base *credentialsBlock) error {
-	if len(t.Upstreams) == 0 {
-		if missing := base.missing(); missing != "" {
-			return d.Errf("transport oauth2: %s", missing)
-		}
+func (t *Transport) checkBlocks(base *credentialsBlock, blocks []*credentialsBlock) error {
+	if err := t.checkBlock(base, base.Credentials, len(t.Upstreams) == 0); err != nil {
+		return err
 	}
-	for _, upstream := range t.Upstreams {
+	for i, upstream := range t.Upstreams {
 		if upstream.Off {
 			continue
 		}
-		merged := upstream.inherit(t.Credentials)
-		if missing := merged.missing(); missing != "" {
-			return d.Errf("transport oauth2: upstream %s: %s", strings.Join(upstream.Addresses, " "), missing)
+		if err := t.checkBlock(blocks[i], upstream.inherit(t.Credentials), true); err != nil {
+			return err
 		}
 	}
-	if base.tokenURL != nil && !slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {
-		if u, err := parseTokenURL(base.TokenURL); err == nil {
+	return nil
+}
+
+// checkBlock checks the credentials that a block and its inheritance make up.
+func (t *Transport) checkBlock(block *credentialsBlock, merged Credentials, complete bool) error {
+	if missing := merged.missing(); missing != "" && complete {
+		return block.at.WrapErr(fmt.Errorf("transport oauth2: %s", missing))
+	}
+	if err := merged.checkTogether(); err != nil {
+		// At the setting that the error starts with, if the block has it.
+		setting, _, _ := strings.Cut(strings.ReplaceAll(err.Error(), ":", " "), " ")
+		if at, ok := block.seen[setting]; ok {
+			return at.WrapErr(err)
+		}
+		return block.at.WrapErr(err)
+	}
+	if at, ok := block.seen["token_url"]; ok && !slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {
+		if u, err := parseTokenURL(block.TokenURL); err == nil { // else it has placeholders
 			if err := checkPlaintext(u); err != nil {
-				return base.tokenURL.WrapErr(err)
+				return at.WrapErr(err)
 			}
 		}
 	}
@@ -143,7 +160,9 @@ func (t *Transport) checkBlocks(d *caddyfile.Dispenser, base *credentialsBlock) 
 //		<settings of the credentials>
 //	}
 //	upstream <address...> off
-func unmarshalUpstream(d *caddyfile.Dispenser) (*Upstream, error) {
+func unmarshalUpstream(d *caddyfile.Dispenser) (*Upstream, *credentialsBlock, error) {
+	block := newCredentialsBlock(d)
+
 	// The reverse proxy's own parser reads the addresses, so that whatever
 	// can be written there, schemes and port ranges included, means the same
 	// here.
@@ -153,55 +172,57 @@ func unmarshalUpstream(d *caddyfile.Dispenser) (*Upstream, error) {
 	var off bool
 	for d.NextArg() {
 		if off {
-			return nil, d.Err("upstream: off comes last")
+			return nil, nil, d.Err("upstream: off comes last")
 		}
 		if off = d.Val() == "off"; !off {
 			tokens = append(tokens, d.Token())
 		}
 	}
 	if len(tokens) == 1 {
-		return nil, d.Err("upstream: name the address of an upstream, as reverse_proxy has it")
+		return nil, nil, d.Err("upstream: name the address of an upstream, as reverse_proxy has it")
 	}
 	var proxy reverseproxy.Handler
 	if err := proxy.UnmarshalCaddyfile(caddyfile.NewDispenser(tokens)); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	upstream := &Upstream{Off: off}
 	for _, u := range proxy.Upstreams {
 		upstream.Addresses = append(upstream.Addresses, u.Dial)
 	}
 
-	block := newCredentialsBlock()
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
 		if off {
-			return nil, d.Err("upstream: off takes no block: remove one of the two")
+			return nil, nil, d.Err("upstream: off takes no block: remove one of the two")
 		}
 		ours, err := block.unmarshal(d)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
 		if !ours {
-			return nil, d.Errf("upstream: '%s' cannot differ between upstreams: an upstream block takes the settings of its credentials; options of transport http stand beside it", d.Val())
+			return nil, nil, d.Errf("upstream: '%s' is not a setting of credentials, and an upstream block takes no others: options of transport http stand beside it", d.Val())
 		}
 	}
 	if !off && len(block.seen) == 0 {
-		return nil, d.Err("upstream: has no settings of its own: open a block with them, or write off")
+		return nil, nil, d.Err("upstream: has no settings of its own: open a block with them, or write off")
 	}
 	if !off {
 		upstream.Credentials = &block.Credentials
 	}
-	return upstream, nil
+	return upstream, block, nil
 }
 
 // A credentialsBlock is the settings of Credentials while they are read.
 type credentialsBlock struct {
 	Credentials
-	seen     map[string]bool
-	tokenURL *caddyfile.Dispenser // where it stands, for later errors
+
+	// Where the block and each of its settings stand, for errors that show
+	// only later.
+	at   caddyfile.Dispenser
+	seen map[string]caddyfile.Dispenser
 }
 
-func newCredentialsBlock() *credentialsBlock {
-	return &credentialsBlock{seen: make(map[string]bool)}
+func newCredentialsBlock(d *caddyfile.Dispenser) *credentialsBlock {
+	return &credentialsBlock{seen: make(map[string]caddyfile.Dispenser), at: *d}
 }
 
 // unmarshal reads the setting at d, unless it is not one of Credentials.
@@ -211,14 +232,11 @@ func (b *credentialsBlock) unmarshal(d *caddyfile.Dispenser) (ours bool, err err
 	if !ours {
 		return false, nil
 	}
-	if b.seen[setting] && !slices.Contains(repeatableSettings, setting) {
+	if _, twice := b.seen[setting]; twice && !slices.Contains(repeatableSettings, setting) {
 		return true, d.Errf("%s is set twice: keep one", setting)
 	}
-	b.seen[setting] = true
 	at := *d
-	if setting == "token_url" {
-		b.tokenURL = &at
-	}
+	b.seen[setting] = at
 	if err := parse(&b.Credentials, d); err != nil {
 		return true, err
 	}
@@ -292,7 +310,7 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 		}
 		for _, arg := range args {
 			status, err := strconv.Atoi(arg)
-			if err != nil {
+			if err != nil || status < 0 {
 				return d.Errf("retry_on: '%s' is not a status; write statuses such as 401, or off", arg)
 			}
 			c.RetryOn = append(c.RetryOn, status)
@@ -301,11 +319,10 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 	},
 	"replay_body": func(c *Credentials, d *caddyfile.Dispenser) error {
 		var arg string
-		at := d.Token()
 		if err := oneArg(d, &arg); err != nil {
 			return err
 		}
-		size, err := parseSize(at, arg)
+		size, err := parseSize(arg)
 		if err != nil {
 			return d.Errf("replay_body: '%s' is not a size, such as 64KiB", arg)
 		}
@@ -373,14 +390,17 @@ func durationArg(d *caddyfile.Dispenser, value *caddy.Duration) error {
 
 // parseSize reads a size as Caddy writes sizes, by the parser of an option of
 // the http transport that is a size.
-func parseSize(at caddyfile.Token, size string) (int64, error) {
-	tokens := make([]caddyfile.Token, 5)
-	for i, text := range []string{"http", "{", "read_buffer", size, "}"} {
-		tokens[i] = at
-		tokens[i].Text = text
-		tokens[i].Line += i / 2 // the option on a line of its own
+func parseSize(size string) (int64, error) {
+	tokens, err := caddyfile.Tokenize([]byte("http {\nread_buffer "+strconv.Quote(size)+"\n}"), "")
+	if err != nil {
+		return 0, err
 	}
 	var h reverseproxy.HTTPTransport
-	err := h.UnmarshalCaddyfile(caddyfile.NewDispenser(tokens))
-	return int64(h.ReadBufferSize), err
+	if err := h.UnmarshalCaddyfile(caddyfile.NewDispenser(tokens)); err != nil {
+		return 0, err
+	}
+	if h.ReadBufferSize < 0 {
+		return 0, errors.New("too large")
+	}
+	return int64(h.ReadBufferSize), nil
 }

@@ -33,6 +33,8 @@ type client struct {
 	source   *tokenSource
 	endpoint *endpoint
 
+	spare bool // no upstream needs it: all have credentials of their own
+
 	bearerField  string
 	bearerPrefix string // with the space, if there is a scheme
 	identity     []headerTemplate

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net/http"
 	"net/url"
 	"slices"
 	"strings"
@@ -28,9 +29,6 @@ func (c *Credentials) check() error {
 	}
 	if c.AuthMethod != "" && !slices.Contains(authMethods, c.AuthMethod) {
 		return fmt.Errorf("auth_method: unknown method '%s'; use one of %s", c.AuthMethod, strings.Join(authMethods, ", "))
-	}
-	if c.AuthMethod == authNone && c.ClientSecret != "" {
-		return errors.New("auth_method none sends no client_secret: remove one of the two")
 	}
 	for _, scope := range c.Scopes {
 		if !validScope(scope) && !hasPlaceholder(scope) {
@@ -74,10 +72,34 @@ func (c *Credentials) check() error {
 	return c.checkHeaders()
 }
 
-// checkHeaders checks what the upstream is sent. Two settings for one header
-// contradict each other, as do two spellings that an upstream may confuse.
-func (c *Credentials) checkHeaders() error {
+// checkTogether tells what is wrong between settings. It is asked of what a
+// block and its inheritance make up: each alone may not be wrong.
+func (c *Credentials) checkTogether() error {
+	if c.AuthMethod == authNone && c.ClientSecret != "" {
+		return errors.New("auth_method none sends no client_secret: remove one of the two")
+	}
 	var taken fieldSet
+	field, _ := c.BearerHeader.resolve()
+	taken.add(field)
+	if c.Tenant != nil {
+		field = c.Tenant.field()
+		if taken.has(field) {
+			return fmt.Errorf("tenant: the header %s carries the token already", field)
+		}
+		taken.add(field)
+	}
+	for _, field := range sortedKeys(c.Headers) {
+		// Also in a spelling that an upstream may confuse.
+		if taken.has(field) {
+			return fmt.Errorf("header: %s is set already, by bearer_header, tenant or another header", field)
+		}
+		taken.add(field)
+	}
+	return nil
+}
+
+// checkHeaders checks what the upstream is sent.
+func (c *Credentials) checkHeaders() error {
 	field, scheme := c.BearerHeader.resolve()
 	if err := checkHeaderField(field); err != nil {
 		return fmt.Errorf("bearer_header: %w", err)
@@ -85,32 +107,21 @@ func (c *Credentials) checkHeaders() error {
 	if scheme != "" && !validHeaderField(scheme) {
 		return fmt.Errorf("bearer_header: '%s' is not an authentication scheme", scheme)
 	}
-	taken.add(field)
-
 	if c.Tenant != nil {
-		field = c.Tenant.field()
-		if err := checkHeaderField(field); err != nil {
+		if err := checkHeaderField(c.Tenant.field()); err != nil {
 			return fmt.Errorf("tenant: %w", err)
-		}
-		if taken.has(field) {
-			return fmt.Errorf("tenant: the header %s carries the token already", field)
 		}
 		if !validHeaderValue(c.Tenant.Value) {
 			return errors.New("tenant: the value holds a control character")
 		}
-		taken.add(field)
 	}
 	for _, field := range sortedKeys(c.Headers) {
 		if err := checkHeaderField(field); err != nil {
 			return fmt.Errorf("header: %w", err)
 		}
-		if taken.has(field) {
-			return fmt.Errorf("header: %s is set already, by bearer_header, tenant or another header", field)
-		}
 		if !validHeaderValue(c.Headers[field]) {
 			return fmt.Errorf("header %s: the value holds a control character", field)
 		}
-		taken.add(field)
 	}
 	return nil
 }
@@ -134,7 +145,10 @@ func (c *Credentials) missing() string {
 // each token request, and nothing resolved may reach the config that the
 // admin API shows.
 func (c Credentials) resolve(repl *caddy.Replacer) (Credentials, error) {
-	var err error
+	err := c.check()
+	if err != nil {
+		return c, err
+	}
 	replace := func(setting string, value *string) {
 		if err != nil || *value == "" {
 			return
@@ -158,7 +172,9 @@ func (c Credentials) resolve(repl *caddy.Replacer) (Credentials, error) {
 		return c, err
 	}
 	// One placeholder may hold several scopes, as servers write them.
-	c.Scopes = strings.Fields(strings.Join(c.Scopes, " "))
+	if c.Scopes != nil {
+		c.Scopes = strings.Fields(strings.Join(c.Scopes, " "))
+	}
 
 	if err := checkSecretTemplate("client_secret", c.ClientSecret); err != nil {
 		return c, err
@@ -173,7 +189,10 @@ func (c Credentials) resolve(repl *caddy.Replacer) (Credentials, error) {
 			return c, err
 		}
 	}
-	return c, c.check()
+	if err := c.check(); err != nil {
+		return c, err
+	}
+	return c, c.checkTogether()
 }
 
 // requestNamespaces are the placeholders that have a value only while a
@@ -214,6 +233,28 @@ func checkPlaintext(u *url.URL) error {
 	}
 	return fmt.Errorf("token_url: the client's credentials would go to %s unencrypted; use https://, or allow it with `insecure_plaintext %s`",
 		u.Host, plaintextTokenURL)
+}
+
+// canonical returns c with the names of its headers in canonical form, so that
+// an inherited header is overridden in whatever case it is written.
+func (c Credentials) canonical() (Credentials, error) {
+	for setting, headers := range map[string]*map[string]string{
+		"header": &c.Headers, "token_request_header": &c.TokenRequestHeaders,
+	} {
+		if *headers == nil {
+			continue
+		}
+		canonical := make(map[string]string, len(*headers))
+		for field, value := range *headers {
+			field = http.CanonicalHeaderKey(field)
+			if _, ok := canonical[field]; ok {
+				return c, fmt.Errorf("%s %s is set twice: keep one", setting, field)
+			}
+			canonical[field] = value
+		}
+		*headers = canonical
+	}
+	return c, nil
 }
 
 // validScope tells whether s is a scope-token (RFC 6749 §3.3).

@@ -3,6 +3,7 @@ package outboundauth
 import (
 	"context"
 	"fmt"
+	"io"
 	"maps"
 	"net/http"
 	"slices"
@@ -86,12 +87,34 @@ func (s *fieldSet) without(h http.Header) http.Header {
 	if out == nil {
 		out = make(http.Header)
 	}
+	s.deleteFrom(out)
+	return out
+}
+
+// deleteFrom removes the fields of the set from h.
+func (s *fieldSet) deleteFrom(h http.Header) {
 	for field := range h {
 		if s.has(field) {
-			delete(out, field)
+			delete(h, field)
 		}
 	}
-	return out
+}
+
+// A trailerBody removes the fields of a set from a request's trailers. They
+// are known when the body has ended, announced or not, and are sent then.
+type trailerBody struct {
+	io.ReadCloser
+	trailer  http.Header
+	reserved *fieldSet
+}
+
+// Read implements io.Reader.
+func (b *trailerBody) Read(p []byte) (int, error) {
+	n, err := b.ReadCloser.Read(p)
+	if err == io.EOF { //nolint:errorlint // a reader returns it unwrapped
+		b.reserved.deleteFrom(b.trailer)
+	}
+	return n, err
 }
 
 // fold appends field to b in lower case, with '-' for its aliases.

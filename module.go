@@ -162,6 +162,10 @@ func (t *Transport) outbound(req *http.Request, cl *client, tok *token) (*http.R
 	out := new(http.Request)
 	*out = *req
 	out.Header = t.reserved.without(req.Header)
+	if hasBody(req) {
+		t.reserved.deleteFrom(req.Trailer) // as announced
+		out.Body = &trailerBody{ReadCloser: req.Body, trailer: req.Trailer, reserved: &t.reserved}
+	}
 	return out, cl.header(req.Context(), out.Header, tok)
 }
 

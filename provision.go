@@ -33,23 +33,30 @@ func (t *Transport) provisionClients(ctx caddy.Context) error {
 	if len(t.Upstreams) == 0 && t.Credentials == nil {
 		return errors.New("transport oauth2: token_url, client_id and client_secret are missing")
 	}
+	var base *Credentials
 	if t.Credentials != nil {
-		base := *t.Credentials
-		if missing := base.missing(); missing == "" {
-			var err error
-			if t.fallback, err = t.newClient(ctx, repl, base, transports); err != nil {
+		own, err := t.Credentials.canonical()
+		if err != nil {
+			return err
+		}
+		base = &own
+		if missing := own.missing(); missing == "" {
+			if t.fallback, err = t.newClient(ctx, repl, own, transports); err != nil {
 				return err
 			}
 		} else if len(t.Upstreams) == 0 {
 			return errors.New(missing)
-		} else if err := base.check(); err != nil { // a base to inherit from
+		} else if err := own.check(); err != nil { // to inherit from
 			return err
 		}
 	}
 
 	t.clients = make(map[dialAddress]*client)
 	for i, upstream := range t.Upstreams {
-		cl, err := t.upstreamClient(ctx, repl, upstream, transports)
+		if upstream == nil {
+			return fmt.Errorf("upstream %d: is null", i)
+		}
+		cl, err := t.upstreamClient(ctx, repl, upstream, base, transports)
 		if err != nil {
 			return fmt.Errorf("upstream %d (%s): %w", i, strings.Join(upstream.Addresses, " "), err)
 		}
@@ -68,7 +75,7 @@ func (t *Transport) provisionClients(ctx caddy.Context) error {
 }
 
 // upstreamClient makes the client of one upstream block; nil if it is off.
-func (t *Transport) upstreamClient(ctx caddy.Context, repl *caddy.Replacer, u *Upstream, transports map[*reverseproxy.HTTPTransport]tokenTransport) (*client, error) {
+func (t *Transport) upstreamClient(ctx caddy.Context, repl *caddy.Replacer, u *Upstream, base *Credentials, transports map[*reverseproxy.HTTPTransport]tokenTransport) (*client, error) {
 	if len(u.Addresses) == 0 {
 		return nil, errors.New("addresses is missing: name the upstream")
 	}
@@ -80,12 +87,15 @@ func (t *Transport) upstreamClient(ctx caddy.Context, repl *caddy.Replacer, u *U
 	}
 	var own Credentials
 	if u.Credentials != nil {
-		own = *u.Credentials
+		var err error
+		if own, err = u.Credentials.canonical(); err != nil {
+			return nil, err
+		}
 	}
 	if err := own.check(); err != nil {
 		return nil, err
 	}
-	merged := own.inherit(t.Credentials)
+	merged := own.inherit(base)
 	if missing := merged.missing(); missing != "" {
 		return nil, errors.New(missing)
 	}
@@ -169,10 +179,12 @@ func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 			}
 		}
 	}
+	fallbackUsed := !complete
 	for dial, address := range static {
 		cl, listed := t.clients[dial]
 		if !listed {
 			cl = t.fallback
+			fallbackUsed = true
 		}
 		if cl == nil && !listed {
 			missing := "token_url, client_id and client_secret are missing"
@@ -184,6 +196,9 @@ func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 		if cl != nil && !t.plaintext && !t.encrypted(dial) {
 			return plaintextError(address)
 		}
+	}
+	if t.fallback != nil && !fallbackUsed {
+		t.fallback.spare = true
 	}
 	return nil
 }
@@ -257,7 +272,9 @@ type onStarted []*client
 // it does not keep the server from starting.
 func (clients onStarted) Handle(context.Context, caddy.Event) error {
 	for _, cl := range clients {
-		cl.source.Warm()
+		if !cl.spare {
+			cl.source.Warm()
+		}
 	}
 	return nil
 }

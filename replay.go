@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/http"
 	"sync"
+	"time"
 )
 
 // errSuperseded ends the reading of an attempt whose request is being sent
@@ -21,17 +22,19 @@ var errSuperseded = errors.New("the request is being sent again")
 type replayBody struct {
 	body  io.ReadCloser
 	limit int
+	pause time.Duration // at most, before more is read than can be recorded
 
-	mu       sync.Mutex // guards all below; not held while body is read
-	changed  sync.Cond  // of reading, held and attempt
-	attempt  int        // the one that may read
-	reading  bool       // body is being read
-	held     bool       // the attempt has to wait
-	recorded *[]byte    // nil: not recording any more
-	overflow bool       // more was read than is recorded
-	err      error      // with which body ended, io.EOF included
-	closed   bool       // by the current attempt
-	final    bool       // no attempt will follow the current one
+	mu       sync.Mutex  // guards all below; not held while body is read
+	changed  sync.Cond   // of reading, held, paused and attempt
+	attempt  int         // the one that may read
+	reading  bool        // body is being read
+	held     bool        // the attempt has to wait, for hold
+	paused   *time.Timer // the attempt has to wait, until it fires; then nil
+	recorded *[]byte     // nil: not recording any more
+	overflow bool        // more was read than is recorded
+	err      error       // with which body ended, io.EOF included
+	closed   bool        // by the current attempt
+	final    bool        // no attempt will follow the current one
 }
 
 // recordings are reused: most bodies are small, and few are sent again.
@@ -55,6 +58,23 @@ func (b *replayBody) hold() bool {
 	return b.held
 }
 
+// proceed ends the pause: the upstream wants the body.
+func (b *replayBody) proceed() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.endPause()
+	b.changed.Broadcast()
+}
+
+// endPause makes sure that there is no pause, and will be none. mu is held.
+func (b *replayBody) endPause() {
+	b.pause = 0
+	if b.paused != nil {
+		b.paused.Stop()
+		b.paused = nil
+	}
+}
+
 // again returns the body of the second attempt, after hold has returned true.
 // The first reads nothing from then on.
 func (b *replayBody) again() io.ReadCloser {
@@ -62,6 +82,7 @@ func (b *replayBody) again() io.ReadCloser {
 	defer b.mu.Unlock()
 	b.attempt++
 	b.held, b.closed, b.final = false, false, true
+	b.endPause()
 	b.changed.Broadcast()
 	return &attemptBody{of: b, number: b.attempt}
 }
@@ -75,6 +96,7 @@ func (b *replayBody) commit() {
 		return
 	}
 	b.held, b.final = false, true
+	b.endPause()
 	b.changed.Broadcast()
 	b.forget()
 	if b.closed {
@@ -110,7 +132,7 @@ func (a *attemptBody) Read(p []byte) (int, error) {
 
 	// A read by the attempt before may still be under way. What it gets is
 	// recorded: this attempt has to send it.
-	for (b.reading || b.held) && b.attempt == a.number {
+	for b.attempt == a.number && (b.reading || b.held || b.pausing()) {
 		b.changed.Wait()
 	}
 	if b.attempt != a.number {
@@ -155,6 +177,16 @@ func (a *attemptBody) Read(p []byte) (int, error) {
 		return 0, errSuperseded
 	}
 	return n, err
+}
+
+// pausing tells whether the first attempt has to wait for the upstream before
+// it reads more than can be recorded. It starts the pause. mu is held.
+func (b *replayBody) pausing() bool {
+	if b.pause > 0 && b.recorded != nil && len(*b.recorded) == b.limit && b.err == nil {
+		b.paused = time.AfterFunc(b.pause, b.proceed)
+		b.pause = 0
+	}
+	return b.paused != nil
 }
 
 // Close implements io.Closer. It closes the body itself only if no attempt

@@ -4,6 +4,7 @@ import (
 	"context"
 	"io"
 	"net/http"
+	"net/http/httptrace"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -13,6 +14,10 @@ import (
 // maxDrain is how much of a refusal's body is read so that its connection can
 // be used again.
 const maxDrain = 64 << 10
+
+// maxPause is how long a large body waits for an upstream that does not say
+// whether it wants it.
+const maxPause = 100 * time.Millisecond
 
 // renewals holds back the renewal of tokens that an upstream refuses although
 // they are new: otherwise an upstream that refuses everything would make the
@@ -71,9 +76,12 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (*http.
 	}
 	var body *replayBody
 	if hasBody(req) && len(cl.retryOn) > 0 {
-		body = newReplayBody(req.Body, cl.replayLimit)
+		body = newReplayBody(out.Body, cl.replayLimit)
 		defer body.commit()
 		out.Body = body.first()
+		if req.ContentLength > int64(cl.replayLimit) {
+			out = expectContinue(out, body)
+		}
 	}
 	res, err := t.send(out)
 	if err != nil {
@@ -115,6 +123,17 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (*http.
 	return res, nil
 }
 
+// expectContinue asks the upstream to say whether it wants the body of out
+// (RFC 9110 §10.1.1), which is longer than what is kept of it: the body waits
+// for that where the recording ends. Once more had been sent, it would be
+// too late to send it again.
+func expectContinue(out *http.Request, body *replayBody) *http.Request {
+	out.Header["Expect"] = []string{"100-continue"}
+	body.pause = maxPause
+	trace := &httptrace.ClientTrace{Got100Continue: body.proceed}
+	return out.WithContext(httptrace.WithClientTrace(out.Context(), trace))
+}
+
 // renew replaces a token that an upstream has refused. It returns nil if
 // there is no other token, or if it is too early to ask for one.
 func (cl *client) renew(ctx context.Context, refused *token) *token {
@@ -122,8 +141,12 @@ func (cl *client) renew(ctx context.Context, refused *token) *token {
 		return nil
 	}
 	fresh, err := cl.source.Token(ctx)
-	if err != nil || fresh.value == refused.value {
+	if err != nil {
 		return nil // the source has logged it
+	}
+	if fresh.value == refused.value { // from a cache of the server's
+		cl.renewals.fail(fresh)
+		return nil
 	}
 	return fresh
 }

@@ -1,0 +1,321 @@
+package outboundauth
+
+import (
+	"bytes"
+	"encoding/json"
+	"flag"
+	"maps"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+)
+
+var update = flag.Bool("update", false, "write what testdata/adapt is compared with")
+
+// errorPosition is what a message needs for its reader to find the line.
+var errorPosition = regexp.MustCompile(`, at Caddyfile:[1-9][0-9]*\b`)
+
+// TestAdapt compares with testdata/adapt. Its files have the format of Caddy's
+// own: a Caddyfile, a line of dashes, and the JSON that it adapts to. Of those
+// named error_*, the second part is contained in the error.
+func TestAdapt(t *testing.T) {
+	files, err := filepath.Glob("testdata/adapt/*.caddyfiletest")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("got %d files, err %v, want some", len(files), err)
+	}
+	for _, file := range files {
+		name := strings.TrimSuffix(filepath.Base(file), ".caddyfiletest")
+		t.Run(name, func(t *testing.T) {
+			content, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			source, want, ok := strings.Cut(string(content), "----------\n")
+			if !ok {
+				t.Fatal("got no line of dashes")
+			}
+			want = strings.TrimSpace(want)
+
+			adapted, warnings, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(source), nil)
+			for _, warning := range warnings { // of the format, for example
+				t.Errorf("got warning %v", warning)
+			}
+			var got string
+			if strings.HasPrefix(name, "error_") {
+				if err == nil {
+					t.Fatalf("got %s, want an error", adapted)
+				}
+				got = err.Error()
+				if !errorPosition.MatchString(got) {
+					t.Errorf("got %q, want it to tell file and line", got)
+				}
+			} else {
+				if err != nil {
+					t.Fatal(err)
+				}
+				got = indent(t, adapted)
+			}
+			switch {
+			case *update:
+				if err := os.WriteFile(file, []byte(source+"----------\n"+got+"\n"), 0o600); err != nil {
+					t.Fatal(err)
+				}
+			case err != nil:
+				if want == "" || !strings.Contains(got, want) {
+					t.Errorf("got error %q, want it to contain %q", got, want)
+				}
+			case got != want:
+				t.Errorf("got\n%s\nwant\n%s", got, want)
+			}
+			if err == nil {
+				checkTransportJSON(t, adapted)
+			}
+		})
+	}
+}
+
+// checkTransportJSON decodes the transports of a config as Caddy does, and
+// encodes them again: nothing may be lost, and nothing added.
+func checkTransportJSON(t *testing.T, config []byte) {
+	t.Helper()
+	transports := 0
+	for _, handler := range findModules(t, config, "handler", "reverse_proxy") {
+		raw, ok := handler["transport"].(map[string]any)
+		if !ok {
+			continue
+		}
+		transports++
+		if got := raw["protocol"]; got != "oauth2" {
+			t.Errorf("got transport %v, want oauth2", got)
+		}
+		delete(raw, "protocol")
+		want := encode(t, raw)
+
+		transport := new(Transport).CaddyModule().New().(*Transport)
+		if err := caddy.StrictUnmarshalJSON(want, transport); err != nil {
+			t.Errorf("got %v, want that the transport decodes", err)
+			continue
+		}
+		// Sorted as raw is, by its keys.
+		var again map[string]any
+		if err := json.Unmarshal(encode(t, transport), &again); err != nil {
+			t.Fatal(err)
+		}
+		if got := encode(t, again); !bytes.Equal(got, want) {
+			t.Errorf("got %s, want %s as before decoding", got, want)
+		}
+	}
+	if transports == 0 {
+		t.Error("got no transport, want one")
+	}
+}
+
+// findModules returns the objects of a config whose key has the value, such
+// as the handlers called reverse_proxy.
+func findModules(t *testing.T, config []byte, key, value string) []map[string]any {
+	t.Helper()
+	var found []map[string]any
+	var walk func(any)
+	walk = func(v any) {
+		switch v := v.(type) {
+		case []any:
+			for _, element := range v {
+				walk(element)
+			}
+		case map[string]any:
+			if v[key] == value {
+				found = append(found, v)
+			}
+			for _, k := range slices.Sorted(maps.Keys(v)) {
+				walk(v[k])
+			}
+		}
+	}
+	var v any
+	if err := json.Unmarshal(config, &v); err != nil {
+		t.Fatal(err)
+	}
+	walk(v)
+	return found
+}
+
+func encode(t *testing.T, v any) []byte {
+	t.Helper()
+	encoded, err := json.Marshal(v)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return encoded
+}
+
+func indent(t *testing.T, encoded []byte) string {
+	t.Helper()
+	var out bytes.Buffer
+	if err := json.Indent(&out, encoded, "", "\t"); err != nil {
+		t.Fatal(err)
+	}
+	return out.String()
+}
+
+// jsonNames returns the names of the fields of a struct type. Fields of
+// embedded structs belong to those.
+func jsonNames(typ reflect.Type) []string {
+	var names []string
+	for field := range typ.Fields() {
+		if name, _, _ := strings.Cut(field.Tag.Get("json"), ","); name != "" && name != "-" {
+			names = append(names, name)
+		}
+	}
+	return slices.Sorted(slices.Values(names))
+}
+
+func TestJSONNamesAreTheNamesInTheCaddyfile(t *testing.T) {
+	got := slices.Sorted(maps.Keys(credentialsSettings))
+	if want := jsonNames(reflect.TypeFor[Credentials]()); !slices.Equal(got, want) {
+		t.Errorf("got the settings %q, want the JSON names %q", got, want)
+	}
+}
+
+// A field of the same name would hide one of the http transport without a
+// word, and so would a setting in the Caddyfile.
+func TestSettingsHideNoneOfTheHTTPTransport(t *testing.T) {
+	options := jsonNames(reflect.TypeFor[Transport]().Field(3).Type.Elem())
+	if !slices.Contains(options, "dial_timeout") {
+		t.Fatalf("got %q, want the fields of the http transport", options)
+	}
+	for _, name := range jsonNames(reflect.TypeFor[Transport]()) {
+		if slices.Contains(options, name) {
+			t.Errorf("got %s in Transport, want that it is left to the http transport", name)
+		}
+	}
+	settings := append(slices.Sorted(maps.Keys(credentialsSettings)), "upstream", "insecure_plaintext")
+	for _, name := range settings {
+		d := caddyfile.NewTestDispenser("http {\n\t" + name + "\n}")
+		http := new(Transport).CaddyModule().New().(*Transport).HTTPTransport
+		if err := http.UnmarshalCaddyfile(d); err == nil || !strings.Contains(err.Error(), "unrecognized subdirective "+name) {
+			t.Errorf("got %v, want that the http transport does not know %s", err, name)
+		}
+	}
+	own := jsonNames(reflect.TypeFor[Upstream]())
+	for _, name := range jsonNames(reflect.TypeFor[Credentials]()) {
+		if slices.Contains(own, name) {
+			t.Errorf("got %s in Upstream, want that it is left to Credentials", name)
+		}
+	}
+}
+
+// settingSamples are valid arguments, as many as a setting takes.
+var settingSamples = map[string]string{
+	"token_url":            "https://auth.example.com/token",
+	"client_id":            "gateway",
+	"client_secret":        "secret",
+	"auth_method":          "client_secret_post",
+	"scopes":               "orders.read",
+	"audience":             "https://api.example.com",
+	"param":                "organization acme",
+	"token_request_header": "X-Api-Version 2",
+	"token_timeout":        "5s",
+	"token_transport":      "{\n tls\n}",
+	"tenant":               "X-Organization acme",
+	"header":               "X-Region eu",
+	"bearer_header":        "X-Access-Token Token",
+	"refresh_before":       "30s",
+	"default_lifetime":     "1h",
+	"retry_on":             "401",
+	"replay_body":          "1KiB",
+}
+
+func TestEverySettingIsReadStrictly(t *testing.T) {
+	lists := []string{"scopes", "audience", "retry_on"}
+	for _, setting := range slices.Sorted(maps.Keys(credentialsSettings)) {
+		sample := settingSamples[setting]
+		if sample == "" {
+			t.Errorf("got no sample of %s, want one", setting)
+			continue
+		}
+		cases := map[string]string{"once": setting + " " + sample, "twice": setting + " " + sample + "\n" + setting + " " + sample}
+		if setting != "token_transport" {
+			cases["without a value"] = setting
+		}
+		if setting == "token_transport" || !slices.Contains(lists, setting) {
+			cases["with one more argument"] = setting + " " + strings.TrimSuffix(sample, "{\n tls\n}") + " more"
+		}
+		for name, lines := range cases {
+			for place, block := range map[string]string{
+				"transport": "oauth2 {\n" + lines + "\n upstream 127.0.0.1:9000 off\n}",
+				"upstream":  "oauth2 {\n upstream 127.0.0.1:9000 {\n" + lines + "\n}\n" + baseWithout(setting) + "}",
+			} {
+				t.Run(setting+" "+name+" in "+place, func(t *testing.T) {
+					transport := new(Transport).CaddyModule().New().(*Transport)
+					err := transport.UnmarshalCaddyfile(caddyfile.NewTestDispenser(block))
+					if name == "once" {
+						wantError(t, err, "")
+						return
+					}
+					wantError(t, err, setting)
+					wantError(t, err, ", at Testfile:")
+				})
+			}
+		}
+	}
+}
+
+// baseWithout returns what a client needs, without one of it.
+func baseWithout(setting string) string {
+	var base strings.Builder
+	for line := range strings.Lines(clientSettings) {
+		if !strings.HasPrefix(line, setting+" ") {
+			base.WriteString(line)
+		}
+	}
+	return base.String()
+}
+
+// A Caddyfile is all that some users ever write, so nothing in it may bring
+// down the adapter, or adapt to what Caddy then refuses to decode.
+func FuzzCaddyfile(f *testing.F) {
+	files, err := filepath.Glob("testdata/adapt/*.caddyfiletest")
+	if err != nil {
+		f.Fatal(err)
+	}
+	for _, file := range files {
+		content, err := os.ReadFile(file)
+		if err != nil {
+			f.Fatal(err)
+		}
+		source, _, _ := strings.Cut(string(content), "----------\n")
+		if _, block, ok := strings.Cut(source, "transport oauth2 {\n"); ok {
+			block, _, _ = strings.Cut(block, "\n\t\t}\n")
+			f.Add([]byte(block))
+		}
+	}
+	f.Fuzz(func(t *testing.T, block []byte) {
+		tokens, err := caddyfile.Tokenize(slices.Concat([]byte("oauth2 {\n"), block, []byte("\n}\n")), "Caddyfile")
+		if err != nil {
+			return // the lexer is not ours
+		}
+		transport := new(Transport).CaddyModule().New().(*Transport)
+		if err := transport.UnmarshalCaddyfile(caddyfile.NewDispenser(tokens)); err != nil {
+			return
+		}
+		// Caddy takes the default transport if it cannot encode this one, and
+		// proxies without a token.
+		encoded, err := json.Marshal(transport)
+		if err != nil {
+			t.Fatalf("got %v, want that what was parsed can be encoded", err)
+		}
+		again := new(Transport).CaddyModule().New().(*Transport)
+		if err := caddy.StrictUnmarshalJSON(encoded, again); err != nil {
+			t.Errorf("got %v, want that %s decodes", err, encoded)
+		}
+	})
+}

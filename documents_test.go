@@ -1,0 +1,191 @@
+package outboundauth
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+)
+
+// TestExamplesWork loads what users are asked to start with, as far as that is
+// possible without its servers.
+func TestExamplesWork(t *testing.T) {
+	files, err := filepath.Glob("examples/*.Caddyfile")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("got %d files in examples, err %v, want some", len(files), err)
+	}
+	for _, file := range append(files, "example.Caddyfile") {
+		t.Run(file, func(t *testing.T) {
+			content, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := caddyfile.Format(content); !bytes.Equal(got, content) {
+				t.Errorf("got an example that is not formatted, want\n%s", got)
+			}
+			setPlaceholders(t, content)
+			wantError(t, validateCaddyfile(t, string(content)), "")
+			if !bytes.Contains(content, []byte("transport oauth2")) {
+				t.Error("got no `transport oauth2`, want an example of it")
+			}
+		})
+	}
+}
+
+// TestReadmeWorks loads each block of the README that is a Caddyfile or a part
+// of one.
+func TestReadmeWorks(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks := fencedBlocks(string(readme), "caddyfile")
+	if len(blocks) == 0 {
+		t.Fatal("got no ```caddyfile block in README.md, want some")
+	}
+	for _, block := range blocks {
+		t.Run(fmt.Sprintf("line %d", block.line), func(t *testing.T) {
+			setPlaceholders(t, []byte(block.text))
+			wantError(t, validateCaddyfile(t, completeCaddyfile(block.text)), "")
+		})
+	}
+}
+
+func TestReadmeNamesEverySetting(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := slices.Concat(jsonNames(reflect.TypeFor[Credentials]()), []string{"upstream", "insecure_plaintext"})
+	for _, name := range names {
+		// As code: several are words that occur in any text.
+		code := regexp.MustCompile("(?m)`" + name + "[` ]|^\\s*(# )?" + name + "\\s")
+		if !code.Match(readme) {
+			t.Errorf("got nothing about %s in README.md, want `%s` explained", name, name)
+		}
+	}
+}
+
+func TestJSONOfTheReadmeWorks(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	proxies := 0
+	for _, block := range fencedBlocks(string(readme), "json") {
+		setPlaceholders(t, []byte(block.text))
+		for _, proxy := range findModules(t, []byte(block.text), "handler", "reverse_proxy") {
+			proxies++
+			dial := proxy["upstreams"].([]any)[0].(map[string]any)["dial"].(string)
+			if _, _, err := loadTransport(t, dial, proxy["transport"]); err != nil {
+				t.Errorf("line %d: got %v, want that it loads", block.line, err)
+			}
+		}
+	}
+	if proxies == 0 {
+		t.Error("got no ```json block with a reverse_proxy in README.md, want one")
+	}
+}
+
+type fencedBlock struct {
+	line int // of its first line
+	text string
+}
+
+// fencedBlocks returns the code blocks of a Markdown text in a language.
+func fencedBlocks(markdown, language string) []fencedBlock {
+	var blocks []fencedBlock
+	var block *fencedBlock
+	var indent string
+	number := 0
+	for line := range strings.Lines(markdown) {
+		number++
+		trimmed := strings.TrimSpace(line)
+		switch {
+		case block == nil && trimmed == "```"+language:
+			indent, _, _ = strings.Cut(line, "`")
+			block = &fencedBlock{line: number + 1}
+		case block != nil && trimmed == "```":
+			blocks = append(blocks, *block)
+			block = nil
+		case block != nil:
+			block.text += strings.TrimPrefix(line, indent)
+		}
+	}
+	return blocks
+}
+
+// completeCaddyfile adds to a fragment what it stands in, as its first word
+// tells: settings of `transport oauth2`, its block, or a directive.
+func completeCaddyfile(fragment string) string {
+	tokens, err := caddyfile.Tokenize([]byte(fragment), "README.md")
+	if err != nil || len(tokens) == 0 {
+		return fragment
+	}
+	first := tokens[0].Text
+	_, isSetting := settingSamples[first]
+	switch {
+	case isSetting || first == "upstream" || first == "insecure_plaintext":
+		settings := fragment + "\n"
+		for line := range strings.Lines(clientSettings) {
+			name, _, _ := strings.Cut(line, " ")
+			if !strings.Contains("\n"+fragment, "\n"+name+" ") &&
+				(name != "client_secret" || !strings.Contains("\n"+fragment, "\nauth_method none")) {
+				settings += line
+			}
+		}
+		// Dynamic upstreams may have any address that the fragment names.
+		return strings.Replace(proxyConfig("", settings), "transport", "dynamic a localhost 9000\ntransport", 1)
+	case first == "transport":
+		return "http://localhost:8080 {\nreverse_proxy https://api.example.com {\n" + fragment + "\n}\n}\n"
+	case slices.Contains([]string{"reverse_proxy", "handle", "handle_path", "route", "handle_errors", "metrics", "log"}, first):
+		return "http://localhost:8080 {\n" + fragment + "\n}\n"
+	}
+	return fragment
+}
+
+func TestFragmentsOfCaddyfilesAreCompleted(t *testing.T) {
+	for _, test := range []struct{ fragment, want string }{
+		{"tenant acme", ""},
+		{"client_id public\nauth_method none", ""},
+		{"upstream https://us.api.example.com {\n\tclient_id other\n}\nupstream https://eu.api.example.com off", ""},
+		{"transport oauth2 {\n\t" + clientSettings + "}", ""},
+		{"reverse_proxy 127.0.0.1:9000 {\ntransport oauth2 {\n" + clientSettings + "}\n}", ""},
+		{":8080 {\n\trespond ok\n}", ""},
+		{"tenant", "tenant: write"}, // a mistake shows
+		{"transport oauth2 {\n\ttoken_uri https://auth.example.com\n}", "token_ur"},
+	} {
+		t.Run(test.fragment, func(t *testing.T) {
+			_, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(completeCaddyfile(test.fragment)), nil)
+			wantError(t, err, test.want)
+		})
+	}
+}
+
+var environmentPlaceholder = regexp.MustCompile(`\{(?:env\.|\$)(\w+)`)
+
+// setPlaceholders gives each environment variable that a Caddyfile names a
+// value that is plausible where such a name is used.
+func setPlaceholders(t *testing.T, source []byte) {
+	t.Helper()
+	for _, match := range environmentPlaceholder.FindAllSubmatch(source, -1) {
+		name, value := string(match[1]), "value"
+		switch {
+		case strings.Contains(name, "URL"):
+			value = "https://auth.example.com/token"
+		case strings.HasSuffix(name, "HOST"), strings.HasSuffix(name, "DOMAIN"):
+			value = "api.example.com"
+		case strings.HasSuffix(name, "ADDR"), strings.HasSuffix(name, "ADDRESS"), strings.HasSuffix(name, "UPSTREAM"):
+			value = "127.0.0.1:9000"
+		}
+		t.Setenv(name, value)
+	}
+}

@@ -1,0 +1,399 @@
+package outboundauth
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+)
+
+// clientSettings are what no client can do without.
+const clientSettings = "token_url https://auth.example.com/token\nclient_id gateway\nclient_secret secret\n"
+
+// proxyConfig is a Caddyfile with one reverse_proxy.
+func proxyConfig(upstreams, settings string) string {
+	return fmt.Sprintf("http://localhost:8080 {\n reverse_proxy %s {\n transport oauth2 {\n %s\n }\n }\n}\n", upstreams, settings)
+}
+
+// adaptCaddyfile turns a Caddyfile into a config that leaves nothing behind.
+func adaptCaddyfile(t *testing.T, source string) *caddy.Config {
+	t.Helper()
+	adapted, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(source), nil)
+	if err != nil {
+		t.Fatalf("got %v, want that this adapts:\n%s", err, source)
+	}
+	config := new(caddy.Config)
+	if err := caddy.StrictUnmarshalJSON(adapted, config); err != nil {
+		t.Fatal(err)
+	}
+	config.Admin = &caddy.AdminConfig{Disabled: true, Config: &caddy.ConfigSettings{Persist: new(bool)}}
+	config.StorageRaw = encode(t, map[string]string{"module": "file_system", "root": t.TempDir()})
+	return config
+}
+
+// validateCaddyfile does what `caddy validate` does.
+func validateCaddyfile(t *testing.T, source string) error {
+	t.Helper()
+	return caddy.Validate(adaptCaddyfile(t, source))
+}
+
+// loadTransport loads a transport from JSON as part of a reverse proxy.
+// Cleaning up unloads it, earlier than at the end of the test if need be.
+func loadTransport(t *testing.T, dial string, settings any) (transport *Transport, cleanUp func(), err error) {
+	t.Helper()
+	var config map[string]any
+	if err := json.Unmarshal(encode(t, settings), &config); err != nil {
+		t.Fatal(err)
+	}
+	config["protocol"] = "oauth2"
+	proxy := encode(t, map[string]any{"upstreams": []any{map[string]any{"dial": dial}}, "transport": config})
+
+	base, err := caddy.ProvisionContext(new(caddy.Config))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := caddy.NewContext(base)
+	t.Cleanup(cancel)
+	loaded, err := ctx.LoadModuleByID("http.handlers.reverse_proxy", proxy)
+	if err != nil {
+		return nil, cancel, err
+	}
+	return loaded.(*reverseproxy.Handler).Transport.(*Transport), cancel, nil
+}
+
+// loadSettings is loadTransport for settings as the Caddyfile has them.
+func loadSettings(t *testing.T, dial, settings string) (transport *Transport, cleanUp func(), err error) {
+	t.Helper()
+	config := encode(t, adaptCaddyfile(t, proxyConfig(dial, settings)))
+	return loadTransport(t, dial, findModules(t, config, "handler", "reverse_proxy")[0]["transport"])
+}
+
+// wantError compares err with a part of its text; "" wants none.
+func wantError(t *testing.T, err error, want string) {
+	t.Helper()
+	switch {
+	case want == "" && err != nil:
+		t.Errorf("got error %q, want none", err)
+	case want != "" && (err == nil || !strings.Contains(err.Error(), want)):
+		t.Errorf("got error %v, want one that contains %q", err, want)
+	}
+}
+
+func TestValidate(t *testing.T) {
+	for name, value := range map[string]string{
+		"TEST_TOKEN_URL":  "https://auth.example.com/token",
+		"TEST_HTTP_URL":   "http://auth.example.com/token",
+		"TEST_BAD_URL":    "https://auth.example.com/token#top",
+		"TEST_CLIENT_ID":  "gateway",
+		"TEST_SCOPES":     "orders.read orders.write",
+		"TEST_BAD_SCOPE":  `orders"read`,
+		"TEST_UPSTREAM":   "127.0.0.1:9000",
+		"TEST_REMOTE":     "10.0.0.1:9000",
+		"TEST_UPSTREAM_B": "127.0.0.1:9001",
+	} {
+		t.Setenv(name, value)
+	}
+	const (
+		local    = "127.0.0.1:9000"
+		remote   = "10.0.0.1:9000"
+		noURL    = "client_id gateway\nclient_secret secret\n"
+		noID     = "token_url https://auth.example.com/token\nclient_secret secret\n"
+		noSecret = "token_url https://auth.example.com/token\nclient_id gateway\n"
+		empty    = "evaluated placeholder {env.TEST_UNSET} is empty"
+		unknown  = "unrecognized placeholder {http.request.host} (only global placeholders such as {env.*} and {file.*} are known here)"
+	)
+	for _, test := range []struct{ name, upstreams, settings, want string }{
+		{"a complete client", local, clientSettings, ""},
+
+		// An address that is none of the proxy's.
+		{"an unknown address", local, clientSettings + "upstream 127.0.0.1:9009 {\n tenant acme\n}", "upstream 127.0.0.1:9009: reverse_proxy has no such upstream; write it as there"},
+		{"an unknown address that is off", local, clientSettings + "upstream 127.0.0.1:9009 off", "upstream 127.0.0.1:9009: reverse_proxy has no such upstream"},
+		{"another port", "localhost", clientSettings + "upstream https://localhost off", "reverse_proxy has no such upstream"},
+		{"another name for the address", local, clientSettings + "upstream localhost:9000 off", "reverse_proxy has no such upstream"},
+		{"the address with its network", local, clientSettings + "upstream tcp/127.0.0.1:9000 off", ""},
+		{"one address of a range", "127.0.0.1:9000-9002", clientSettings + "upstream 127.0.0.1:9001 off", ""},
+		{"beside an upstream from the request", local + " {header.X-Upstream}", clientSettings + "upstream 127.0.0.1:9009 off", ""},
+		{"a socket", "unix//run/orders.sock", clientSettings + "upstream unix//run/orders.sock {\n tenant acme\n}", ""},
+		{"another socket", "unix//run/orders.sock", clientSettings + "upstream unix//run/order.sock off", "reverse_proxy has no such upstream"},
+
+		// An address that belongs to two.
+		{"twice in a block", local, clientSettings + "upstream 127.0.0.1:9000 127.0.0.1:9000 {\n tenant acme\n}", "upstream 127.0.0.1:9000: named twice"},
+		{"in two blocks", local, clientSettings + "upstream 127.0.0.1:9000 {\n tenant acme\n}\nupstream 127.0.0.1:9000 off", "upstream 127.0.0.1:9000: named twice"},
+		{"in two spellings", local, clientSettings + "upstream 127.0.0.1:9000 {\n tenant acme\n}\nupstream tcp/{env.TEST_UPSTREAM} off", "named twice"},
+		{"an address from the request", local, clientSettings + "upstream {header.X-Upstream} off", "upstream {http.request.header.X-Upstream}: unrecognized placeholder"},
+
+		// Upstreams without credentials.
+		{"a complete block for each", local + " 127.0.0.1:9001", "upstream 127.0.0.1:9000 {\n" + clientSettings + "}\nupstream 127.0.0.1:9001 off", ""},
+		{"an upstream left out", local + " 127.0.0.1:9001", "upstream 127.0.0.1:9000 {\n" + clientSettings + "}", "upstream 127.0.0.1:9001 has no credentials: token_url, client_id and client_secret are missing; or add `upstream 127.0.0.1:9001 { … }` or `upstream 127.0.0.1:9001 off`"},
+		{"an upstream left out of what others inherit", local + " 127.0.0.1:9001", noID + "upstream 127.0.0.1:9000 {\n client_id orders\n}", "upstream 127.0.0.1:9001 has no credentials: client_id is missing"},
+
+		// Tokens in the clear.
+		{"a remote upstream", remote, clientSettings, "the token would go to upstream 10.0.0.1:9000 unencrypted; use https://, or allow it with `insecure_plaintext upstream`"},
+		{"a remote upstream with http://", "http://api.example.com", clientSettings, "the token would go to upstream api.example.com:80 unencrypted"},
+		{"a remote upstream with h2c://", "h2c://api.example.com", clientSettings, "the token would go to upstream api.example.com:80 unencrypted"},
+		{"a remote upstream in a block", local + " " + remote, clientSettings + "upstream 10.0.0.1:9000 {\n tenant acme\n}", "the token would go to upstream 10.0.0.1:9000 unencrypted"},
+		{"a remote upstream from the environment", "{env.TEST_REMOTE}", clientSettings, "unencrypted"},
+		{"a remote upstream that is off", local + " " + remote, clientSettings + "upstream 10.0.0.1:9000 off", ""},
+		{"a remote upstream, allowed", remote, clientSettings + "insecure_plaintext upstream", ""},
+		{"a remote upstream, something else allowed", remote, clientSettings + "insecure_plaintext token_url", "unencrypted"},
+		{"a remote upstream with https://", "https://api.example.com", clientSettings, ""},
+		{"a remote upstream with tls", remote, clientSettings + "tls", ""},
+		{"a remote upstream on a port without tls", remote, clientSettings + "tls_except_ports 9000", "unencrypted"},
+		{"a remote upstream on another port than those without tls", remote, clientSettings + "tls_except_ports 80", ""},
+		{"all of 127.0.0.0/8", "127.8.8.8:9000", clientSettings, ""},
+		{"the loopback of IPv6", "[::1]:9000", clientSettings, ""},
+		{"localhost", "LocalHost:9000", clientSettings, ""},
+		{"a name that begins with localhost", "localhost.example.com:9000", clientSettings, "unencrypted"},
+
+		// The token endpoint in the clear, which shows late with placeholders.
+		{"http from the environment", local, noURL + "token_url {env.TEST_HTTP_URL}", "the client's credentials would go to auth.example.com unencrypted"},
+		{"http from the environment, allowed", local, noURL + "token_url {env.TEST_HTTP_URL}\ninsecure_plaintext token_url", ""},
+		{"http from the environment, something else allowed", local, noURL + "token_url {env.TEST_HTTP_URL}\ninsecure_plaintext upstream", "unencrypted"},
+
+		// Placeholders that are read at load.
+		{"from the environment", "{env.TEST_UPSTREAM}", "token_url {env.TEST_TOKEN_URL}\nclient_id {env.TEST_CLIENT_ID}\nclient_secret {env.TEST_UNSET}\nscopes {env.TEST_SCOPES}\naudience {env.TEST_CLIENT_ID}", ""},
+		{"addresses from the environment", "{env.TEST_UPSTREAM} 127.0.0.1:9001", clientSettings + "upstream 127.0.0.1:9000 off\nupstream {env.TEST_UPSTREAM_B} {\n tenant acme\n}", ""},
+		{"a bad URL from the environment", local, noURL + "token_url {env.TEST_BAD_URL}", "token_url: must have no fragment"},
+		{"a bad scope from the environment", local, clientSettings + "scopes {env.TEST_BAD_SCOPE}", `scopes: 'orders"read' is not a scope`},
+		{"an empty token_url", local, noURL + "token_url {env.TEST_UNSET}", "token_url: " + empty},
+		{"an empty client_id", local, noID + "client_id {env.TEST_UNSET}", "client_id: " + empty},
+		{"empty scopes", local, clientSettings + "scopes {env.TEST_UNSET}", "scopes: " + empty},
+		{"an empty audience", local, clientSettings + "audience {env.TEST_UNSET}", "audience: " + empty},
+		{"an empty address", local, clientSettings + "upstream {env.TEST_UNSET} off", empty},
+		{"an empty value in an upstream block", local, clientSettings + "upstream 127.0.0.1:9000 {\n client_id {env.TEST_UNSET}\n}", "upstream 0 (127.0.0.1:9000): client_id: " + empty},
+		{"the request in token_url", local, noURL + "token_url https://{host}/token", "token_url: " + unknown},
+		{"the request in client_id", local, noID + "client_id {host}", "client_id: " + unknown},
+		{"the request in scopes", local, clientSettings + "scopes {host}", "scopes: " + unknown},
+		{"the request in audience", local, clientSettings + "audience {host}", "audience: " + unknown},
+		{"the request in client_secret", local, noSecret + "client_secret {header.X-Secret}", "client_secret: {http.*} placeholders have no value in a token request; use {env.*} or {file.*}"},
+		{"the request in part of client_secret", local, noSecret + "client_secret prefix-{vars.secret}", "client_secret: {http.*} placeholders"},
+		{"the request in param", local, clientSettings + "param organization {host}", "param organization: {http.*} placeholders"},
+		{"the request in token_request_header", local, clientSettings + "token_request_header X-Caller {remote_host}", "token_request_header X-Caller: {http.*} placeholders"},
+		{"the request in what the upstream is sent", local, clientSettings + "tenant {header.X-Organization}\nheader X-Caller {remote_host}", ""},
+		{"braces in a secret", local, noSecret + "client_secret `a{b}c}{`", ""},
+
+		// What the http transports find wrong.
+		{"a bad http option", local, clientSettings + "versions 4", "unsupported HTTP version: 4"},
+		{"a bad option of token_transport", local, clientSettings + "token_transport {\n versions 4\n}", "token_transport: unsupported HTTP version: 4"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			wantError(t, validateCaddyfile(t, proxyConfig(test.upstreams, test.settings)), test.want)
+		})
+	}
+}
+
+// What dynamic upstreams there will be is not known when the config is loaded.
+func TestAddressesMayBelongToDynamicUpstreams(t *testing.T) {
+	source := strings.Replace(proxyConfig("", clientSettings+"upstream 127.0.0.1:9009 {\n tenant acme\n}"),
+		"transport", "dynamic a localhost 9009\ntransport", 1)
+	wantError(t, validateCaddyfile(t, source), "")
+}
+
+// JSON can hold what the Caddyfile's parser never lets through.
+func TestJSONIsCheckedLikeTheCaddyfile(t *testing.T) {
+	const client = `"token_url":"https://auth.example.com/token","client_id":"gateway","client_secret":"secret"`
+	for _, test := range []struct{ name, config, want string }{
+		{"complete", `{"credentials":{` + client + `}}`, ""},
+		{"empty", `{}`, "transport oauth2: token_url, client_id and client_secret are missing"},
+		{"null", `{"credentials":null,"upstreams":null}`, "transport oauth2: token_url, client_id and client_secret are missing"},
+		{"empty credentials", `{"credentials":{}}`, "token_url is missing"},
+		{"without client_secret", `{"credentials":{"token_url":"https://auth.example.com/token","client_id":"gateway"}}`, "client_secret is missing"},
+		{"auth_method none", `{"credentials":{"token_url":"https://auth.example.com/token","client_id":"gateway","auth_method":"none"}}`, ""},
+		{"auth_method none with client_secret", `{"credentials":{` + client + `,"auth_method":"none"}}`, "auth_method none sends no client_secret"},
+		{"auth_method of a later version", `{"credentials":{` + client + `,"auth_method":"tls_client_auth"}}`, "auth_method: unknown method 'tls_client_auth'"},
+		{"setting of a later version", `{"credentials":{"issuer":"https://auth.example.com"}}`, `unknown field "issuer"`},
+		{"setting out of place", `{` + client + `}`, "unknown field"},
+		{"setting of an upstream unknown", `{"upstreams":[{"addresses":["127.0.0.1:9000"],"client_name":"a"}]}`, `unknown field "client_name"`},
+		{"plaintext token_url", `{"credentials":{"token_url":"http://auth.example.com/token","client_id":"gateway","client_secret":"secret"}}`, "unencrypted"},
+		{"token_url with a password", `{"credentials":{"token_url":"https://a:hidden@auth.example.com/","client_id":"gateway","client_secret":"secret"}}`, "token_url: must hold no user and password"},
+		{"empty scope", `{"credentials":{` + client + `,"scopes":[""]}}`, "scopes: '' is not a scope"},
+		{"empty audience", `{"credentials":{` + client + `,"audience":[""]}}`, "audience: an empty value"},
+		{"reserved param", `{"credentials":{` + client + `,"param":{"client_secret":"x"}}}`, "param client_secret: has a setting of its own: use client_secret"},
+		{"param without name", `{"credentials":{` + client + `,"param":{"":"x"}}}`, "name and value must not be empty"},
+		{"header of the framing", `{"credentials":{` + client + `,"header":{"Content-Length":"1"}}}`, "header: the header Content-Length is not free to set"},
+		{"header twice", `{"credentials":{` + client + `,"header":{"X-Region":"eu","x_region":"us"}}}`, "is set already"},
+		{"token_request_header twice", `{"credentials":{` + client + `,"token_request_header":{"X-Region":"eu","x-region":"us"}}}`, "token_request_header"},
+		{"token_request_header with a line break", `{"credentials":{` + client + `,"token_request_header":{"X-Region":"eu\r\nX-A: b"}}}`, "token_request_header X-Region: the value holds a control character"},
+		{"tenant with a line break", `{"credentials":{` + client + `,"tenant":{"value":"acme\nX-A: b"}}}`, "tenant: the value holds a control character"},
+		{"tenant in the token's header", `{"credentials":{` + client + `,"tenant":{"field":"authorization","value":"acme"}}}`, "tenant: the header authorization carries the token already"},
+		{"negative token_timeout", `{"credentials":{` + client + `,"token_timeout":-1}}`, "token_timeout: must not be negative"},
+		{"negative refresh_before", `{"credentials":{` + client + `,"refresh_before":"-1m"}}`, "refresh_before: must not be negative"},
+		{"negative default_lifetime", `{"credentials":{` + client + `,"default_lifetime":-1}}`, "default_lifetime: must not be negative"},
+		{"replay_body that is off", `{"credentials":{` + client + `,"replay_body":-1}}`, ""},
+		{"negative replay_body", `{"credentials":{` + client + `,"replay_body":-2}}`, "replay_body: must not be negative"},
+		{"retry_on that is off", `{"credentials":{` + client + `,"retry_on":[-1]}}`, ""},
+		{"retry_on off beside a status", `{"credentials":{` + client + `,"retry_on":[-1,401]}}`, "retry_on: -1 is not an error status"},
+		{"retry_on a success", `{"credentials":{` + client + `,"retry_on":[200]}}`, "retry_on: 200 is not an error status"},
+		{"insecure_plaintext unknown", `{"credentials":{` + client + `},"insecure_plaintext":["everywhere"]}`, "insecure_plaintext: 'everywhere' is neither token_url nor upstream"},
+		{"upstream without addresses", `{"credentials":{` + client + `},"upstreams":[{"tenant":{"value":"acme"}}]}`, "addresses is missing"},
+		{"upstream that is null", `{"credentials":{` + client + `},"upstreams":[null]}`, "upstream 0"},
+		{"upstream that is off and not", `{"credentials":{` + client + `},"upstreams":[{"addresses":["127.0.0.1:9000"],"off":true,"tenant":{"value":"acme"}}]}`, "off contradicts its other settings"},
+		{"upstream incomplete", `{"upstreams":[{"addresses":["127.0.0.1:9000"],"client_id":"orders"}]}`, "upstream 0 (127.0.0.1:9000): token_url is missing"},
+		{"upstream with a mistake", `{"credentials":{` + client + `},"upstreams":[{"addresses":["127.0.0.1:9000"],"retry_on":[200]}]}`, "upstream 0 (127.0.0.1:9000): retry_on: 200 is not an error status"},
+		{"upstream whose tenant is in the token's inherited header", `{"credentials":{` + client + `,"bearer_header":{"field":"X-Token"}},"upstreams":[{"addresses":["127.0.0.1:9000"],"tenant":{"field":"X-Token","value":"acme"}}]}`, "tenant: the header X-Token carries the token already"},
+		{"upstream whose header is free by inheritance", `{"credentials":{` + client + `,"bearer_header":{"field":"X-Token"}},"upstreams":[{"addresses":["127.0.0.1:9000"],"header":{"Authorization":"Basic YTpi"}}]}`, ""},
+		{"mistake in what upstreams inherit", `{"credentials":{"client_id":"a","scopes":["a b"]},"upstreams":[{"addresses":["127.0.0.1:9000"],"off":true}]}`, "scopes: 'a b' is not a scope"},
+		{"address with a range", `{"credentials":{` + client + `},"upstreams":[{"addresses":["127.0.0.1:9000-9001"],"off":true}]}`, "must be a single address"},
+		{"address that is none", `{"credentials":{` + client + `},"upstreams":[{"addresses":["127.0.0.1:port"],"off":true}]}`, "upstream 127.0.0.1:port"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			defer func() { // a mistake in a config must not end a running Caddy
+				if p := recover(); p != nil {
+					t.Errorf("got panic %v, want an error", p)
+				}
+			}()
+			_, _, err := loadTransport(t, "127.0.0.1:9000", json.RawMessage(test.config))
+			wantError(t, err, test.want)
+			if err != nil && strings.Contains(err.Error(), "hidden") {
+				t.Errorf("got %q, want no password in it", err)
+			}
+		})
+	}
+}
+
+// Only a handler has upstreams to compare with.
+func TestTransportOutsideOfReverseProxyLoads(t *testing.T) {
+	base, err := caddy.ProvisionContext(new(caddy.Config))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := caddy.NewContext(base)
+	defer cancel()
+	_, err = ctx.LoadModuleByID("http.reverse_proxy.transport.oauth2", []byte(`{
+		"credentials": {"token_url": "https://auth.example.com/token", "client_id": "gateway", "client_secret": "secret"},
+		"upstreams": [{"addresses": ["api.example.com:443"], "tenant": {"value": "acme"}}]
+	}`))
+	wantError(t, err, "")
+}
+
+func TestValidatingMakesNoTokenRequest(t *testing.T) {
+	requests := make(chan struct{}, 100)
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		requests <- struct{}{}
+		w.Header().Set("Content-Type", "application/json")
+		w.Write([]byte(`{"access_token":"t","token_type":"Bearer","expires_in":3600}`))
+	}))
+	defer server.Close()
+	settings := "token_url " + server.URL + "\nclient_id " + t.Name() + "\nclient_secret secret"
+	source := strings.Replace(proxyConfig("127.0.0.1:9000", settings), "http://localhost:8080", "http://localhost:0", 1)
+
+	wantError(t, validateCaddyfile(t, source), "")
+	transport, cleanUp, err := loadSettings(t, "127.0.0.1:9000", settings)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tokens := transport.fallback.source
+	tokens.mu.Lock()
+	if tokens.inflight != nil || tokens.timer != nil {
+		t.Error("got a token request under way, want none before the config runs")
+	}
+	tokens.mu.Unlock()
+	cleanUp()
+
+	// The same config does make one once it runs, so one would have shown.
+	if err := caddy.Run(adaptCaddyfile(t, source)); err != nil {
+		t.Fatal(err)
+	}
+	defer caddy.Stop()
+	select {
+	case <-requests:
+	case <-time.After(10 * time.Second):
+		t.Fatal("got no token request, want one once the config runs")
+	}
+	if got := len(requests); got != 0 {
+		t.Errorf("got %d token requests more than one, want 0", got)
+	}
+}
+
+func TestNothingResolvedIsWrittenBack(t *testing.T) {
+	secretFile := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(secretFile, []byte("resolved-file"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("TEST_TOKEN_URL", "https://resolved-host.example.com/token")
+	t.Setenv("TEST_VALUE", "resolved-value")
+	t.Setenv("TEST_UPSTREAM", "127.0.0.1:9000")
+	credentials := map[string]any{
+		"token_url":            "{env.TEST_TOKEN_URL}",
+		"client_id":            "{env.TEST_VALUE}",
+		"client_secret":        "{file." + secretFile + "}",
+		"scopes":               []any{"{env.TEST_VALUE}", "b"},
+		"audience":             []any{"{env.TEST_VALUE}", "b"},
+		"param":                map[string]any{"organization": "{env.TEST_VALUE}"},
+		"token_request_header": map[string]any{"X-Api-Key": "{env.TEST_VALUE}"},
+		"tenant":               map[string]any{"value": "{env.TEST_VALUE}"},
+		"header":               map[string]any{"X-Region": "{env.TEST_VALUE}"},
+	}
+	upstreams := []any{map[string]any{"addresses": []any{"{env.TEST_UPSTREAM}"}, "scopes": []any{"{env.TEST_VALUE}"}}}
+	transport, _, err := loadTransport(t, "127.0.0.1:9000", map[string]any{"credentials": credentials, "upstreams": upstreams})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := transport.fallback.endpoint.id; got != "resolved-value" {
+		t.Fatalf("got client_id %q, want that it was resolved", got)
+	}
+
+	if got, want := encode(t, transport.Credentials), encode(t, credentials); !slices.Equal(sortKeys(t, got), want) {
+		t.Errorf("got credentials %s, want %s", got, want)
+	}
+	if got, want := encode(t, transport.Upstreams), encode(t, upstreams); !slices.Equal(sortKeys(t, got), want) {
+		t.Errorf("got upstreams %s, want %s", got, want)
+	}
+	if got := encode(t, transport); strings.Contains(string(got), "resolved") {
+		t.Errorf("got %s, want nothing in it that was resolved", got)
+	}
+}
+
+func sortKeys(t *testing.T, encoded []byte) []byte {
+	t.Helper()
+	var v any
+	if err := json.Unmarshal(encoded, &v); err != nil {
+		t.Fatal(err)
+	}
+	return encode(t, v)
+}
+
+func TestHeaderUpWithoutEffectIsLogged(t *testing.T) {
+	for _, test := range []struct {
+		headerUp string
+		want     bool
+	}{
+		{"Authorization secret", true},
+		{"+X-Tenant-Id globex", true},
+		{"x_tenant_id globex", true},
+		{"X-Region us", true},
+		{"X-Request-Id {http.request.uuid}", false},
+		{"-Authorization", false},
+	} {
+		t.Run(test.headerUp, func(t *testing.T) {
+			config := adaptCaddyfile(t, strings.Replace(proxyConfig("127.0.0.1:9000", clientSettings+"header X-Region eu"),
+				"transport", "header_up "+test.headerUp+"\ntransport", 1))
+			file := filepath.Join(t.TempDir(), "log")
+			config.Logging = &caddy.Logging{Logs: map[string]*caddy.CustomLog{"default": {
+				BaseLog: caddy.BaseLog{WriterRaw: encode(t, map[string]string{"output": "file", "filename": file})},
+			}}}
+			err := caddy.Validate(config)
+			defer caddy.Validate(new(caddy.Config)) // logs to the console again
+			if err != nil {
+				t.Fatal(err)
+			}
+			log, err := os.ReadFile(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got := strings.Contains(string(log), "header_up has no effect"); got != test.want {
+				t.Errorf("got %v, want %v that the log says so:\n%s", got, test.want, log)
+			}
+		})
+	}
+}
