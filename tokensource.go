@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 )
@@ -19,9 +20,8 @@ type token struct {
 	refreshAt, usableTo, expires time.Time
 }
 
-// GoString and String keep the token out of everything that prints values.
-func (t *token) GoString() string { return "token" }
-func (t *token) String() string   { return "token" }
+// Format keeps the token out of everything that prints values.
+func (t *token) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("token")) }
 
 // grant is what an authorization server issued (RFC 6749 §5.1).
 type grant struct {
@@ -39,8 +39,8 @@ type requester interface {
 	// them. It may do I/O: placeholders can name files.
 	fingerprint() string
 
-	// fetched is told how each fetch ended: with err == nil at the first try
-	// or after failures, or with err, and when it is tried again.
+	// fetched is told how each fetch ended: with a token, at the first try or
+	// after failures, or with err. It may be called while the next is told.
 	fetched(t *token, err *fetchError, failures int)
 }
 
@@ -112,9 +112,12 @@ type tokenSource struct {
 
 	mu sync.Mutex // guards all fields below; never held over I/O
 
-	// Those who share the source, newest last; the newest makes the
-	// requests, so none is made with the modules of a config that ended.
+	// Those who share the source, newest last. The newest makes the requests,
+	// so none is made with the modules of a config that ended; without any,
+	// the last one does, for requests that are still on their way: Caddy
+	// serves these after their config has been unloaded.
 	requesters []requester
+	last       requester
 
 	current  *token
 	inflight *fetch
@@ -145,8 +148,9 @@ type fetch struct {
 
 func newTokenSource(l lifecycle) *tokenSource { return &tokenSource{lifecycle: l} }
 
-// GoString keeps tokens out of caddy.UsagePool's panics, which print values.
-func (s *tokenSource) GoString() string { return "tokenSource" }
+// Format keeps the token out of everything that prints values, such as the
+// panics of caddy.UsagePool.
+func (s *tokenSource) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("tokenSource")) }
 
 // Token returns a token that may be used now. It waits for at most one fetch
 // and no longer than ctx lasts; the error is then ctx's own, otherwise a
@@ -206,7 +210,8 @@ func (s *tokenSource) Invalidate(t *token) {
 func (s *tokenSource) Warm() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.current == nil && !s.released && !s.backingOff(time.Now()) {
+	now := time.Now()
+	if (s.current == nil || !now.Before(s.current.usableTo)) && !s.released && !s.backingOff(now) {
 		s.start(false)
 	}
 }
@@ -216,18 +221,18 @@ func (s *tokenSource) attach(r requester) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.requesters = append(s.requesters, r)
+	s.last = r
 }
 
-// detach removes a user. The last one stays for requests that are still on
-// their way: Caddy serves those after their config has been unloaded.
+// detach removes a user.
 func (s *tokenSource) detach(r requester) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i, have := range s.requesters {
-		if have == r && len(s.requesters) > 1 {
-			s.requesters = append(s.requesters[:i:i], s.requesters[i+1:]...)
-			return
-		}
+	if i := slices.Index(s.requesters, r); i >= 0 {
+		s.requesters = slices.Delete(s.requesters, i, i+1)
+	}
+	if n := len(s.requesters); n > 0 {
+		s.last = s.requesters[n-1]
 	}
 }
 
@@ -239,7 +244,7 @@ func (s *tokenSource) Destruct() error {
 	s.released = true
 	s.stopTimer()
 	if f := s.inflight; f != nil && f.waiters == 0 {
-		f.cancel(errReleased)
+		s.abandon(f)
 	}
 	return nil
 }
@@ -251,7 +256,16 @@ func (s *tokenSource) leave(f *fetch) {
 	defer s.mu.Unlock()
 	f.waiters--
 	if f.waiters == 0 && s.released {
-		f.cancel(errReleased)
+		s.abandon(f)
+	}
+}
+
+// abandon cancels a fetch that nobody needs. Nobody joins it from now on: a
+// caller who comes later starts another. mu is held.
+func (s *tokenSource) abandon(f *fetch) {
+	f.cancel(errReleased)
+	if s.inflight == f {
+		s.inflight = nil
 	}
 }
 
@@ -286,7 +300,7 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 	if onlyIfChanged {
 		failedWith = s.failedWith
 	}
-	go s.run(ctx, f, s.requesters[len(s.requesters)-1], failedWith, s.failures)
+	go s.run(ctx, f, s.last, failedWith, s.failures)
 	return f
 }
 
@@ -295,80 +309,101 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 func (s *tokenSource) run(ctx context.Context, f *fetch, r requester, failedWith string, failures int) {
 	defer f.cancel(nil)
 
-	fingerprint := r.fingerprint()
-	if failedWith != "" && failedWith == fingerprint {
-		s.mu.Lock()
-		f.err = s.lastErr
-		s.finish(f)
-		s.mu.Unlock()
-		return
+	var (
+		g           grant
+		sent        time.Time
+		fingerprint string
+	)
+	err := safely(func() error {
+		fingerprint = r.fingerprint()
+		return nil
+	})
+	unchanged := err == nil && failedWith != "" && failedWith == fingerprint
+	if err == nil && !unchanged {
+		g, sent, err = s.request(ctx, r, failures)
 	}
-
-	started := time.Now()
-	g, err := s.request(ctx, r, failures)
 	now := time.Now()
 
 	s.mu.Lock()
 	var failed *fetchError
-	if err == nil {
-		f.t, err = s.newToken(g, started, now)
-	}
-	if err == nil {
+	switch {
+	case unchanged:
+		f.err = s.lastErr
+	case err != nil && errors.Is(context.Cause(ctx), errReleased):
+		f.err = errReleased // says nothing about the server
+	default:
+		if err == nil {
+			f.t, err = s.newToken(g, sent, now)
+		}
+		if err != nil {
+			failed = s.fail(err, fingerprint, now)
+			f.err = failed
+			break
+		}
 		s.current = f.t
 		s.failures, s.lastErr, s.failedWith = 0, nil, ""
-	} else {
-		failed = s.fail(err, fingerprint, now)
-		f.err = failed
 	}
 	s.finish(f)
 	s.mu.Unlock()
 
-	r.fetched(f.t, failed, failures)
+	if f.t != nil || failed != nil {
+		_ = safely(func() error {
+			r.fetched(f.t, failed, failures)
+			return nil
+		})
+	}
 }
 
 // request makes the token request, in case of a transient error up to three
-// times. Only the first fetch that fails repeats itself: those that follow it
+// times, and tells when the one that was granted was sent. Only the first fetch that fails repeats itself: those that follow it
 // are repetitions already, at growing distances.
-func (s *tokenSource) request(ctx context.Context, r requester, failures int) (grant, error) {
+func (s *tokenSource) request(ctx context.Context, r requester, failures int) (grant, time.Time, error) {
 	ctx, cancel := context.WithTimeout(ctx, s.fetchTimeout)
 	defer cancel()
 
 	for try := 0; ; try++ {
-		g, err := requestSafely(ctx, r)
+		var g grant
+		sent := time.Now()
+		err := safely(func() (err error) {
+			g, err = r.request(ctx)
+			return err
+		})
 		if err == nil {
-			return g, nil
+			return g, sent, nil
 		}
 		if cause := context.Cause(ctx); errors.Is(cause, errReleased) {
-			return grant{}, cause
+			return grant{}, sent, cause
 		}
 		if ctx.Err() != nil || failures > 0 || try == quickRetries || isPermanent(err) || retryAfter(err) > 0 {
-			return grant{}, err
+			return grant{}, sent, err
 		}
 		delay := time.NewTimer(rand.N(quickRetryDelay << try))
 		select {
 		case <-delay.C:
 		case <-ctx.Done():
 			delay.Stop()
-			return grant{}, err
+			return grant{}, sent, err
 		}
 	}
 }
 
-// requestSafely turns a panic into an error: in a goroutine of ours nobody
-// else could recover it, and it would end the whole server. The panic's value
-// is not shown because it could hold what the request held.
-func requestSafely(ctx context.Context, r requester) (g grant, err error) {
+// safely turns a panic into an error: in a goroutine of ours nobody else could
+// recover it, and it would end the whole server. The panic's value is not
+// shown because it could hold what the request held.
+func safely(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("the token request panicked with a value of type %T; please report it as a bug", p)
 		}
 	}()
-	return r.request(ctx)
+	return f()
 }
 
 // finish publishes the result of f and sees to the next fetch. mu is held.
 func (s *tokenSource) finish(f *fetch) {
-	s.inflight = nil
+	if s.inflight == f {
+		s.inflight = nil
+	}
 	// Whoever waits here uses the token, which counts as wanting the next.
 	s.wanted = f.waiters > 0
 	close(f.done)
@@ -382,7 +417,7 @@ func (s *tokenSource) finish(f *fetch) {
 		at = s.lastErr.retryAt
 	case s.current != nil:
 		at = s.current.refreshAt
-	default: // invalidated while it was fetched
+	default: // given up
 		return
 	}
 	s.stopTimer()
@@ -397,7 +432,9 @@ func (s *tokenSource) refresh() {
 	now := time.Now()
 	// A failed renewal is repeated while its token lives, asked for or not.
 	renewing := s.failures > 0 && s.current != nil && now.Before(s.current.usableTo)
-	if (s.wanted || renewing) && !s.released && !s.backingOff(now) {
+	// The timer may have fired while somebody else saw to it.
+	due := s.current == nil || !now.Before(s.current.refreshAt)
+	if due && (s.wanted || renewing) && !s.released && !s.backingOff(now) {
 		s.start(false)
 	}
 }
@@ -442,12 +479,17 @@ func (s *tokenSource) newToken(g grant, sent, now time.Time) (*token, error) {
 
 // fail notes a failure and computes when to try again. mu is held.
 func (s *tokenSource) fail(err error, fingerprint string, now time.Time) *fetchError {
+	if isPermanent(err) != (s.failedWith != "") {
+		s.failures = 0 // of the other kind: their number says nothing about this one
+	}
 	var wait time.Duration
 	if isPermanent(err) {
 		// Never less than the interval, so that wrong credentials do not
 		// lock the client out by quick repetition.
 		wait = backoff(s.failures, permanentBackoff, maxPermanentBackoff)
-		wait = min(wait+rand.N(wait/2), maxPermanentBackoff)
+		if wait += rand.N(wait / 2); wait > maxPermanentBackoff {
+			wait = maxPermanentBackoff - rand.N(maxPermanentBackoff/4)
+		}
 		s.failedWith = fingerprint
 	} else {
 		// Full jitter: anywhere in the interval.
