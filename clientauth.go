@@ -4,7 +4,6 @@ import (
 	"encoding/base64"
 	"net/http"
 	"net/url"
-	"slices"
 )
 
 // The ways to authenticate the client at the token endpoint (RFC 6749 §2.3.1,
@@ -22,8 +21,8 @@ func needsSecret(method string) bool { return method != authNone }
 
 // authenticate adds the client's identity to a token request, in exactly one
 // way: RFC 6749 §2.3 forbids two, and trying one after the other burns the
-// client's attempts. It returns what must not be shown, as it is sent.
-func authenticate(method, id, secret string, form url.Values, header http.Header) (sensitive []string) {
+// client's attempts. It returns what of it must not be shown.
+func authenticate(method, id, secret string, form url.Values, header http.Header) (secrets confidential) {
 	switch method {
 	case authBasic:
 		// Both parts are form-encoded first (§2.3.1): otherwise an id with a
@@ -31,15 +30,14 @@ func authenticate(method, id, secret string, form url.Values, header http.Header
 		basic := base64.StdEncoding.EncodeToString(
 			[]byte(url.QueryEscape(id) + ":" + url.QueryEscape(secret)))
 		header.Set("Authorization", "Basic "+basic)
-		sensitive = append(sensitive, basic)
+		secrets.add(basic)
+		secrets.add(secret)
 	case authPost:
 		form.Set("client_id", id)
 		form.Set("client_secret", secret)
+		secrets.add(secret)
 	case authNone:
 		form.Set("client_id", id) // §3.2.1
 	}
-	if needsSecret(method) {
-		sensitive = append(sensitive, secret, url.QueryEscape(secret), url.PathEscape(secret))
-	}
-	return slices.Compact(sensitive)
+	return secrets
 }

@@ -89,7 +89,7 @@ func (e *endpoint) request(ctx context.Context) (grant, error) {
 	if err != nil {
 		return grant{}, e.failed(codeConfiguration, err, true)
 	}
-	req, sensitive := e.newRequest(ctx, r)
+	req, secrets := e.newRequest(ctx, r)
 
 	// RoundTrip and not an http.Client: a redirect is not followed, as it
 	// would send the client's secret elsewhere.
@@ -102,12 +102,12 @@ func (e *endpoint) request(ctx context.Context) (grant, error) {
 	if err != nil {
 		return grant{}, networkError(ctx, e.url.Host, err)
 	}
-	return e.read(res, body, sensitive)
+	return e.read(res, body, secrets)
 }
 
 // newRequest builds the token request (RFC 6749 §4.4.2), and returns what of
 // it must not be shown.
-func (e *endpoint) newRequest(ctx context.Context, r resolved) (*http.Request, []string) {
+func (e *endpoint) newRequest(ctx context.Context, r resolved) (*http.Request, confidential) {
 	form := url.Values{"grant_type": {"client_credentials"}}
 	if len(e.scopes) > 0 { // a parameter without a value is left out (§3.2)
 		form.Set("scope", strings.Join(e.scopes, " "))
@@ -120,18 +120,14 @@ func (e *endpoint) newRequest(ctx context.Context, r resolved) (*http.Request, [
 		"Content-Type": {"application/x-www-form-urlencoded"},
 		"User-Agent":   {"caddy-outbound-auth"},
 	}
-	sensitive := authenticate(e.method, e.id, r.secret, form, header)
+	secrets := authenticate(e.method, e.id, r.secret, form, header)
 	for name, value := range r.params {
 		form.Set(name, value)
-		if e.params[name] != value { // came from a placeholder
-			sensitive = append(sensitive, value)
-		}
+		secrets.addReplaced(e.params[name], value)
 	}
 	for name, value := range r.headers {
 		header.Set(name, value)
-		if e.headers[name] != value {
-			sensitive = append(sensitive, value)
-		}
+		secrets.addReplaced(e.headers[name], value)
 	}
 
 	// Caddy's HTTP transport looks for a replacer in the context, and for
@@ -150,11 +146,11 @@ func (e *endpoint) newRequest(ctx context.Context, r resolved) (*http.Request, [
 			return io.NopCloser(strings.NewReader(body)), nil
 		},
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-	}).WithContext(ctx), sensitive
+	}).WithContext(ctx), secrets
 }
 
 // read turns an answer into a grant or a *tokenError.
-func (e *endpoint) read(res *http.Response, body []byte, sensitive []string) (grant, error) {
+func (e *endpoint) read(res *http.Response, body []byte, secrets confidential) (grant, error) {
 	failure := &tokenError{Endpoint: e.url.Host, Status: res.StatusCode}
 	if res.StatusCode >= 300 && res.StatusCode < 400 {
 		failure.Code = codeHTTPStatus
@@ -182,16 +178,21 @@ func (e *endpoint) read(res *http.Response, body []byte, sensitive []string) (gr
 	if res.StatusCode != http.StatusOK && res.StatusCode < 300 && code == "" {
 		return grant{}, e.unreadable(failure, errors.New("the status of a token answer is 200"))
 	}
-	failure.Code = errorCode(code)
-	failure.Description = clean(description, 200)
+	for _, name := range []string{"access_token", "refresh_token", "id_token"} {
+		issued, _ := answer.str(name)
+		secrets.add(issued)
+	}
 	failure.retryAfter = parseRetryAfter(res.Header, time.Now())
-	for _, s := range sensitive {
-		if strings.Contains(description, s) {
-			failure.Description = "the server's description repeats the client's credentials, and is not shown"
-		}
-		if _, known := hints[code]; !known && strings.Contains(code, s) {
+	// The raw texts are asked too: cleaning may join or cut a secret.
+	failure.Code = errorCode(code)
+	if secrets.in(code) || secrets.in(failure.Code) {
+		if _, known := hints[code]; !known {
 			failure.Code = codeHTTPStatus
 		}
+	}
+	failure.Description = clean(description, 200)
+	if secrets.in(description) || secrets.in(clean(description, len(description))) {
+		failure.Description = "the server's description repeats the client's credentials, and is not shown"
 	}
 	return grant{}, failure.classify()
 }
@@ -239,17 +240,4 @@ func errorCode(code string) string {
 		return r
 	}, code)
 	return clean(code, 64)
-}
-
-// resolveSecret replaces the placeholders of a setting that may be secret.
-// The error names a placeholder that is empty, never a value.
-func resolveSecret(repl *caddy.Replacer, setting, template string) (string, error) {
-	value, err := repl.ReplaceOrErr(template, true, false)
-	if err != nil {
-		return "", fmt.Errorf("%s: %w", setting, err)
-	}
-	if value == "" {
-		return "", fmt.Errorf("%s is empty", setting)
-	}
-	return value, nil
 }

@@ -138,6 +138,7 @@ func networkError(ctx context.Context, endpoint string, err error) *tokenError {
 	default:
 		e.Description = "the connection broke, or the answer is not HTTP"
 	}
+	e.Description = clean(e.Description, 300) // the names in a certificate come from outside
 	return e
 }
 

@@ -1,0 +1,497 @@
+package outboundauth
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+)
+
+// wire is a token endpoint without a network: it notes each request as the
+// bytes that would be sent, and answers what a server would read of them. So
+// the URL can be that of a real provider.
+type wire struct {
+	http.Handler
+
+	mu       sync.Mutex
+	sent     []string
+	contexts []context.Context
+}
+
+func (w *wire) RoundTrip(req *http.Request) (*http.Response, error) {
+	var b bytes.Buffer
+	if err := req.Write(&b); err != nil {
+		return nil, err
+	}
+	again, err := req.GetBody() // for a connection that breaks at once
+	if err != nil {
+		return nil, err
+	}
+	if body, _ := io.ReadAll(again); !bytes.HasSuffix(b.Bytes(), append([]byte("\r\n\r\n"), body...)) {
+		return nil, fmt.Errorf("GetBody() gives %q, want the body that was sent", body)
+	}
+	w.mu.Lock()
+	w.sent = append(w.sent, b.String())
+	w.contexts = append(w.contexts, req.Context())
+	w.mu.Unlock()
+
+	received, err := http.ReadRequest(bufio.NewReader(&b))
+	if err != nil {
+		return nil, err
+	}
+	rec := httptest.NewRecorder()
+	w.ServeHTTP(rec, received.WithContext(req.Context()))
+	return rec.Result(), nil
+}
+
+func (w *wire) requests() []string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.sent
+}
+
+// answering returns a wire whose server gives one answer to everything.
+func answering(status int, body string) *wire {
+	return &wire{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(status)
+		_, _ = io.WriteString(w, body)
+	})}
+}
+
+// newTestClient makes a client of c as the product does.
+func newTestClient(t *testing.T, c Credentials, tokenTransport http.RoundTripper) *client {
+	t.Helper()
+	return newLoggingClient(t, c, tokenTransport, zap.NewNop())
+}
+
+func newLoggingClient(t *testing.T, c Credentials, tokenTransport http.RoundTripper, logger *zap.Logger) *client {
+	t.Helper()
+	resolved, err := c.resolve(caddy.NewReplacer())
+	if err != nil {
+		t.Fatalf("resolve() = %v, want no error", err)
+	}
+	cl, err := newClient(resolved, tokenTransport, nil, logger)
+	if err != nil {
+		t.Fatalf("newClient() = %v, want no error", err)
+	}
+	t.Cleanup(func() { _ = cl.release() })
+	return cl
+}
+
+// networkTransport is the token_transport that the product has by default.
+func networkTransport(t *testing.T) http.RoundTripper {
+	t.Helper()
+	ctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
+	h := new(reverseproxy.HTTPTransport)
+	if err := h.Provision(ctx); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = h.Cleanup()
+		cancel()
+	})
+	return h
+}
+
+const goodAnswer = `{"access_token":"t0ken","token_type":"Bearer","expires_in":3600}`
+
+func TestTokenRequestIsWhatTheConfigAsksFor(t *testing.T) {
+	t.Setenv("TEST_REGION", "eu/1 ü")
+	t.Setenv("TEST_API_KEY", "k3y")
+	base := Credentials{TokenURL: "https://auth.example.com/token", ClientID: "id", ClientSecret: "secret"}
+	request := func(path, auth, extra, body string) string {
+		return "POST " + path + " HTTP/1.1\r\n" +
+			"Host: auth.example.com\r\n" +
+			"User-Agent: caddy-outbound-auth\r\n" +
+			fmt.Sprintf("Content-Length: %d\r\n", len(body)) +
+			"Accept: application/json\r\n" +
+			auth +
+			"Content-Type: application/x-www-form-urlencoded\r\n" +
+			extra + "\r\n" + body
+	}
+	const basic = "Authorization: Basic aWQ6c2VjcmV0\r\n"
+
+	for _, test := range []struct {
+		name   string
+		modify func(*Credentials)
+		want   string
+	}{
+		{
+			name:   "nothing but the grant, and no empty scope",
+			modify: func(*Credentials) {},
+			want:   request("/token", basic, "", "grant_type=client_credentials"),
+		},
+		{
+			name:   "path and query of token_url are kept as written",
+			modify: func(c *Credentials) { c.TokenURL = "https://auth.example.com/t%2Fa//token/?tenant=a%20b&x" },
+			want:   request("/t%2Fa//token/?tenant=a%20b&x", basic, "", "grant_type=client_credentials"),
+		},
+		{
+			name:   "token_url without a path",
+			modify: func(c *Credentials) { c.TokenURL = "https://auth.example.com" },
+			want:   request("/", basic, "", "grant_type=client_credentials"),
+		},
+		{
+			name:   "scopes in one parameter",
+			modify: func(c *Credentials) { c.Scopes = []string{"read:a", "write:a+b"} },
+			want:   request("/token", basic, "", "grant_type=client_credentials&scope=read%3Aa+write%3Aa%2Bb"),
+		},
+		{
+			name:   "audience once for each value",
+			modify: func(c *Credentials) { c.Audience = []string{"https://b.example", "a"} },
+			want:   request("/token", basic, "", "audience=https%3A%2F%2Fb.example&audience=a&grant_type=client_credentials"),
+		},
+		{
+			name:   "param",
+			modify: func(c *Credentials) { c.Params = map[string]string{"region": "{env.TEST_REGION}", "v&": "{2}"} },
+			want:   request("/token", basic, "", "grant_type=client_credentials&region=eu%2F1+%C3%BC&v%26=%7B2%7D"),
+		},
+		{
+			name: "token_request_header, which may replace the defaults",
+			modify: func(c *Credentials) {
+				c.TokenRequestHeaders = map[string]string{"X-Api-Key": "{env.TEST_API_KEY}", "Accept": "*/*"}
+			},
+			want: strings.Replace(request("/token", basic, "X-Api-Key: k3y\r\n", "grant_type=client_credentials"),
+				"application/json", "*/*", 1),
+		},
+		{
+			name:   "client_secret_post",
+			modify: func(c *Credentials) { c.AuthMethod = authPost },
+			want:   request("/token", "", "", "client_id=id&client_secret=secret&grant_type=client_credentials"),
+		},
+		{
+			name:   "no authentication",
+			modify: func(c *Credentials) { c.AuthMethod, c.ClientSecret = authNone, "" },
+			want:   request("/token", "", "", "client_id=id&grant_type=client_credentials"),
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			c := base
+			test.modify(&c)
+			server := answering(http.StatusOK, goodAnswer)
+			cl := newTestClient(t, c, server)
+			for range 2 { // the second is the same as the first
+				if _, err := cl.endpoint.request(t.Context()); err != nil {
+					t.Fatalf("request() = %v, want no error", err)
+				}
+			}
+			for _, got := range server.requests() {
+				if got != test.want {
+					t.Errorf("sent\n%q, want\n%q", got, test.want)
+				}
+			}
+		})
+	}
+}
+
+func TestSecretsAreResolvedForEachRequest(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "param")
+	server := answering(http.StatusOK, goodAnswer)
+	c := Credentials{
+		TokenURL: "https://auth.example.com/token", ClientID: "id", AuthMethod: authPost,
+		ClientSecret:        "{env.TEST_ROTATED}",
+		Params:              map[string]string{"extra": "{file." + file + "}"},
+		TokenRequestHeaders: map[string]string{"X-Key": "key {env.TEST_ROTATED}"},
+	}
+	t.Setenv("TEST_ROTATED", "unset at first")
+	cl := newTestClient(t, c, server)
+
+	var before string
+	for i, value := range []string{"first", "second"} {
+		t.Setenv("TEST_ROTATED", value)
+		if err := os.WriteFile(file, []byte(value+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		fingerprint := cl.endpoint.fingerprint()
+		if fingerprint == before {
+			t.Error("fingerprint() is the same for another secret")
+		}
+		if got := cl.endpoint.fingerprint(); got != fingerprint {
+			t.Errorf("fingerprint() = %x, want %x as before", got, fingerprint)
+		}
+		if strings.Contains(fingerprint, value) {
+			t.Errorf("fingerprint() holds the secret %q", value)
+		}
+		before = fingerprint
+
+		if _, err := cl.endpoint.request(t.Context()); err != nil {
+			t.Fatalf("request() = %v, want no error", err)
+		}
+		sent := server.requests()[i]
+		head, body, _ := strings.Cut(sent, "\r\n\r\n")
+		if want := "client_id=id&client_secret=" + value + "&extra=" + value + "&grant_type=client_credentials"; body != want {
+			t.Errorf("sent the form %q, want %q", body, want)
+		}
+		if want := "X-Key: key " + value; !strings.Contains(head, want) {
+			t.Errorf("sent the header %q, want %q in it", head, want)
+		}
+	}
+	if cl.endpoint.secret != c.ClientSecret {
+		t.Errorf("the endpoint keeps the secret %q, want the placeholder %q", cl.endpoint.secret, c.ClientSecret)
+	}
+}
+
+func TestUnusableSecretMakesNoRequest(t *testing.T) {
+	t.Setenv("TEST_EMPTY", "")
+	t.Setenv("TEST_CONTROL", canarySecret+"\r\nX-Admin: 1")
+	missing := filepath.Join(t.TempDir(), "none")
+	for _, test := range []struct {
+		name string
+		c    Credentials
+		want string // in the error
+	}{
+		{"client_secret empty", Credentials{ClientSecret: "{env.TEST_EMPTY}"}, "client_secret: evaluated placeholder {env.TEST_EMPTY} is empty"},
+		{"client_secret in part", Credentials{ClientSecret: canarySecret + "{env.TEST_EMPTY}"}, "{env.TEST_EMPTY}"},
+		{"client_secret unset", Credentials{ClientSecret: "{env.TEST_UNSET_VARIABLE}"}, "client_secret: evaluated placeholder {env.TEST_UNSET_VARIABLE} is empty"},
+		{"client_secret in the body", Credentials{AuthMethod: authPost, ClientSecret: "{env.TEST_EMPTY}"}, "{env.TEST_EMPTY}"},
+		{"client_secret in a missing file", Credentials{ClientSecret: "{file." + missing + "}"}, "{file." + missing + "} is empty"},
+		{"param", Credentials{Params: map[string]string{"p": "{env.TEST_EMPTY}"}}, "param p: evaluated placeholder {env.TEST_EMPTY} is empty"},
+		{"token_request_header", Credentials{TokenRequestHeaders: map[string]string{"X-Key": "{env.TEST_EMPTY}"}}, "token_request_header X-Key: evaluated placeholder {env.TEST_EMPTY} is empty"},
+		{"token_request_header of two lines", Credentials{TokenRequestHeaders: map[string]string{"X-Key": "{env.TEST_CONTROL}"}}, "token_request_header X-Key: the value holds a control character"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			test.c.TokenURL, test.c.ClientID = "https://auth.example.com/token", "id"
+			if test.c.ClientSecret == "" {
+				test.c.ClientSecret = canarySecret
+			}
+			server := answering(http.StatusOK, goodAnswer)
+			cl := newTestClient(t, test.c, server)
+			_, err := cl.endpoint.request(t.Context())
+			wantTokenError(t, err, codeConfiguration, true)
+			if err == nil || !strings.Contains(err.Error(), test.want) {
+				t.Errorf("request() = %v, want %q in it", err, test.want)
+			}
+			if got := len(server.requests()); got != 0 {
+				t.Errorf("%d requests were made, want 0", got)
+			}
+			if cl.endpoint.fingerprint() == "" {
+				t.Error(`fingerprint() = "", want one that changes when the secret is there`)
+			}
+		})
+	}
+}
+
+func TestTokenRequestHasNoValueOfAnotherContext(t *testing.T) {
+	type key struct{}
+	repl := caddy.NewReplacer()
+	repl.Set("http.request.host", "upstream.example")
+	ctx := context.WithValue(t.Context(), key{}, "the proxied request's")
+	ctx = context.WithValue(ctx, caddy.ReplacerCtxKey, repl)
+	ctx = context.WithValue(ctx, caddyhttp.VarsCtxKey, map[string]any{"client_ip": "192.0.2.1"})
+	ctx = context.WithValue(ctx, dialInfoKey, reverseproxy.DialInfo{Network: "tcp", Address: "upstream.example:443"})
+	if _, ok := reverseproxy.GetDialInfo(ctx); !ok {
+		t.Fatal("the context of the proxied request has no dial info, so this test proves nothing")
+	}
+
+	server := answering(http.StatusOK, goodAnswer)
+	cl := newTestClient(t, Credentials{TokenURL: "https://auth.example.com/token", ClientID: "clean", ClientSecret: "secret"}, server)
+	if _, err := cl.source.Token(ctx); err != nil {
+		t.Fatalf("Token() = %v, want no error", err)
+	}
+	got := server.contexts[0]
+	if info, ok := reverseproxy.GetDialInfo(got); ok {
+		t.Errorf("the token request would be sent to %v, the upstream", info)
+	}
+	for _, k := range []any{key{}, caddyhttp.VarsCtxKey} {
+		if v := got.Value(k); v != nil {
+			t.Errorf("Value(%v) = %v, want nil", k, v)
+		}
+	}
+	if own, ok := got.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); !ok || own == repl {
+		t.Errorf("the replacer is %v, want one that knows nothing of the request", own)
+	}
+	if _, ok := got.Deadline(); !ok {
+		t.Error("the token request has no deadline, want token_timeout")
+	}
+}
+
+func TestRedirectsAreNotFollowed(t *testing.T) {
+	elsewhere := make(chan string, 10)
+	second := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		elsewhere <- r.Method + " " + r.Host
+		_, _ = io.WriteString(w, goodAnswer)
+	}))
+	defer second.Close()
+
+	for _, status := range []int{300, 301, 302, 303, 304, 307, 308} {
+		t.Run(fmt.Sprint(status), func(t *testing.T) {
+			first := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+				w.Header().Set("Location", second.URL+"/?"+canarySecret)
+				w.WriteHeader(status)
+			}))
+			defer first.Close()
+			cl := newTestClient(t, canaryCredentials(first.URL), networkTransport(t))
+			_, err := cl.endpoint.request(t.Context())
+			got := wantTokenError(t, err, codeHTTPStatus, true)
+			if got.Status != status || got.Hint == "" {
+				t.Errorf("request() = %v, want the status %d and a hint", err, status)
+			}
+			wantNoCanary(t, err)
+		})
+	}
+	close(elsewhere)
+	for hit := range elsewhere {
+		t.Errorf("the redirect was followed: %s", hit)
+	}
+}
+
+func TestSlowServerIsTimeout(t *testing.T) {
+	for name, answer := range map[string]func(http.ResponseWriter, <-chan struct{}){
+		"no answer": func(_ http.ResponseWriter, gone <-chan struct{}) { <-gone },
+		"half an answer": func(w http.ResponseWriter, gone <-chan struct{}) {
+			_, _ = io.WriteString(w, `{"access_token":"`+canaryToken)
+			w.(http.Flusher).Flush()
+			<-gone
+		},
+		"an answer that trickles": func(w http.ResponseWriter, gone <-chan struct{}) {
+			for {
+				_, _ = io.WriteString(w, " ")
+				w.(http.Flusher).Flush()
+				select {
+				case <-gone:
+					return
+				case <-time.After(10 * time.Millisecond):
+				}
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+				_, _ = io.Copy(io.Discard, r.Body) // so that the server notices when the client goes
+				answer(w, r.Context().Done())
+			}))
+			defer server.Close()
+			c := canaryCredentials(server.URL)
+			c.TokenTimeout = caddy.Duration(60 * time.Millisecond)
+			cl := newTestClient(t, c, networkTransport(t))
+
+			started := time.Now()
+			_, err := cl.source.Token(t.Context())
+			if took := time.Since(started); took > 5*time.Second {
+				t.Errorf("Token() took %v, want about 60ms", took)
+			}
+			wantTokenError(t, err, codeTimeout, false)
+			wantNoCanary(t, err)
+			if errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("Token() = %v, which wraps an error of a context that is not the caller's", err)
+			}
+			if got := statusOf(err); got != http.StatusGatewayTimeout {
+				t.Errorf("statusOf() = %d, want 504", got)
+			}
+		})
+	}
+}
+
+func TestConnectionThatTheServerClosedIsReplaced(t *testing.T) {
+	// The server closes a kept-alive connection when the second request comes
+	// on it: the client can't know before.
+	var mu sync.Mutex
+	requests := make(map[net.Conn]int)
+	url := rawServer(t, func(conn net.Conn, r *bufio.Reader) {
+		for {
+			if _, err := http.ReadRequest(r); err != nil {
+				return
+			}
+			mu.Lock()
+			requests[conn]++
+			n := requests[conn]
+			mu.Unlock()
+			if n == 2 {
+				return
+			}
+			// The body is in the buffer with the head, and skipped there.
+			_, _ = r.Discard(r.Buffered())
+			_, _ = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s", len(goodAnswer), goodAnswer)
+		}
+	})
+	c := canaryCredentials(url)
+	cl := newTestClient(t, c, networkTransport(t))
+	for i := range 3 {
+		tok, err := cl.source.Token(t.Context())
+		if err != nil {
+			t.Fatalf("request %d: Token() = %v, want no error", i+1, err)
+		}
+		cl.source.Invalidate(tok)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if got := len(requests); got < 2 {
+		t.Errorf("the server saw %d connections, want a new one for each that it closed", got)
+	}
+}
+
+func TestFetchesAreLoggedWithoutSecrets(t *testing.T) {
+	core, logs := observer.New(zapcore.DebugLevel)
+	status := http.StatusUnauthorized
+	server := &wire{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(status)
+		if status == http.StatusOK {
+			_, _ = io.WriteString(w, `{"access_token":"`+canaryToken+`"}`)
+		} else {
+			_, _ = io.WriteString(w, `{"error":"invalid_client","error_description":"unknown: `+canarySecret+`"}`)
+		}
+	})}
+	c := canaryCredentials("https://auth.example.com/token")
+	c.ClientSecret = "{env.TEST_LOGGED_SECRET}"
+	t.Setenv("TEST_LOGGED_SECRET", canarySecret)
+	cl := newLoggingClient(t, c, server, zap.New(core))
+
+	fetch := func(n int) {
+		tok, _ := cl.source.Token(t.Context())
+		cl.source.Invalidate(tok)
+		// The fetch ends, for its callers, before its line is written.
+		for deadline := time.Now().Add(5 * time.Second); logs.Len() < n && time.Now().Before(deadline); {
+			time.Sleep(time.Millisecond)
+		}
+	}
+	fetch(1)
+	cl.endpoint.fetched(nil, &fetchError{err: errReleased}, 1) // no news
+	status = http.StatusOK
+	cl.source.mu.Lock()
+	cl.source.lastErr = &fetchError{err: cl.source.lastErr.err} // the back-off is over
+	cl.source.mu.Unlock()
+	fetch(2)
+	fetch(3)
+
+	want := []struct {
+		level   zapcore.Level
+		message string
+	}{
+		{zapcore.WarnLevel, "obtaining token failed"},
+		{zapcore.InfoLevel, "obtaining token succeeded again"},
+		{zapcore.DebugLevel, "obtained token"},
+	}
+	entries := logs.All()
+	if len(entries) != len(want) {
+		t.Fatalf("got %d log entries %v, want %d", len(entries), entries, len(want))
+	}
+	for i, entry := range entries {
+		if entry.Level != want[i].level || entry.Message != want[i].message {
+			t.Errorf("entry %d is %v %q, want %v %q", i, entry.Level, entry.Message, want[i].level, want[i].message)
+		}
+		fields := entry.ContextMap()
+		if fields["token_endpoint"] != "auth.example.com" || fields["client_id"] != c.ClientID {
+			t.Errorf("entry %d has the fields %v, want the token endpoint's host and the client's id", i, fields)
+		}
+		wantNoCanaryIn(t, fmt.Sprint(fields))
+	}
+}
