@@ -1,0 +1,182 @@
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// proxy is a reverse_proxy whose requests go out with a client's token.
+type proxy struct {
+	to     string // the upstream
+	as     *authServer
+	client client
+	secret string   // default: a placeholder for E2E_SECRET
+	extra  []string // more lines of the transport
+}
+
+// String returns the proxy in the Caddyfile's terms.
+func (p proxy) String() string {
+	secret := p.secret
+	if secret == "" {
+		secret = "{env.E2E_SECRET}"
+	}
+	// Backticks quote all that may be in an id; the secrets have a backtick, too.
+	return fmt.Sprintf("reverse_proxy %s {\n"+
+		"	transport oauth2 {\n"+
+		"		token_url %s/token\n"+
+		"		client_id `%s`\n"+
+		"		client_secret %s\n"+
+		"		auth_method %s\n"+
+		"		scopes %s\n"+
+		"		param resource %s\n"+
+		"		tenant %s\n"+
+		"		%s\n"+
+		"	}\n"+
+		"}\n",
+		p.to, p.as.issuer, p.client.ID, secret, p.client.Method, scopes, resource, tenant,
+		strings.Join(p.extra, "\n\t\t"))
+}
+
+// gateway is a running Caddy.
+type gateway struct {
+	*process
+	url   string // of its one site
+	admin string // address of the admin API
+
+	dir     string
+	options string
+}
+
+// gatewayConfig is what a test decides about its gateway.
+type gatewayConfig struct {
+	site    string   // directives of the one site
+	options string   // more global options
+	env     []string // more variables of its environment
+}
+
+// startProxy starts a gateway that only proxies.
+func startProxy(t *testing.T, p proxy) *gateway {
+	t.Helper()
+	return startGateway(t, gatewayConfig{
+		site: p.String(),
+		env:  []string{"E2E_SECRET=" + p.client.Secret},
+	})
+}
+
+// startGateway starts a gateway and waits until it listens.
+func startGateway(t *testing.T, cfg gatewayConfig) *gateway {
+	t.Helper()
+	addrs := freePorts(t, 2)
+	gw := &gateway{
+		url:     "http://" + addrs[0],
+		admin:   addrs[1],
+		dir:     t.TempDir(),
+		options: cfg.options,
+	}
+	cmd := gw.command("run", gw.writeCaddyfile(t, cfg.site))
+	cmd.Env = append(cmd.Env, cfg.env...)
+	gw.process = startProcess(t, cmd)
+	t.Cleanup(func() {
+		// To a client, a panic looks like a lost connection.
+		if strings.Contains(gw.output.String(), "panic") {
+			t.Error("gateway panicked")
+		}
+	})
+
+	// Caddy starts the admin API first, and the site last.
+	deadline := time.Now().Add(30 * time.Second)
+	for {
+		conn, err := net.Dial("tcp", addrs[0])
+		if err == nil {
+			conn.Close()
+			return gw
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("gateway isn't ready after 30 s: %v", err)
+		}
+		select {
+		case <-gw.exited:
+			t.Fatal("gateway ended before it was ready")
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+}
+
+// reload makes the gateway serve the site with other directives.
+func (gw *gateway) reload(t *testing.T, site string) {
+	t.Helper()
+	cmd := gw.command("reload", gw.writeCaddyfile(t, site), "--address", gw.admin)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Fatalf("caddy reload: %v\n%s", err, out)
+	}
+}
+
+func (gw *gateway) command(name, config string, args ...string) *exec.Cmd {
+	args = append([]string{name, "--config", config, "--adapter", "caddyfile"}, args...)
+	cmd := exec.Command(caddyBinary, args...)
+	// Nothing of the user's own Caddy is to be seen, nor touched.
+	cmd.Env = append(os.Environ(),
+		"XDG_CONFIG_HOME="+filepath.Join(gw.dir, "config"),
+		"XDG_DATA_HOME="+filepath.Join(gw.dir, "data"))
+	return cmd
+}
+
+func (gw *gateway) writeCaddyfile(t *testing.T, site string) string {
+	t.Helper()
+	text := fmt.Sprintf("{\n\tadmin %s\n\tauto_https off\n\tpersist_config off\n\t%s\n}\n%s {\n%s\n}\n",
+		gw.admin, gw.options, gw.url, site)
+	path := filepath.Join(gw.dir, "Caddyfile")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// reply is a response, read to its end.
+type reply struct {
+	*http.Response
+	body []byte
+}
+
+// do sends a request through the gateway.
+func do(t *testing.T, req *http.Request) reply {
+	t.Helper()
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatalf("%s %s: %v", req.Method, req.URL.Path, err)
+	}
+	return reply{resp, body}
+}
+
+func newRequest(t *testing.T, method, url string, body io.Reader) *http.Request {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), method, url, body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return req
+}
+
+// get sends a plain request that is to be answered with that status.
+func (gw *gateway) get(t *testing.T, path string, status int) reply {
+	t.Helper()
+	resp := do(t, newRequest(t, "GET", gw.url+path, nil))
+	if resp.StatusCode != status {
+		t.Fatalf("GET %s = %s, want %d\n%s", path, resp.Status, status, bytes.TrimSpace(resp.body))
+	}
+	return resp
+}

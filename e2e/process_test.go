@@ -1,0 +1,106 @@
+package e2e
+
+import (
+	"bytes"
+	"net"
+	"os/exec"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// running holds every process group that the tests started and that may live
+// still: process id → nothing.
+var running sync.Map
+
+// process is a program that runs beside the test.
+type process struct {
+	cmd    *exec.Cmd
+	output *output       // what it wrote to standard error
+	exited chan struct{} // closed once it is gone
+}
+
+// startProcess runs cmd in a process group of its own until the test ends.
+func startProcess(t *testing.T, cmd *exec.Cmd) *process {
+	t.Helper()
+	p := &process{cmd: cmd, output: new(output), exited: make(chan struct{})}
+	cmd.Stderr = p.output
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.WaitDelay = time.Second
+	if err := cmd.Start(); err != nil {
+		t.Fatalf("starting %s: %v", cmd.Path, err)
+	}
+	running.Store(cmd.Process.Pid, nil)
+	go func() {
+		cmd.Wait()
+		close(p.exited)
+	}()
+	t.Cleanup(func() {
+		p.stop()
+		if t.Failed() {
+			t.Logf("the end of what %s logged:\n%s", cmd.Args[0], p.output.tail(8<<10))
+		}
+	})
+	return p
+}
+
+// stop asks the process to end, and makes it after a while. What is left of
+// its group goes too.
+func (p *process) stop() {
+	pid := p.cmd.Process.Pid
+	syscall.Kill(-pid, syscall.SIGTERM)
+	select {
+	case <-p.exited:
+	case <-time.After(5 * time.Second):
+	}
+	syscall.Kill(-pid, syscall.SIGKILL)
+	<-p.exited
+	running.Delete(pid)
+}
+
+func killProcesses() {
+	running.Range(func(pid, _ any) bool {
+		syscall.Kill(-pid.(int), syscall.SIGKILL)
+		return true
+	})
+}
+
+// output collects what a process writes while the test reads it.
+type output struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (o *output) Write(p []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.Write(p)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.String()
+}
+
+func (o *output) tail(n int) string {
+	s := o.String()
+	return s[max(0, len(s)-n):]
+}
+
+// freePorts returns n loopback addresses that nobody listens on. They are
+// chosen together, so that they differ.
+func freePorts(t *testing.T, n int) []string {
+	t.Helper()
+	addrs := make([]string, n)
+	for i := range addrs {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		addrs[i] = l.Addr().String()
+	}
+	return addrs
+}

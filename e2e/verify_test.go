@@ -1,0 +1,72 @@
+package e2e
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
+)
+
+// leeway is how long after its exp a token is still accepted. The server cuts
+// the time of issue to whole seconds, and exp with it: so much earlier than
+// expires_in says does a token end. Other resource servers allow a minute.
+const leeway = time.Second
+
+// verifier checks access tokens as a resource server does: offline, against
+// the keys that the authorization server publishes.
+type verifier struct {
+	issuer   string
+	clientID string
+	keys     jose.JSONWebKeySet
+}
+
+func newVerifier(t *testing.T, as *authServer, clientID string) *verifier {
+	t.Helper()
+	var metadata struct {
+		Issuer  string `json:"issuer"`
+		JWKSURI string `json:"jwks_uri"`
+	}
+	getJSON(t, as.issuer+"/.well-known/openid-configuration", &metadata)
+	v := &verifier{issuer: metadata.Issuer, clientID: clientID}
+	getJSON(t, metadata.JWKSURI, &v.keys)
+	return v
+}
+
+// verify returns when the token expires, if it is one to accept at that time.
+func (v *verifier) verify(token string, now time.Time) (time.Time, error) {
+	parsed, err := jwt.ParseSigned(token, []jose.SignatureAlgorithm{jose.RS256})
+	if err != nil {
+		return time.Time{}, fmt.Errorf("not a signed JWT: %w", err)
+	}
+	var claims struct {
+		jwt.Claims
+		ClientID string `json:"client_id"`
+		Scope    string `json:"scope"`
+	}
+	if err := parsed.Claims(&v.keys, &claims); err != nil {
+		return time.Time{}, fmt.Errorf("signature: %w", err)
+	}
+	// Without exp, a token would pass the check of it.
+	if claims.Expiry == nil {
+		return time.Time{}, errors.New("no exp")
+	}
+	exp := claims.Expiry.Time()
+	err = claims.ValidateWithLeeway(jwt.Expected{
+		Issuer:      v.issuer,
+		AnyAudience: jwt.Audience{resource},
+		Time:        now,
+	}, leeway)
+	if err != nil {
+		return exp, fmt.Errorf("%w (exp %v from now)", err, exp.Sub(now))
+	}
+	if claims.ClientID != v.clientID {
+		return exp, fmt.Errorf("client_id = %q, want %q", claims.ClientID, v.clientID)
+	}
+	if claims.Scope != scopes {
+		return exp, fmt.Errorf("scope = %q, want %q", claims.Scope, scopes)
+	}
+	return exp, nil
+}
