@@ -43,6 +43,8 @@ type client struct {
 	replayLimit int   // bytes
 	renewals    renewals
 
+	expectsNothing atomic.Bool // the upstream has failed an expectation
+
 	// The header of the latest token, made once for all requests. Its values
 	// are shared by them and never written to.
 	bearer atomic.Pointer[bearer]

@@ -100,11 +100,12 @@ func (s *fieldSet) deleteFrom(h http.Header) {
 	}
 }
 
-// A trailerBody removes the fields of a set from a request's trailers. They
-// are known when the body has ended, announced or not, and are sent then.
+// A trailerBody fills the trailers of an outgoing request when its body ends:
+// only then are they known, announced or not. They have a map of their own,
+// because another attempt may still be sending the same body.
 type trailerBody struct {
 	io.ReadCloser
-	trailer  http.Header
+	from, to http.Header
 	reserved *fieldSet
 }
 
@@ -112,7 +113,8 @@ type trailerBody struct {
 func (b *trailerBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
 	if err == io.EOF { //nolint:errorlint // a reader returns it unwrapped
-		b.reserved.deleteFrom(b.trailer)
+		maps.Copy(b.to, b.from)
+		b.reserved.deleteFrom(b.to)
 	}
 	return n, err
 }

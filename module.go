@@ -15,7 +15,6 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
@@ -126,23 +125,16 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 // as they are: the proxy sends the same to the next upstream when it retries,
 // and logs them.
 func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	ctx := req.Context()
+	if isHealthCheck(ctx) {
+		return t.sendHealthCheck(req)
+	}
 	cl, off, err := t.clientFor(req)
 	if err != nil {
 		return t.refuse(req, http.StatusBadGateway, err)
 	}
 	if off {
 		return t.send(req)
-	}
-
-	ctx := req.Context()
-	if isHealthCheck(ctx) {
-		// An upstream is not unhealthy because its token is missing, so a
-		// check goes without one if need be, and at once.
-		out, err := t.outbound(req, cl, cl.source.Cached())
-		if err != nil {
-			return t.refuse(req, http.StatusBadGateway, err)
-		}
-		return t.send(out)
 	}
 	tok, err := cl.source.Token(ctx)
 	if err != nil {
@@ -156,16 +148,11 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	return t.roundTrip(req, cl, tok)
 }
 
-// outbound returns req as it goes upstream. The copy is shallow: a deep one
-// would cut it from the trailers that are filled in when the body ends.
+// outbound returns req as it goes upstream: a shallow copy but for its header.
 func (t *Transport) outbound(req *http.Request, cl *client, tok *token) (*http.Request, error) {
 	out := new(http.Request)
 	*out = *req
 	out.Header = t.reserved.without(req.Header)
-	if hasBody(req) {
-		t.reserved.deleteFrom(req.Trailer) // as announced
-		out.Body = &trailerBody{ReadCloser: req.Body, trailer: req.Trailer, reserved: &t.reserved}
-	}
 	return out, cl.header(req.Context(), out.Header, tok)
 }
 
@@ -188,17 +175,17 @@ func (t *Transport) clientFor(req *http.Request) (cl *client, off bool, err erro
 		return nil, false, fmt.Errorf("upstream %s has no credentials: add `upstream %s { … }` or `upstream %s off` to transport oauth2",
 			dial.Address, dial.Address, dial.Address)
 	}
-	t.SetScheme(req) // as the http transport would, which shares the URL
-	if req.URL.Scheme != "https" && !t.plaintext && !staysOnMachine(dial.Network, dial.Host) {
+	if t.exposes(req, dial) {
 		return nil, false, plaintextError(dial.Address)
 	}
 	return cl, false, nil
 }
 
-// isHealthCheck recognizes the reverse proxy's own requests: unlike those
-// that the server has received, they have no variables.
-func isHealthCheck(ctx context.Context) bool {
-	return ctx.Value(caddyhttp.VarsCtxKey) == nil
+// exposes tells whether others could read on the way what req says, and that
+// was not allowed.
+func (t *Transport) exposes(req *http.Request, dial reverseproxy.DialInfo) bool {
+	t.SetScheme(req) // as the http transport would, which shares the URL
+	return req.URL.Scheme != "https" && !t.plaintext && !staysOnMachine(dial.Network, dial.Host)
 }
 
 // Cleanup releases the tokens, which other configs may go on using. It

@@ -24,16 +24,20 @@ type replayBody struct {
 	limit int
 	pause time.Duration // at most, before more is read than can be recorded
 
+	expected bool // the upstream was asked by us, not by the client, to say whether it wants the body
+
 	mu       sync.Mutex  // guards all below; not held while body is read
 	changed  sync.Cond   // of reading, held, paused and attempt
 	attempt  int         // the one that may read
 	reading  bool        // body is being read
+	touched  bool        // body has been read, or is being read
 	held     bool        // the attempt has to wait, for hold
 	paused   *time.Timer // the attempt has to wait, until it fires; then nil
 	recorded *[]byte     // nil: not recording any more
 	overflow bool        // more was read than is recorded
 	err      error       // with which body ended, io.EOF included
 	closed   bool        // by the current attempt
+	closing  bool        // body has to be closed when it is not being read
 	final    bool        // no attempt will follow the current one
 }
 
@@ -54,7 +58,8 @@ func (b *replayBody) first() io.ReadCloser { return &attemptBody{of: b} }
 func (b *replayBody) hold() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.held = !b.overflow
+	overflowing := b.reading && b.recorded != nil && len(*b.recorded) == b.limit
+	b.held = !b.overflow && !overflowing
 	return b.held
 }
 
@@ -91,17 +96,34 @@ func (b *replayBody) again() io.ReadCloser {
 // itself be closed.
 func (b *replayBody) commit() {
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	if b.final {
+		b.mu.Unlock()
 		return
 	}
 	b.held, b.final = false, true
 	b.endPause()
 	b.changed.Broadcast()
 	b.forget()
-	if b.closed {
+	now, touched := b.closed && b.closable(), b.touched
+	b.mu.Unlock()
+	switch {
+	case now && touched:
+		// A server's body that is closed waits for its client, and nobody
+		// must wait for that.
+		go b.body.Close() //nolint:errcheck // nobody to tell
+	case now:
+		// The reverse proxy may go on to the next upstream with this body,
+		// and must find it closed.
 		_ = b.body.Close()
 	}
+}
+
+// closable tells whether the body itself may be closed now: not while it is
+// being read, which few bodies allow. Then it is closed after that. mu is
+// held, and must not be while the body is closed.
+func (b *replayBody) closable() bool {
+	b.closing = b.reading
+	return !b.reading
 }
 
 // forget gives the recording back. mu is held.
@@ -130,37 +152,36 @@ func (a *attemptBody) Read(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 
-	// A read by the attempt before may still be under way. What it gets is
-	// recorded: this attempt has to send it.
-	for b.attempt == a.number && (b.reading || b.held || b.pausing()) {
-		b.changed.Wait()
-	}
-	if b.attempt != a.number {
-		return 0, errSuperseded
-	}
-	if b.recorded != nil && a.number > 0 { // before what was not read yet
-		if a.sent < len(*b.recorded) {
+	for b.attempt == a.number {
+		if a.number > 0 && b.recorded != nil && a.sent < len(*b.recorded) {
 			n := copy(p, (*b.recorded)[a.sent:])
 			a.sent += n
 			return n, nil
 		}
-		b.forget()
+		// A read by the attempt before may still be under way. What it gets
+		// is recorded: this attempt has to send it.
+		if !b.reading && !b.held && !b.pausing() {
+			return a.readOn(p)
+		}
+		b.changed.Wait()
+	}
+	return 0, errSuperseded
+}
+
+// readOn reads what nobody has read yet. mu is held.
+func (a *attemptBody) readOn(p []byte) (int, error) {
+	b := a.of
+	if a.number > 0 {
+		b.forget() // all of it has been sent
 	}
 	if b.err != nil {
 		return 0, b.err
 	}
-	if len(p) == 0 {
-		return 0, nil
-	}
-	if b.recorded != nil {
-		if room := b.limit - len(*b.recorded); room > 0 {
-			p = p[:min(len(p), room)]
-		} else {
-			b.forget()
-		}
+	if b.recorded != nil && len(*b.recorded) < b.limit {
+		p = p[:min(len(p), b.limit-len(*b.recorded))]
 	}
 
-	b.reading = true
+	b.reading, b.touched = true, true
 	b.mu.Unlock()
 	n, err := b.body.Read(p)
 	b.mu.Lock()
@@ -168,10 +189,16 @@ func (a *attemptBody) Read(p []byte) (int, error) {
 	b.changed.Broadcast()
 
 	if b.recorded != nil {
-		*b.recorded = append(*b.recorded, p[:n]...)
+		if *b.recorded = append(*b.recorded, p[:n]...); len(*b.recorded) > b.limit {
+			b.forget()
+		}
 	}
 	if err != nil {
 		b.err = err
+	}
+	if b.closing {
+		b.closing = false
+		go b.body.Close() //nolint:errcheck // nobody to tell
 	}
 	if b.attempt != a.number {
 		return 0, errSuperseded
@@ -194,16 +221,19 @@ func (b *replayBody) pausing() bool {
 func (a *attemptBody) Close() error {
 	b := a.of
 	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.attempt != a.number || b.closed {
-		return nil
+	now := false
+	if b.attempt == a.number && !b.closed {
+		b.closed = true
+		if b.final {
+			b.forget()
+			now = b.closable()
+		}
 	}
-	b.closed = true
-	if !b.final {
-		return nil
+	b.mu.Unlock()
+	if now {
+		return b.body.Close()
 	}
-	b.forget()
-	return b.body.Close()
+	return nil
 }
 
 // hasBody tells whether a request has a body to be sent.

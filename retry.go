@@ -3,6 +3,7 @@ package outboundauth
 import (
 	"context"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptrace"
 	"slices"
@@ -69,58 +70,82 @@ func (r *renewals) succeed() {
 
 // roundTrip sends req with a token. If the upstream refuses the token, it is
 // replaced, and the request sent once more.
-func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (*http.Response, error) {
+func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *http.Response, err error) {
 	out, err := t.outbound(req, cl, tok)
 	if err != nil {
 		return t.refuse(req, http.StatusBadGateway, err)
 	}
 	var body *replayBody
-	if hasBody(req) && len(cl.retryOn) > 0 {
-		body = newReplayBody(out.Body, cl.replayLimit)
-		defer body.commit()
-		out.Body = body.first()
-		if req.ContentLength > int64(cl.replayLimit) {
-			out = expectContinue(out, body)
+	var trailer http.Header // as announced
+	if hasBody(req) {
+		trailer = t.reserved.without(req.Trailer)
+		reader := req.Body
+		if len(cl.retryOn) > 0 {
+			body = newReplayBody(req.Body, cl.replayLimit)
+			defer body.commit()
+			reader = body.first()
 		}
+		t.setBody(out, reader, trailer)
 	}
-	res, err := t.send(out)
-	if err != nil {
+	if body != nil && req.ContentLength > int64(cl.replayLimit) && !cl.expectsNothing.Load() {
+		out = expectContinue(out, body)
+	}
+	if res, err = t.send(out); err != nil {
 		return nil, err
 	}
-	if !slices.Contains(cl.retryOn, res.StatusCode) {
+
+	next := tok
+	switch {
+	case slices.Contains(cl.retryOn, res.StatusCode):
+		// While the new token is fetched, the first attempt must not go on
+		// reading the body, or too much of it would be gone.
+		if body != nil && !body.hold() {
+			cl.replace(tok) // for the next request
+			return res, nil
+		}
+		if next = cl.renew(req.Context(), tok); next == nil {
+			return res, nil // as the upstream answered
+		}
+	case res.StatusCode == http.StatusExpectationFailed && body != nil && body.expected:
+		// The expectation was ours, so this is not for the client. RFC 9110
+		// §10.1.1: repeat the request without it.
+		cl.expectsNothing.Store(true)
+		if !body.hold() {
+			return res, nil
+		}
+	default:
 		cl.renewals.succeed()
 		return res, nil
 	}
 
-	// While the new token is fetched, the first attempt must not go on
-	// reading the body, or there would be too little left to send it again.
-	if body != nil && !body.hold() {
-		cl.discard(tok) // for the next request
-		return res, nil
-	}
-	fresh := cl.renew(req.Context(), tok)
-	if fresh == nil {
-		return res, nil // as the upstream answered
-	}
-	if out, err = t.outbound(req, cl, fresh); err != nil {
+	if out, err = t.outbound(req, cl, next); err != nil {
 		return res, nil //nolint:nilerr // it was possible before
 	}
 	if body != nil {
-		out.Body = body.again()
+		t.setBody(out, body.again(), trailer)
 	}
-	_, _ = io.CopyN(io.Discard, res.Body, maxDrain)
-	_ = res.Body.Close()
-
-	res, err = t.send(out)
-	if err != nil {
+	go discard(res.Body)
+	if res, err = t.send(out); err != nil {
 		return nil, err
 	}
-	if slices.Contains(cl.retryOn, res.StatusCode) {
-		cl.renewals.fail(fresh)
-	} else {
+	switch {
+	case !slices.Contains(cl.retryOn, res.StatusCode):
 		cl.renewals.succeed()
+	case next == tok:
+		cl.replace(tok)
+	default:
+		cl.renewals.fail(next)
 	}
 	return res, nil
+}
+
+// setBody makes body the one of out, with trailers of its own: those that came
+// in are filled in when the body ends, which the attempt before may still be
+// reading.
+func (t *Transport) setBody(out *http.Request, body io.ReadCloser, announced http.Header) {
+	in := out.Trailer
+	out.Trailer = maps.Clone(announced)
+	out.Body = &trailerBody{ReadCloser: body, from: in, to: out.Trailer, reserved: &t.reserved}
 }
 
 // expectContinue asks the upstream to say whether it wants the body of out
@@ -128,10 +153,19 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (*http.
 // for that where the recording ends. Once more had been sent, it would be
 // too late to send it again.
 func expectContinue(out *http.Request, body *replayBody) *http.Request {
-	out.Header["Expect"] = []string{"100-continue"}
+	body.expected = out.Header.Get("Expect") == ""
 	body.pause = maxPause
+	out.Header["Expect"] = []string{"100-continue"}
 	trace := &httptrace.ClientTrace{Got100Continue: body.proceed}
 	return out.WithContext(httptrace.WithClientTrace(out.Context(), trace))
+}
+
+// discard ends an answer that nobody wants. In a goroutine of its own: it may
+// come slowly, and over HTTP/2 its end waits until the request's body is not
+// being read any more. The request's context ends it in any case.
+func discard(body io.ReadCloser) {
+	_, _ = io.CopyN(io.Discard, body, maxDrain)
+	_ = body.Close()
 }
 
 // renew replaces a token that an upstream has refused. It returns nil if
@@ -151,8 +185,8 @@ func (cl *client) renew(ctx context.Context, refused *token) *token {
 	return fresh
 }
 
-// discard replaces a refused token without waiting for the new one.
-func (cl *client) discard(refused *token) {
+// replace replaces a refused token without waiting for the new one.
+func (cl *client) replace(refused *token) {
 	if cl.drop(refused) {
 		cl.source.Warm()
 	}

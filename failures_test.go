@@ -1,0 +1,237 @@
+package outboundauth
+
+import (
+	"context"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+)
+
+// handleErrors makes what handle_errors knows visible to a test.
+const handleErrors = `
+	handle_errors {
+		header X-Handled yes
+		respond "{err.status_code} {err.message}"
+	}`
+
+func TestMissingTokenGoesThroughHandleErrors(t *testing.T) {
+	for _, test := range []struct {
+		name, settings string
+		answer         func(http.ResponseWriter, tokenRequest) bool
+		status         int
+		want           []string // in the message
+		requests       int      // 0: any number
+	}{
+		{
+			"refused", "", refusing(http.StatusUnauthorized, `{"error":"invalid_client","error_description":"no such client"}`),
+			http.StatusServiceUnavailable,
+			[]string{"invalid_client", "no such client", "401"},
+			1,
+		},
+		{
+			"in trouble", "", refusing(http.StatusInternalServerError, `oops`),
+			http.StatusServiceUnavailable,
+			[]string{"status 500"},
+			0,
+		},
+		{
+			"not JSON", "", refusing(http.StatusOK, `<html>`),
+			http.StatusServiceUnavailable,
+			[]string{"not a JSON object"},
+			0,
+		},
+		{
+			"hangs", "token_timeout 100ms", func(_ http.ResponseWriter, r tokenRequest) bool { <-r.ctx.Done(); return true },
+			http.StatusGatewayTimeout,
+			[]string{"timeout", "token_timeout"},
+			0,
+		},
+		{
+			"secret that resolves to nothing", "client_secret {env.OUTBOUNDAUTH_TEST_NONE}", nil,
+			http.StatusServiceUnavailable,
+			[]string{"client_secret", "env.OUTBOUNDAUTH_TEST_NONE"},
+			-1,
+		},
+		{
+			"secret in a file that does not exist", "client_secret {file./no/such/secret}", nil,
+			http.StatusServiceUnavailable,
+			[]string{"client_secret", "file./no/such/secret"},
+			-1,
+		},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			auth := newAuthServer(t)
+			auth.script(test.answer)
+			up := newUpstream(t, auth)
+			secret := "client_secret canary-secret\n"
+			if strings.Contains(test.settings, "client_secret") {
+				secret = ""
+			}
+			g := startGateway(t, expand(`reverse_proxy $UP {
+				transport oauth2 {
+					token_url $AUTH/token
+					client_id gateway
+					$SETTINGS
+				}
+			}`, "$UP", up.addr, "$AUTH", auth.URL, "$SETTINGS", secret+test.settings)+handleErrors)
+
+			for range 3 { // those that follow are in the back-off
+				r := g.get().want(t, test.status)
+				if r.header.Get("X-Handled") != "yes" {
+					t.Error("got an answer past handle_errors, want one through it")
+				}
+				for _, want := range append(test.want, http.StatusText(0)) {
+					if !strings.Contains(r.body, want) {
+						t.Errorf("got %q, want it to tell %q", r.body, want)
+					}
+				}
+				if r.header.Get("Proxy-Authorization") != "" {
+					t.Errorf("got %v, want none of the marks between transport and handler", r.header)
+				}
+				if test.status == http.StatusServiceUnavailable && r.header.Get("Retry-After") == "" {
+					t.Error("got no Retry-After, want one")
+				}
+			}
+			if got := up.got(); len(got) != 0 {
+				t.Errorf("got %v at the upstream, want nothing", got)
+			}
+			if test.requests != 0 {
+				auth.wantAsked(t, max(0, test.requests))
+			}
+		})
+	}
+}
+
+func TestUnreachableAuthorizationServer(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	g := startGateway(t, expand(`reverse_proxy $UP {
+		transport oauth2 {
+			token_url http://$NOBODY/token
+			client_id gateway
+			client_secret s
+		}
+	}`, "$UP", up.addr, "$NOBODY", freeAddress(t))+handleErrors)
+	r := g.get().want(t, http.StatusServiceUnavailable)
+	if !strings.Contains(r.body, "network") || !strings.Contains(r.body, "refused") {
+		t.Errorf("got %q, want that the connection was refused", r.body)
+	}
+}
+
+// A request that is refused frees its connection: the next one gets through.
+func TestRefusedRequestWithABody(t *testing.T) {
+	auth := newAuthServer(t)
+	auth.script(refusing(http.StatusBadRequest, `{"error":"invalid_scope"}`))
+	up := newUpstream(t, auth)
+	g := startGateway(t, proxySite(up, auth, "")+handleErrors)
+	for range 5 {
+		r := g.send(http.MethodPost, "/", strings.NewReader(strings.Repeat("x", 100_000))).want(t, http.StatusServiceUnavailable)
+		if !strings.HasPrefix(r.body, "503 ") {
+			t.Errorf("got %q, want the error", r.body)
+		}
+	}
+}
+
+func TestClientThatGoesAwayWhileWaiting(t *testing.T) {
+	auth := newAuthServer(t)
+	release := auth.hang()
+	defer release()
+	up := newUpstream(t, auth)
+	g := startGateway(t, proxySite(up, auth, "")+handleErrors)
+
+	ctx, leave := context.WithCancel(t.Context())
+	stays, leaves := make(chan reply), make(chan reply)
+	go func() { stays <- g.send(http.MethodGet, "/stays", nil) }()
+	go func() { leaves <- g.sendCtx(ctx, http.MethodGet, "/leaves", nil) }()
+	eventually(t, func() bool { return waiting() == 2 }, "both requests to wait for the token")
+
+	leave()
+	if r := <-leaves; r.err == nil {
+		t.Fatalf("got %v for the client that left, want nothing", r)
+	}
+	eventually(t, func() bool { return len(g.logged(`"http.log.access`, `"uri":"/leaves"`)) == 1 }, "the line in the access log")
+	for _, line := range g.logged(`"http.log.access`, `"uri":"/leaves"`) {
+		if !strings.Contains(line, `"status":499`) {
+			t.Errorf("got %s, want status 499", line)
+		}
+	}
+	if got := g.logged(`"level":"error"`); len(got) != 0 {
+		t.Errorf("got %v in the log, want no error", got)
+	}
+
+	release()
+	r := (<-stays).want(t, http.StatusOK)
+	if r.body != "accepted" {
+		t.Errorf("got %q, want the upstream's answer", r.body)
+	}
+	auth.wantAsked(t, 1)
+	if got := len(up.got()); got != 1 {
+		t.Errorf("got %d requests at the upstream, want only that of the client who stayed", got)
+	}
+}
+
+// waiting is how many callers wait for a token.
+func waiting() int {
+	n := 0
+	sources.Range(func(_, value any) bool {
+		source := value.(*tokenSource)
+		source.mu.Lock()
+		defer source.mu.Unlock()
+		if source.inflight != nil {
+			n += source.inflight.waiters
+		}
+		return true
+	})
+	return n
+}
+
+// The fetch belongs to the source: when everybody has left, its token is
+// still kept for the next.
+func TestFetchGoesOnWhenAllClientsLeave(t *testing.T) {
+	auth := newAuthServer(t)
+	release := auth.hang()
+	defer release()
+	up := newUpstream(t, auth)
+	g := startGateway(t, proxySite(up, auth, ""))
+	ctx, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)
+	defer cancel()
+	if r := g.sendCtx(ctx, http.MethodGet, "/", nil); r.err == nil {
+		t.Fatalf("got %v, want that the client left", r)
+	}
+	eventually(t, func() bool { return waiting() == 0 }, "nobody to wait")
+	release()
+	g.get().want(t, http.StatusOK)
+	auth.wantAsked(t, 1)
+}
+
+func TestColdSourceServesAThousandRequestsWithOneTokenRequest(t *testing.T) {
+	auth := newAuthServer(t)
+	auth.delay = 300 * time.Millisecond
+	up := newUpstream(t, auth)
+	g := startGateway(t, proxySite(up, auth, ""))
+	wantAll(t, g.burst(1000), http.StatusOK)
+	auth.wantAsked(t, 1)
+	if got := len(up.got()); got != 1000 {
+		t.Errorf("got %d requests at the upstream, want 1000", got)
+	}
+}
+
+// An upstream that fails by itself fails as with transport http.
+func TestUpstreamFailureIsTheUpstreams(t *testing.T) {
+	auth := newAuthServer(t)
+	g := startGateway(t, expand(`reverse_proxy $NOBODY {
+		transport oauth2 {
+			token_url $AUTH/token
+			client_id gateway
+			client_secret s
+		}
+	}`, "$NOBODY", freeAddress(t), "$AUTH", auth.URL)+handleErrors)
+	for _, method := range []string{http.MethodGet, http.MethodPost} {
+		r := g.send(method, "/", nil).want(t, http.StatusBadGateway)
+		if !strings.Contains(r.body, "connection refused") {
+			t.Errorf("got %q, want that the connection was refused", r.body)
+		}
+	}
+	auth.wantAsked(t, 1)
+}

@@ -1,0 +1,315 @@
+package outboundauth
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"regexp"
+	"runtime"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+)
+
+// patience is how long a test waits for what has to happen.
+const patience = 10 * time.Second
+
+// eventually waits until something has happened in another goroutine.
+func eventually(t *testing.T, happened func() bool, what string, args ...any) {
+	t.Helper()
+	for deadline := time.Now().Add(patience); !happened(); time.Sleep(2 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("got nothing in %v, want "+what, append([]any{patience}, args...)...)
+		}
+	}
+}
+
+// expand replaces words such as $UP in a Caddyfile, also in what replaces
+// another: pairs of word and value.
+func expand(text string, pairs ...string) string {
+	values := make(map[string]string)
+	for i := 0; i < len(pairs); i += 2 {
+		values[strings.TrimPrefix(pairs[i], "$")] = pairs[i+1]
+	}
+	value := func(name string) string {
+		if value, ok := values[name]; ok {
+			return value
+		}
+		return "$" + name // another expand knows it
+	}
+	return os.Expand(os.Expand(text, value), value)
+}
+
+// freeAddress is where nobody listens at the moment.
+func freeAddress(t *testing.T) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().String()
+}
+
+// A gateway is Caddy, running in the process of the test. There is one Caddy
+// in a process, so its tests are not parallel.
+type gateway struct {
+	t      *testing.T
+	addr   string // where its site listens
+	admin  string // global option
+	global string // more global options
+	more   string // more sites
+	dir    string
+	client *http.Client
+}
+
+// startGateway runs Caddy with a site that has these directives.
+func startGateway(t *testing.T, site string) *gateway {
+	t.Helper()
+	g := newGateway(t)
+	g.load(site)
+	return g
+}
+
+func newGateway(t *testing.T) *gateway {
+	t.Helper()
+	g := &gateway{t: t, addr: freeAddress(t), admin: "off", dir: t.TempDir()}
+	t.Setenv("XDG_CONFIG_HOME", filepath.Join(g.dir, "config"))
+	t.Setenv("XDG_DATA_HOME", filepath.Join(g.dir, "data"))
+	transport := &http.Transport{MaxIdleConnsPerHost: 1000, DisableCompression: true}
+	g.client = &http.Client{
+		Transport:     transport,
+		Timeout:       3 * patience,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}
+	t.Cleanup(func() {
+		transport.CloseIdleConnections() // or Caddy would wait for them
+		g.stop()
+	})
+	return g
+}
+
+// config is the gateway's Caddyfile, as JSON.
+func (g *gateway) config(site string) []byte {
+	g.t.Helper()
+	_, port, _ := net.SplitHostPort(g.addr)
+	source := expand(`{
+	auto_https off
+	admin $ADMIN
+	persist_config off
+	grace_period 1s
+	storage file_system $DIR/storage
+	log {
+		level DEBUG
+		output file $DIR/log
+	}
+	$GLOBAL
+}
+http://:$PORT {
+	bind 127.0.0.1
+	log
+	$SITE
+}
+$MORE
+`, "$ADMIN", g.admin, "$DIR", g.dir, "$GLOBAL", g.global, "$PORT", port, "$SITE", site, "$MORE", g.more)
+	adapted, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(source), map[string]any{"filename": "Caddyfile"})
+	if err != nil {
+		g.t.Fatalf("adapting the Caddyfile: %v\n%s", err, source)
+	}
+	return adapted
+}
+
+// load starts Caddy, or reloads it.
+func (g *gateway) load(site string) {
+	g.t.Helper()
+	if err := g.tryLoad(site); err != nil {
+		g.t.Fatalf("loading the config: %v", err)
+	}
+}
+
+func (g *gateway) tryLoad(site string) error {
+	g.t.Helper()
+	return caddy.Load(g.config(site), false)
+}
+
+func (g *gateway) stop() {
+	if err := caddy.Stop(); err != nil {
+		g.t.Errorf("stopping: got %v, want no error", err)
+	}
+}
+
+// logs is all that was logged so far.
+func (g *gateway) logs() string {
+	g.t.Helper()
+	content, err := os.ReadFile(filepath.Join(g.dir, "log"))
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		g.t.Fatal(err)
+	}
+	return string(content)
+}
+
+// logged returns the lines of the log that contain all parts.
+func (g *gateway) logged(parts ...string) []string {
+	g.t.Helper()
+	var lines []string
+	for line := range strings.Lines(g.logs()) {
+		if !slices.ContainsFunc(parts, func(part string) bool { return !strings.Contains(line, part) }) {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+// An answer of the gateway that has been read.
+type reply struct {
+	status int
+	header http.Header
+	body   string
+	err    error
+}
+
+// send sends a request; pairs are header fields and values.
+func (g *gateway) send(method, path string, body io.Reader, pairs ...string) reply {
+	return g.sendCtx(context.Background(), method, path, body, pairs...)
+}
+
+func (g *gateway) sendCtx(ctx context.Context, method, path string, body io.Reader, pairs ...string) reply {
+	req, err := http.NewRequestWithContext(ctx, method, "http://"+g.addr+path, body)
+	if err != nil {
+		return reply{err: err}
+	}
+	for i := 0; i < len(pairs); i += 2 {
+		req.Header[pairs[i]] = append(req.Header[pairs[i]], pairs[i+1]) // in any case
+		if pairs[i] == "Host" {
+			req.Host = pairs[i+1]
+		}
+	}
+	res, err := g.client.Do(req)
+	if err != nil {
+		return reply{err: err}
+	}
+	defer res.Body.Close()
+	content, err := io.ReadAll(res.Body)
+	return reply{res.StatusCode, res.Header, string(content), err}
+}
+
+func (g *gateway) get(pairs ...string) reply { return g.send(http.MethodGet, "/", nil, pairs...) }
+
+// want fails the test unless the request has this answer.
+func (r reply) want(t *testing.T, status int) reply {
+	t.Helper()
+	if r.err != nil || r.status != status {
+		t.Fatalf("got %d %q, err %v, want %d", r.status, r.body, r.err, status)
+	}
+	return r
+}
+
+// burst sends n GET requests at once, and returns the answers.
+func (g *gateway) burst(n int) []reply {
+	replies := make([]reply, n)
+	var wg sync.WaitGroup
+	for i := range n {
+		wg.Go(func() { replies[i] = g.get() })
+	}
+	wg.Wait()
+	return replies
+}
+
+// wantAll fails the test unless all have this status.
+func wantAll(t *testing.T, replies []reply, status int) {
+	t.Helper()
+	for i, r := range replies {
+		if r.err != nil || r.status != status {
+			t.Fatalf("request %d of %d: got %d %q, err %v, want %d", i, len(replies), r.status, r.body, r.err, status)
+		}
+	}
+}
+
+// newTransport makes a transport of Caddyfile settings, as Caddy does.
+func newTransport(t *testing.T, settings string) *Transport {
+	t.Helper()
+	transport := new(Transport).CaddyModule().New().(*Transport)
+	if err := transport.UnmarshalCaddyfile(caddyfile.NewTestDispenser("oauth2 {\n" + settings + "\n}")); err != nil {
+		t.Fatal(err)
+	}
+	ctx, err := caddy.ProvisionContext(&caddy.Config{Admin: &caddy.AdminConfig{Disabled: true}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = transport.Cleanup() })
+	if err := transport.Provision(ctx); err != nil {
+		t.Fatal(err)
+	}
+	return transport
+}
+
+// roundTripFunc implements http.RoundTripper.
+type roundTripFunc func(*http.Request) (*http.Response, error)
+
+func (f roundTripFunc) RoundTrip(req *http.Request) (*http.Response, error) { return f(req) }
+
+// proxyThrough sends a request to an upstream as reverse_proxy does, but past
+// Caddy's server, which has views of its own on headers.
+func proxyThrough(t *testing.T, rt http.RoundTripper, dial string, req *http.Request) (*httptest.ResponseRecorder, error) {
+	t.Helper()
+	handler := &reverseproxy.Handler{Transport: rt, Upstreams: reverseproxy.UpstreamPool{{Dial: dial}}}
+	ctx, err := caddy.ProvisionContext(&caddy.Config{Admin: &caddy.AdminConfig{Disabled: true}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := handler.Provision(ctx); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = handler.Cleanup() }()
+	rec := httptest.NewRecorder()
+	repl := caddy.NewReplacer()
+	req = caddyhttp.PrepareRequest(req, repl, rec, &caddyhttp.Server{})
+	return rec, handler.ServeHTTP(rec, req, caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { return nil }))
+}
+
+var ours = regexp.MustCompile(`caddy-outbound-auth\.\(\*(Transport|client|tokenSource|endpoint|replayBody|attemptBody)\)`)
+
+// goroutines returns the stacks in which a function of the product runs.
+func goroutines() []string {
+	buf := make([]byte, 1<<20)
+	for {
+		n := runtime.Stack(buf, true)
+		if n < len(buf) {
+			buf = buf[:n]
+			break
+		}
+		buf = make([]byte, 2*len(buf))
+	}
+	var found []string
+	for stack := range bytes.SplitSeq(buf, []byte("\n\n")) {
+		if ours.Match(stack) {
+			found = append(found, string(stack))
+		}
+	}
+	return found
+}
+
+// wantNothingLeft waits until the product holds no source and no goroutine.
+func wantNothingLeft(t *testing.T) {
+	t.Helper()
+	eventually(t, func() bool {
+		left := len(goroutines())
+		sources.Range(func(any, any) bool { left++; return true })
+		return left == 0
+	}, "no token source and no goroutine left")
+}

@@ -1,0 +1,157 @@
+package outboundauth
+
+import (
+	"io"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"testing"
+)
+
+// healthy counts health checks and answers them all with status.
+func (u *upstream) checked(status int) *atomic.Int32 {
+	var n atomic.Int32
+	u.script(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path != "/health" {
+			return false
+		}
+		u.record(r)
+		n.Add(1)
+		w.WriteHeader(status)
+		_, _ = io.WriteString(w, "checked")
+		return true
+	})
+	return &n
+}
+
+// checks returns the health checks so far.
+func (u *upstream) checks() []received {
+	var checks []received
+	for _, r := range u.got() {
+		if r.path == "/health" {
+			checks = append(checks, r)
+		}
+	}
+	return checks
+}
+
+const checkedSite = `reverse_proxy $UP {
+	health_uri /health
+	health_interval 20ms
+	$PROXY
+	transport oauth2 {
+		token_url $AUTH/token
+		client_id gateway
+		client_secret s
+		header X-Static always
+		tenant {http.request.header.X-Org}
+	}
+}`
+
+func TestHealthChecksCarryTheCachedToken(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	n := up.checked(http.StatusOK)
+	g := startGateway(t, expand(checkedSite, "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", "health_headers {\nX-Tenant-Id of-the-check\n}"))
+	g.get("X-Org", "acme").want(t, http.StatusOK)
+	seen := n.Load()
+	eventually(t, func() bool { return n.Load() >= seen+3 }, "health checks")
+	check := up.last(t)
+	if client := check.bearerOf(auth); client != "gateway" {
+		t.Errorf("got the token of %q, want that of gateway", client)
+	}
+	check.wantHeader(t, "X-Static", "always")
+	check.wantHeader(t, "X-Tenant-Id", "") // nobody's, as no client asked
+	auth.wantAsked(t, 1)
+}
+
+// A check goes without a token if there is none, at once, and succeeds.
+func TestHealthChecksDoNotNeedAToken(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		answer func(http.ResponseWriter, tokenRequest) bool
+	}{
+		{"the authorization server hangs", func(_ http.ResponseWriter, r tokenRequest) bool { <-r.ctx.Done(); return true }},
+		{"the authorization server refuses", refusing(http.StatusBadRequest, `{"error":"invalid_client"}`)},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			auth := newAuthServer(t)
+			auth.script(test.answer)
+			up := newUpstream(t, auth)
+			n := up.checked(http.StatusOK)
+			g := startGateway(t, expand(checkedSite, "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", ""))
+			eventually(t, func() bool { return n.Load() >= 5 }, "health checks")
+			for _, check := range up.checks() {
+				check.wantHeader(t, "Authorization", "")
+			}
+			auth.wantAsked(t, 1) // by the warm-up
+			for _, bad := range []string{"active health check failed", "HTTP request failed", "unexpected status"} {
+				if got := g.logged(bad); len(got) != 0 {
+					t.Errorf("got %q, want no failed check", got)
+				}
+			}
+		})
+	}
+}
+
+func TestHealthChecksDoNotReplaceTokens(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	n := up.checked(http.StatusUnauthorized)
+	g := startGateway(t, expand(checkedSite, "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", "health_status 401"))
+	g.get().want(t, http.StatusOK)
+	seen := n.Load()
+	eventually(t, func() bool { return n.Load() >= seen+5 }, "health checks")
+	g.get().want(t, http.StatusOK)
+	auth.wantAsked(t, 1)
+}
+
+// A check of another port still belongs to the upstream whose block names it.
+func TestHealthCheckOfAnotherPort(t *testing.T) {
+	auth := newAuthServer(t)
+	up, checks := newUpstream(t, auth), newUpstream(t, auth)
+	n := checks.checked(http.StatusOK)
+	_, port, _ := strings.Cut(checks.addr, ":")
+	g := startGateway(t, expand(`reverse_proxy $UP {
+		health_uri /health
+		health_port $PORT
+		health_interval 20ms
+		transport oauth2 {
+			upstream $UP {
+				token_url $AUTH/token
+				client_id gateway
+				client_secret s
+			}
+		}
+	}`, "$UP", up.addr, "$AUTH", auth.URL, "$PORT", port))
+	eventually(t, func() bool { return n.Load() >= 2 || len(g.logged("HTTP request failed")) > 0 }, "health checks")
+	if got := g.logged("HTTP request failed"); len(got) != 0 {
+		t.Fatalf("got %q, want that the check succeeds", got[0])
+	}
+	g.get().want(t, http.StatusOK)
+}
+
+func TestHealthChecksOverTLS(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUnstartedUpstream(t, auth)
+	up.Config.ErrorLog = discardLog
+	up.StartTLS()
+	up.addr = up.Listener.Addr().String()
+	n := up.checked(http.StatusOK)
+	g := startGateway(t, expand(`reverse_proxy https://$UP {
+		health_uri /health
+		health_interval 20ms
+		transport oauth2 {
+			token_url $AUTH/token
+			client_id gateway
+			client_secret s
+			tls_insecure_skip_verify
+		}
+	}`, "$UP", up.addr, "$AUTH", auth.URL))
+	g.get().want(t, http.StatusOK)
+	seen := n.Load()
+	eventually(t, func() bool { return n.Load() >= seen+2 }, "health checks")
+	if client := up.last(t).bearerOf(auth); client != "gateway" {
+		t.Errorf("got the token of %q, want that of gateway", client)
+	}
+}

@@ -1,0 +1,485 @@
+package outboundauth
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/iotest"
+	"testing/synctest"
+	"time"
+)
+
+// A watchedBody is a request's body that notes how it is used.
+type watchedBody struct {
+	io.Reader
+	reading atomic.Bool
+	twice   atomic.Bool // was read by two at once
+	late    atomic.Bool // was read after Close
+	closes  atomic.Int32
+}
+
+func (b *watchedBody) Read(p []byte) (int, error) {
+	if !b.reading.CompareAndSwap(false, true) {
+		b.twice.Store(true)
+	}
+	defer b.reading.Store(false)
+	if b.closes.Load() > 0 {
+		b.late.Store(true)
+	}
+	return b.Reader.Read(p)
+}
+
+func (b *watchedBody) Close() error {
+	b.closes.Add(1)
+	return nil
+}
+
+// pattern is n bytes of which each stretch is different.
+func pattern(n int) []byte {
+	b := make([]byte, 0, n+8)
+	for i := 0; len(b) < n; i++ {
+		b = fmt.Append(b, i, " ")
+	}
+	return b[:n]
+}
+
+func readN(t *testing.T, r io.Reader, n int) []byte {
+	t.Helper()
+	b := make([]byte, n)
+	if _, err := io.ReadFull(r, b); err != nil {
+		t.Fatalf("reading %d bytes: %v", n, err)
+	}
+	return b
+}
+
+func TestReplayRepeatsWhatIsRecorded(t *testing.T) {
+	const limit = 1000
+	for _, test := range []struct {
+		size, read int // of it, by the first attempt
+		want       bool
+	}{
+		{0, 0, true},
+		{10, 0, true},
+		{10, 10, true},
+		{limit, limit, true},
+		{limit + 1, limit, true},
+		{limit + 1, limit + 1, false},
+		{50 * limit, 0, true},
+		{50 * limit, limit / 2, true},
+		{50 * limit, limit, true},
+		{50 * limit, limit + 1, false},
+		{50 * limit, 50 * limit, false},
+	} {
+		t.Run(fmt.Sprintf("%d of %d", test.read, test.size), func(t *testing.T) {
+			data := pattern(test.size)
+			source := &watchedBody{Reader: bytes.NewReader(data)}
+			b := newReplayBody(source, limit)
+			first := b.first()
+			if got := readN(t, first, test.read); !bytes.Equal(got, data[:test.read]) {
+				t.Errorf("first attempt: got %d other bytes, want those of the body", len(got))
+			}
+			if got := b.hold(); got != test.want {
+				t.Fatalf("hold: got %v, want %v", got, test.want)
+			}
+			attempt, want := first, data[test.read:]
+			if test.want {
+				attempt, want = b.again(), data
+				if n, err := first.Read(make([]byte, 1)); n != 0 || !errors.Is(err, errSuperseded) {
+					t.Errorf("first attempt after that: got %d, %v, want %v", n, err, errSuperseded)
+				}
+			}
+			b.commit()
+			if got, err := io.ReadAll(attempt); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("got %d bytes, err %v, want %d and none", len(got), err, len(want))
+			}
+		})
+	}
+}
+
+// RoundTrip of an HTTP transport may return while the body is still sent: the
+// recording must last until then, though others reuse the buffers.
+func TestRecordingLastsUntilItIsSent(t *testing.T) {
+	data := pattern(5000)
+	b := newReplayBody(&watchedBody{Reader: bytes.NewReader(data)}, 4000)
+	readN(t, b.first(), 3000)
+	if !b.hold() {
+		t.Fatal("hold: got false, want true")
+	}
+	second := b.again()
+	got := readN(t, second, 100)
+	b.commit() // RoundTrip has returned
+	for range 10 {
+		other := newReplayBody(io.NopCloser(strings.NewReader(strings.Repeat("-", 4000))), 4000)
+		readN(t, other.first(), 4000)
+		other.commit()
+	}
+	rest, err := io.ReadAll(second)
+	if got = append(got, rest...); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("got %d bytes, err %v, want the whole body of %d", len(got), err, len(data))
+	}
+}
+
+func TestRecordingIsBounded(t *testing.T) {
+	const limit = 1000
+	b := newReplayBody(io.NopCloser(bytes.NewReader(pattern(100*limit))), limit)
+	first := b.first()
+	for buf := make([]byte, 700); ; {
+		_, err := first.Read(buf)
+		b.mu.Lock()
+		if b.recorded != nil && len(*b.recorded) > limit {
+			t.Fatalf("got %d bytes recorded, want no more than %d", len(*b.recorded), limit)
+		}
+		b.mu.Unlock()
+		if err != nil {
+			break
+		}
+	}
+	if b.recorded != nil {
+		t.Error("got a recording of a body that is too large, want none")
+	}
+}
+
+// What the first attempt is reading when it is given up belongs to the second.
+func TestReadThatIsUnderWayIsNotLost(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		source, sink := io.Pipe()
+		watched := &watchedBody{Reader: source}
+		b := newReplayBody(watched, 1000)
+		first := b.first()
+		firstErr := make(chan error, 1)
+		go func() {
+			got, err := io.ReadAll(first)
+			if string(got) != "one " {
+				err = fmt.Errorf("got %q, want only what came before the refusal", got)
+			}
+			firstErr <- err
+		}()
+		_, _ = io.WriteString(sink, "one ")
+		synctest.Wait() // the first attempt reads again
+		if !b.hold() {
+			t.Fatal("hold: got false, want true")
+		}
+		second := b.again()
+		secondGot := make(chan []byte, 1)
+		go func() {
+			got, err := io.ReadAll(second)
+			if err != nil {
+				t.Error(err)
+			}
+			secondGot <- got
+		}()
+		synctest.Wait()
+		_, _ = io.WriteString(sink, "two ")
+		_, _ = io.WriteString(sink, "three")
+		sink.Close()
+		if err := <-firstErr; !errors.Is(err, errSuperseded) {
+			t.Errorf("first attempt: got %v, want %v", err, errSuperseded)
+		}
+		if got := <-secondGot; string(got) != "one two three" {
+			t.Errorf("second attempt: got %q, want the whole body", got)
+		}
+		if watched.twice.Load() {
+			t.Error("the body was read by two at once, want one at a time")
+		}
+	})
+}
+
+// While the token is replaced, the first attempt reads no further.
+func TestHeldAttemptWaits(t *testing.T) {
+	for _, retried := range []bool{true, false} {
+		t.Run(fmt.Sprint("sent again: ", retried), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				data := pattern(5000)
+				watched := &watchedBody{Reader: bytes.NewReader(data)}
+				b := newReplayBody(watched, 1000)
+				first := b.first()
+				readN(t, first, 500)
+				if !b.hold() {
+					t.Fatal("hold: got false, want true")
+				}
+				done := make(chan error, 1)
+				go func() {
+					_, err := io.ReadAll(first)
+					done <- err
+				}()
+				synctest.Wait()
+				if got := len(data) - watched.Reader.(*bytes.Reader).Len(); got != 500 {
+					t.Errorf("got %d bytes read, want no more than 500 while held", got)
+				}
+				if retried {
+					if got, err := io.ReadAll(b.again()); err != nil || !bytes.Equal(got, data) {
+						t.Errorf("got %d bytes, err %v, want all %d", len(got), err, len(data))
+					}
+				} else {
+					b.commit()
+				}
+				if err := <-done; (err != nil) != retried {
+					t.Errorf("first attempt: got %v, want an error only if there is a second", err)
+				}
+			})
+		})
+	}
+}
+
+func TestReplayPassesOnTheEndOfTheBody(t *testing.T) {
+	broken := errors.New("the client went away")
+	for _, test := range []struct {
+		name   string
+		reader io.Reader
+		want   error
+	}{
+		{"end with the last byte", iotest.DataErrReader(strings.NewReader("body")), nil},
+		{"end after the last byte", strings.NewReader("body"), nil},
+		{"error", io.MultiReader(strings.NewReader("body"), iotest.ErrReader(broken)), broken},
+		{"error with the last byte", iotest.DataErrReader(io.MultiReader(strings.NewReader("body"), iotest.ErrReader(broken))), broken},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			b := newReplayBody(io.NopCloser(test.reader), 100)
+			for i, attempt := range []func() io.ReadCloser{b.first, b.again} {
+				if got, err := io.ReadAll(attempt()); string(got) != "body" || !errors.Is(err, test.want) {
+					t.Errorf("attempt %d: got %q, %v, want the body and %v", i+1, got, err, test.want)
+				}
+				if i == 0 && !b.hold() {
+					t.Fatal("hold: got false, want true")
+				}
+			}
+		})
+	}
+}
+
+// The body is closed once, and not before it is known that no attempt follows.
+func TestReplayClosesTheBodyOnce(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		steps string // f: close the first, a: again, s: close the second, c: commit
+		want  []int  // closed so often after each step
+	}{
+		{"closed before RoundTrip returns", "fc", []int{0, 1}},
+		{"closed after RoundTrip has returned", "cf", []int{0, 1}},
+		{"closed often", "ffccff", []int{0, 0, 1, 1, 1, 1}},
+		{"sent again", "fasc", []int{0, 0, 1, 1}},
+		{"sent again, closed late", "facs", []int{0, 0, 0, 1}},
+		{"the first is closed after the second has begun", "afcs", []int{0, 0, 0, 1}},
+		{"the first is closed last", "ascf", []int{0, 1, 1, 1}},
+		{"sent again, closed often", "ffassccff", []int{0, 0, 0, 1, 1, 1, 1, 1, 1}},
+		{"never closed", "c", []int{0}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			watched := &watchedBody{Reader: strings.NewReader("body")}
+			b := newReplayBody(watched, 100)
+			first := b.first()
+			var second io.ReadCloser
+			for i, step := range test.steps {
+				switch step {
+				case 'f':
+					first.Close()
+				case 'a':
+					b.hold()
+					second = b.again()
+				case 's':
+					second.Close()
+				case 'c':
+					b.commit()
+				}
+				if got := int(watched.closes.Load()); got != test.want[i] {
+					t.Errorf("after %s: got the body closed %d times, want %d", test.steps[:i+1], got, test.want[i])
+				}
+			}
+		})
+	}
+}
+
+// A server's body that is closed may wait for the client. Meanwhile, neither
+// RoundTrip nor its answer may.
+func TestSlowCloseHoldsNothingUp(t *testing.T) {
+	for _, test := range []struct{ name, steps string }{
+		{"the transport is closing the second attempt's body", "asc"},
+		{"the transport has closed the body", "fc"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			client, closing := make(chan struct{}), make(chan struct{})
+			b := newReplayBody(slowClose{strings.NewReader("body"), closing, client}, 100)
+			first := b.first()
+			second := first
+			_, _ = first.Read(make([]byte, 1)) // closing what nobody has read costs nothing
+			for _, step := range test.steps {
+				switch step {
+				case 'f':
+					first.Close() // not yet the body itself
+				case 'a':
+					b.hold()
+					second = b.again()
+				case 's':
+					go second.Close() // as net/http does for HTTP/2
+					<-closing
+				}
+			}
+			committed := make(chan struct{})
+			go func() { b.commit(); close(committed) }()
+			select {
+			case <-committed:
+			case <-time.After(time.Second):
+				t.Error("got RoundTrip waiting for the client, want that it returns")
+			}
+			close(client)
+			<-committed
+		})
+	}
+}
+
+type slowClose struct {
+	io.Reader
+	closing, client chan struct{}
+}
+
+func (s slowClose) Close() error {
+	close(s.closing)
+	<-s.client
+	return nil
+}
+
+// However the two attempts and the refusal interleave, no byte is lost or
+// doubled.
+func TestReplayInterleavings(t *testing.T) {
+	deadline := time.Now().Add(2 * time.Second)
+	for n := 0; n < 500 && time.Now().Before(deadline); n++ {
+		seed := rand.Uint64()
+		if !interleave(t, seed) {
+			t.Fatalf("with seed %d", seed)
+		}
+	}
+}
+
+func interleave(t *testing.T, seed uint64) bool {
+	r := rand.New(rand.NewPCG(seed, 0))
+	data := pattern(r.IntN(3000))
+	limit := r.IntN(2000)
+	refusedAfter := r.IntN(len(data) + 1) // bytes that the first attempt has sent
+	chunks := [3]int{1 + r.IntN(700), 1 + r.IntN(700), 1 + r.IntN(700)}
+
+	watched := &watchedBody{Reader: &chunkReader{bytes.NewReader(data), chunks[0]}}
+	b := newReplayBody(watched, limit)
+	first := b.first()
+	refused := make(chan struct{})
+	var got1 []byte
+	var err1 error
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		defer first.Close()
+		signal := sync.OnceFunc(func() { close(refused) })
+		defer signal()
+		buf := make([]byte, chunks[1])
+		for err1 == nil {
+			var n int
+			n, err1 = first.Read(buf)
+			if got1 = append(got1, buf[:n]...); len(got1) >= refusedAfter {
+				signal() // and reads on, as net/http would
+			}
+		}
+	})
+	<-refused
+	want1 := data
+	held := b.hold()
+	if held {
+		second := b.again()
+		var got2 []byte
+		buf := make([]byte, chunks[2])
+		var err error
+		for err == nil {
+			var n int
+			n, err = second.Read(buf)
+			got2 = append(got2, buf[:n]...)
+		}
+		second.Close()
+		wg.Wait()
+		if !errors.Is(err, io.EOF) || !bytes.Equal(got2, data) {
+			t.Errorf("second attempt: got %d bytes, %v, want all %d", len(got2), err, len(data))
+		}
+		want1 = data[:min(len(got1), len(data))]
+		if len(got1) > limit && len(got1) < len(data) {
+			t.Errorf("got a second attempt after %d bytes, want none after %d", len(got1), limit)
+		}
+	}
+	b.commit()
+	wg.Wait()
+	if !bytes.Equal(got1, want1) {
+		t.Errorf("first attempt, held %v: got %d bytes, want %d", held, len(got1), len(want1))
+	}
+	// It may be closed in a goroutine of its own.
+	eventually(t, func() bool { return watched.closes.Load() > 0 }, "the body closed")
+	if watched.twice.Load() || watched.late.Load() || watched.closes.Load() != 1 {
+		t.Errorf("got the body read by two %v, read late %v, closed %d times, want it read by one and closed once",
+			watched.twice.Load(), watched.late.Load(), watched.closes.Load())
+	}
+	return !t.Failed()
+}
+
+// A chunkReader returns at most n bytes at a time.
+type chunkReader struct {
+	io.Reader
+	n int
+}
+
+func (c *chunkReader) Read(p []byte) (int, error) { return c.Reader.Read(p[:min(len(p), c.n)]) }
+
+// A body that is too large to be recorded waits where the recording ends.
+func TestLargeBodyPausesForTheUpstream(t *testing.T) {
+	const limit, pause = 1000, time.Second
+	for _, test := range []struct {
+		name string
+		do   func(*replayBody)
+		want time.Duration
+	}{
+		{"the upstream says nothing", func(*replayBody) {}, pause},
+		{"it wants the body", func(b *replayBody) { time.Sleep(pause / 4); b.proceed() }, pause / 4},
+		{"it wanted it before", func(b *replayBody) { b.proceed() }, 0},
+		{"it has answered", func(b *replayBody) { time.Sleep(pause / 2); b.commit() }, pause / 2},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				data := pattern(3 * limit)
+				b := newReplayBody(io.NopCloser(bytes.NewReader(data)), limit)
+				b.pause = pause
+				first := b.first()
+				start := time.Now()
+				readN(t, first, limit)
+				if got := time.Since(start); got != 0 {
+					t.Errorf("the recorded part: got a wait of %v, want none", got)
+				}
+				go test.do(b)
+				synctest.Wait()
+				rest, err := io.ReadAll(first)
+				if got := time.Since(start); got != test.want {
+					t.Errorf("the rest: got a wait of %v, want %v", got, test.want)
+				}
+				if err != nil || !bytes.Equal(rest, data[limit:]) {
+					t.Errorf("got %d bytes, err %v, want %d", len(rest), err, len(data)-limit)
+				}
+			})
+		})
+	}
+}
+
+func TestRefusalDuringThePause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		data := pattern(3000)
+		b := newReplayBody(io.NopCloser(bytes.NewReader(data)), 1000)
+		b.pause = time.Second
+		first := b.first()
+		go func() { _, _ = io.ReadAll(first) }()
+		synctest.Wait()
+		if !b.hold() {
+			t.Fatal("hold: got false, want true")
+		}
+		time.Sleep(time.Minute) // getting the token takes longer than the pause
+		if got, err := io.ReadAll(b.again()); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("got %d bytes, err %v, want all %d", len(got), err, len(data))
+		}
+	})
+}

@@ -1,0 +1,272 @@
+package outboundauth
+
+import (
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// What must not be seen outside. The secret has characters of which each
+// encoding makes something else.
+const (
+	hiddenSecret = "hidden secret/+%&=ü"
+	hiddenParam  = "hidden-param+/x"
+	hiddenHeader = "hidden-header"
+)
+
+// hidden are all forms in which a secret can show up.
+func hidden() []string {
+	basic := base64.StdEncoding.EncodeToString([]byte("gateway:" + url.QueryEscape(hiddenSecret)))
+	forms := []string{basic, "canary-token", hiddenHeader}
+	for _, s := range []string{hiddenSecret, hiddenParam} {
+		quoted := strings.Trim(fmt.Sprintf("%+q", s), `"`)
+		forms = append(forms, s, url.QueryEscape(s), url.PathEscape(s), quoted, base64.StdEncoding.EncodeToString([]byte(s)))
+	}
+	return forms
+}
+
+// wantNothingHidden fails the test if a text holds a secret.
+func wantNothingHidden(t *testing.T, where, text string) {
+	t.Helper()
+	for _, secret := range hidden() {
+		if i := strings.Index(text, secret); i >= 0 {
+			t.Errorf("%s: got %q in %q, want no secret", where, secret, text[max(0, i-200):min(len(text), i+len(secret)+100)])
+		}
+	}
+}
+
+// echo returns what a token request contained, as careless servers do.
+func echo(r tokenRequest) string {
+	authorization := r.header.Get("Authorization")
+	basic, _ := strings.CutPrefix(authorization, "Basic ")
+	decoded, _ := base64.StdEncoding.DecodeString(basic)
+	return fmt.Sprintf("bad request %s %s %s secret %s param %s header %s",
+		r.form.Encode(), authorization, decoded, r.secret, r.form.Get("hidden"), r.header.Get("X-Hidden"))
+}
+
+// echoing are authorization servers that repeat the request in their failures.
+var echoing = map[string]func(http.ResponseWriter, tokenRequest) bool{
+	"description": func(w http.ResponseWriter, r tokenRequest) bool {
+		w.WriteHeader(http.StatusBadRequest)
+		fmt.Fprintf(w, `{"error":"invalid_client","error_description":%q}`, echo(r))
+		return true
+	},
+	"code": func(w http.ResponseWriter, r tokenRequest) bool {
+		w.WriteHeader(http.StatusBadRequest)
+		fmt.Fprintf(w, `{"error":%q,"message":%q}`, echo(r), r.secret)
+		return true
+	},
+	"secret only": func(w http.ResponseWriter, r tokenRequest) bool {
+		w.WriteHeader(http.StatusUnauthorized)
+		fmt.Fprintf(w, `{"error":%q,"error_description":%q}`, r.form.Get("hidden"), r.header.Get("X-Hidden"))
+		return true
+	},
+	"body": func(w http.ResponseWriter, r tokenRequest) bool {
+		w.WriteHeader(http.StatusInternalServerError)
+		fmt.Fprintf(w, "<h1>%s</h1>", echo(r))
+		return true
+	},
+	"body of a success": func(w http.ResponseWriter, r tokenRequest) bool {
+		fmt.Fprint(w, echo(r))
+		return true
+	},
+	"token that is not legal": func(w http.ResponseWriter, r tokenRequest) bool {
+		fmt.Fprintf(w, `{"access_token":"canary-token\r\n%s","expires_in":"%s"}`, r.form.Get("hidden"), r.form.Get("hidden"))
+		return true
+	},
+	"token of another type": func(w http.ResponseWriter, r tokenRequest) bool {
+		fmt.Fprintf(w, `{"access_token":"canary-token","token_type":%q}`, r.form.Get("hidden"))
+		return true
+	},
+	"lifetime": func(w http.ResponseWriter, r tokenRequest) bool {
+		fmt.Fprintf(w, `{"access_token":"canary-token","expires_in":%q}`, r.form.Get("hidden"))
+		return true
+	},
+	"header": func(w http.ResponseWriter, r tokenRequest) bool {
+		w.Header().Set("Location", "https://elsewhere.example/?"+r.form.Encode()+"&"+url.QueryEscape(r.secret))
+		w.Header().Set("Retry-After", r.form.Get("hidden"))
+		w.Header().Set("WWW-Authenticate", "Basic realm="+url.QueryEscape(echo(r)))
+		w.WriteHeader(http.StatusTemporaryRedirect)
+		return true
+	},
+	"answer that is not HTTP": func(w http.ResponseWriter, r tokenRequest) bool {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err == nil {
+			fmt.Fprintf(conn, "HTTP/1.1 %s\r\n%s: x\r\n\r\n", echo(r), r.secret)
+			conn.Close()
+		}
+		return true
+	},
+	"header field that is not legal": func(w http.ResponseWriter, r tokenRequest) bool {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err == nil {
+			fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %s\r\n\r\n", r.secret)
+			conn.Close()
+		}
+		return true
+	},
+	"hangs":  func(_ http.ResponseWriter, r tokenRequest) bool { <-r.ctx.Done(); return true },
+	"tokens": nil,
+}
+
+const hidingSite = `reverse_proxy $UP {
+	transport oauth2 {
+		token_url $AUTH/token
+		client_id gateway
+		client_secret {env.OUTBOUNDAUTH_TEST_SECRET}
+		auth_method $METHOD
+		param hidden {env.OUTBOUNDAUTH_TEST_PARAM}
+		token_request_header X-Hidden {env.OUTBOUNDAUTH_TEST_HEADER}
+		token_timeout 200ms
+		tenant acme
+	}
+}
+handle_errors {
+	respond "{err.status_code} {err.message} {err.trace} {http.oauth2.error} {http.oauth2.error_description} {http.oauth2.failure}"
+}`
+
+func TestSecretsAreNotSeen(t *testing.T) {
+	t.Setenv("OUTBOUNDAUTH_TEST_SECRET", hiddenSecret)
+	t.Setenv("OUTBOUNDAUTH_TEST_PARAM", hiddenParam)
+	t.Setenv("OUTBOUNDAUTH_TEST_HEADER", hiddenHeader)
+	for _, logCredentials := range []bool{false, true} {
+		for _, method := range authMethods[:2] {
+			for name, answer := range echoing {
+				t.Run(fmt.Sprintf("%s/%s/log_credentials %v", name, method, logCredentials), func(t *testing.T) {
+					auth := newAuthServer(t)
+					auth.script(answer)
+					up := newUpstream(t, auth)
+					autosave := caddy.ConfigAutosavePath
+					defer func() { caddy.ConfigAutosavePath = autosave }()
+					g := newGateway(t)
+					caddy.ConfigAutosavePath = filepath.Join(g.dir, "autosave.json")
+					g.admin = freeAddress(t)
+					g.global = "metrics\n"
+					if logCredentials {
+						g.global += "servers {\nlog_credentials\n}\n"
+					}
+					site := expand(hidingSite, "$UP", up.addr, "$AUTH", auth.URL, "$METHOD", method)
+					config := strings.Replace(string(g.config(site)), `"persist":false`, `"persist":true`, 1)
+					if err := caddy.Load([]byte(config), false); err != nil {
+						t.Fatal(err)
+					}
+
+					for _, send := range []func() reply{
+						func() reply { return g.get("Authorization", "Bearer client-own") },
+						func() reply { return g.send(http.MethodPost, "/", strings.NewReader("body")) },
+						func() reply { auth.revoke(); return g.get() }, // recovery
+						func() reply { auth.revoke(); auth.script(echoing["description"]); return g.get() },
+						func() reply { up.script(up.breakConnection); return g.get() },
+					} {
+						r := send()
+						wantNothingHidden(t, "client", fmt.Sprint(r.err, r.header, r.body))
+					}
+					if answer == nil && len(up.got()) == 0 {
+						t.Error("got no request at the upstream, want some with tokens")
+					}
+					if len(auth.asked()) == 0 {
+						t.Error("got no token request, want one that has the secrets")
+					}
+					for _, path := range []string{"/config/", "/metrics", "/reverse_proxy/upstreams"} {
+						wantNothingHidden(t, path, adminGet(t, g.admin, path))
+					}
+					if got := adminGet(t, g.admin, "/config/"); !strings.Contains(got, "{env.OUTBOUNDAUTH_TEST_SECRET}") {
+						t.Errorf("got %s, want the placeholder", got)
+					}
+					g.load("respond gone") // with what is logged then
+					g.stop()
+					log := g.logs()
+					if !strings.Contains(log, `"level":"debug"`) || !strings.Contains(log, "upstream roundtrip") && answer == nil {
+						t.Error("got no debug log of the proxy, want one, or this test sees nothing")
+					}
+					wantNothingHidden(t, "log", log)
+					wantNothingHidden(t, "autosave", readFile(t, caddy.ConfigAutosavePath))
+				})
+			}
+		}
+	}
+}
+
+func adminGet(t *testing.T, admin, path string) string {
+	t.Helper()
+	res, err := http.Get("http://" + admin + path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	if err != nil || res.StatusCode != http.StatusOK {
+		t.Fatalf("GET %s: got %d, err %v, want 200", path, res.StatusCode, err)
+	}
+	http.DefaultClient.CloseIdleConnections()
+	return string(body)
+}
+
+func readFile(t *testing.T, name string) string {
+	t.Helper()
+	content, err := os.ReadFile(name)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		t.Fatal(err)
+	}
+	return string(content)
+}
+
+// A secret that stands in the config is the admin's to see there, and nobody
+// else's anywhere else.
+func TestLiteralSecretIsNotLogged(t *testing.T) {
+	for _, name := range []string{"description", "body", "tokens"} {
+		t.Run(name, func(t *testing.T) {
+			auth := newAuthServer(t)
+			auth.script(echoing[name])
+			up := newUpstream(t, auth)
+			g := startGateway(t, proxySite(up, auth, "")+handleErrors)
+			r := g.get()
+			for where, text := range map[string]string{"client": fmt.Sprint(r.header, r.body), "log": g.logs()} {
+				if strings.Contains(text, "canary-secret") {
+					t.Errorf("%s: got %s, want no secret", where, text)
+				}
+			}
+		})
+	}
+}
+
+// The error of a config that does not load is logged, and shown by the admin
+// API.
+func TestSecretsAreNotInErrorsOfTheConfig(t *testing.T) {
+	t.Setenv("OUTBOUNDAUTH_TEST_SECRET", hiddenSecret)
+	t.Setenv("OUTBOUNDAUTH_TEST_URL", "http://gateway:hidden-param+/x@127.0.0.1/")
+	const good = `"token_url":"http://127.0.0.1:1/",`
+	for _, broken := range []string{
+		`"token_url":"https://gateway:hidden-header@auth.example/"`,
+		`"token_url":"{env.OUTBOUNDAUTH_TEST_SECRET}"`,
+		`"token_url":"{env.OUTBOUNDAUTH_TEST_URL}"`,
+		`"token_url":"http://hidden-header@[::1/"`,
+		good + `"scopes":["a","\\"]`,
+		good + `"auth_method":"none"`,
+		good + `"tenant":{"field":"Host","value":"acme"}`,
+		good + `"param":{"client_secret":"hidden-header"}`,
+		good + `"param":{"a":"{http.request.header.X}hidden-header"}`,
+		good + `"token_request_header":{"X-Hidden":"hidden-header\n"}`,
+		good + `"token_request_header":{"Authorization":"hidden-header"}`,
+	} {
+		g := newGateway(t)
+		err := caddy.Load([]byte(expand(`{"admin":{"disabled":true},"logging":{"logs":{"default":{"writer":{"output":"discard"}}}},"apps":{"http":{"servers":{"s":{"listen":["$ADDR"],
+			"automatic_https":{"disable":true},"routes":[{"handle":[{"handler":"reverse_proxy","upstreams":[{"dial":"127.0.0.1:1"}],
+			"transport":{"protocol":"oauth2","credentials":{"client_id":"a","client_secret":"hidden-header",$BROKEN}}}]}]}}}}}`,
+			"$ADDR", g.addr, "$BROKEN", broken)), false)
+		if err == nil {
+			t.Errorf("%s: got no error, want one", broken)
+			continue
+		}
+		wantNothingHidden(t, broken, err.Error())
+	}
+}

@@ -1,0 +1,245 @@
+package outboundauth
+
+import (
+	"bufio"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"strings"
+	"testing"
+	"time"
+)
+
+// raw opens a connection to the gateway that does not hang for ever.
+func (g *gateway) raw() net.Conn {
+	g.t.Helper()
+	conn, err := net.Dial("tcp", g.addr)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	g.t.Cleanup(func() { conn.Close() })
+	_ = conn.SetDeadline(time.Now().Add(patience))
+	return conn
+}
+
+func TestTrailersReachTheUpstream(t *testing.T) {
+	for _, revoked := range []bool{false, true} { // the second attempt has them too
+		t.Run(fmt.Sprint("revoked: ", revoked), func(t *testing.T) {
+			g, auth, up := gateAndFakes(t, "")
+			g.get().want(t, http.StatusOK)
+			if revoked {
+				auth.revoke()
+			}
+			req, err := http.NewRequest(http.MethodPost, "http://"+g.addr, chunked{strings.NewReader("body")})
+			if err != nil {
+				t.Fatal(err)
+			}
+			req.Trailer = http.Header{"X-Checksum": {"abc"}}
+			res, err := g.client.Do(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			res.Body.Close()
+			if res.StatusCode != http.StatusOK {
+				t.Errorf("got %d, want 200", res.StatusCode)
+			}
+			got := up.last(t)
+			if got.body != "body" || got.trailer.Get("X-Checksum") != "abc" {
+				t.Errorf("got %q with the trailer %v, want the body and X-Checksum: abc", got.body, got.trailer)
+			}
+		})
+	}
+}
+
+// What a client may not say in a header, it may not say in a trailer.
+func TestIdentityInTrailersIsRemoved(t *testing.T) {
+	for _, announced := range []bool{true, false} {
+		t.Run(fmt.Sprint("announced: ", announced), func(t *testing.T) {
+			g, _, up := gateAndFakes(t, "header X-User someone")
+			announcement := ""
+			if announced {
+				announcement = "Trailer: X-Tenant-Id, x-user, X-Checksum\r\n"
+			}
+			conn := g.raw()
+			fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: gateway.test\r\n"+announcement+"Transfer-Encoding: chunked\r\nConnection: close\r\n\r\n"+
+				"4\r\nbody\r\n0\r\nX-Tenant-Id: client-own\r\nx-user: client-own\r\nX_User: client-own\r\nX-Checksum: abc\r\n\r\n")
+			res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil || res.StatusCode != http.StatusOK {
+				t.Fatalf("got %v, err %v, want 200", res, err)
+			}
+			got := up.last(t)
+			for field, values := range got.trailer {
+				if field != "X-Checksum" && len(values) > 0 {
+					t.Errorf("got the trailer %s: %q, want it removed", field, values)
+				}
+			}
+			if announced && got.trailer.Get("X-Checksum") != "abc" {
+				t.Errorf("got the trailers %v, want X-Checksum", got.trailer)
+			}
+		})
+	}
+}
+
+// The client ends its body just when the request is sent again. The trailers
+// arrive with that end, in a map that both attempts know.
+func TestTrailersThatArriveDuringTheRetry(t *testing.T) {
+	g, auth, up := gateAndFakes(t, "")
+	g.get().want(t, http.StatusOK)
+	up.script(up.refuseEarly)
+	asked := make(chan struct{})
+	auth.script(func(http.ResponseWriter, tokenRequest) bool { asked <- struct{}{}; return false })
+	for i := range 100 {
+		auth.revoke()
+		conn := g.raw()
+		fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: gateway.test\r\nTrailer: X-Checksum\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n5\r\nstart\r\n")
+		<-asked
+		time.Sleep(time.Duration(i%20) * 100 * time.Microsecond) // any moment from here on
+		fmt.Fprint(conn, "3\r\nend\r\n0\r\nX-Checksum: abc\r\n\r\n")
+		res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err != nil || res.StatusCode != http.StatusOK {
+			t.Fatalf("got %v, err %v, want 200", res, err)
+		}
+		if got := up.last(t); got.body != "startend" || got.trailer.Get("X-Checksum") != "abc" {
+			t.Errorf("got %q with the trailer %v, want the body and X-Checksum: abc", got.body, got.trailer)
+		}
+		conn.Close()
+	}
+}
+
+func TestUpgradePassesThrough(t *testing.T) {
+	g, auth, up := gateAndFakes(t, "tenant acme")
+	up.script(func(w http.ResponseWriter, r *http.Request) bool {
+		up.record(r)
+		conn, rw, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return true
+		}
+		defer conn.Close()
+		_, _ = rw.WriteString("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+		for rw.Flush() == nil {
+			line, err := rw.ReadString('\n')
+			if err != nil {
+				return true
+			}
+			_, _ = rw.WriteString("echo " + line)
+		}
+		return true
+	})
+	conn := g.raw()
+	fmt.Fprint(conn, "GET /socket HTTP/1.1\r\nHost: gateway.test\r\nConnection: Upgrade\r\nUpgrade: echo\r\nAuthorization: Bearer client-own\r\n\r\n")
+	r := bufio.NewReader(conn)
+	res, err := http.ReadResponse(r, nil)
+	if err != nil || res.StatusCode != http.StatusSwitchingProtocols {
+		t.Fatalf("got %v, err %v, want 101", res, err)
+	}
+	for i := range 3 {
+		fmt.Fprintf(conn, "line %d\n", i)
+		if got, err := r.ReadString('\n'); got != fmt.Sprintf("echo line %d\n", i) {
+			t.Fatalf("got %q, err %v, want the line back", got, err)
+		}
+	}
+	got := up.last(t)
+	if client := got.bearerOf(auth); client != "gateway" {
+		t.Errorf("got the token of %q, want that of gateway", client)
+	}
+	got.wantHeader(t, "X-Tenant-Id", "acme")
+}
+
+func TestStreamingResponseIsNotHeldBack(t *testing.T) {
+	g, _, up := gateAndFakes(t, "")
+	next := make(chan struct{})
+	up.script(func(w http.ResponseWriter, _ *http.Request) bool {
+		w.Header().Set("Content-Type", "text/event-stream")
+		for i := range 3 {
+			fmt.Fprintf(w, "data: %d\n", i)
+			_ = http.NewResponseController(w).Flush()
+			<-next // until the client has it
+		}
+		return true
+	})
+	res, err := g.client.Get("http://" + g.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer res.Body.Close()
+	r := bufio.NewReader(res.Body)
+	for i := range 3 {
+		if got, err := r.ReadString('\n'); got != fmt.Sprintf("data: %d\n", i) {
+			t.Fatalf("got %q, err %v, want event %d", got, err, i)
+		}
+		next <- struct{}{}
+	}
+}
+
+// The upstream may answer while the client is still sending.
+func TestAnswerBeforeTheEndOfTheBody(t *testing.T) {
+	for _, protocol := range []string{"http", "h2c"} {
+		for _, first := range []string{"", "refused"} {
+			t.Run(protocol+" "+first, func(t *testing.T) {
+				auth := newAuthServer(t)
+				up := newUnstartedUpstream(t, auth)
+				up.Config.Protocols = new(http.Protocols)
+				up.Config.Protocols.SetHTTP1(true)
+				up.Config.Protocols.SetUnencryptedHTTP2(true)
+				up.start()
+				up.script(func(w http.ResponseWriter, r *http.Request) bool {
+					if token, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer "); auth.holder(token) == "" {
+						_ = http.NewResponseController(w).EnableFullDuplex()
+						refuse(w, http.StatusUnauthorized)
+						return true
+					}
+					_ = http.NewResponseController(w).EnableFullDuplex()
+					w.WriteHeader(http.StatusRequestEntityTooLarge)
+					return true
+				})
+				g := startGateway(t, strings.ReplaceAll(proxySite(up, auth, ""), "reverse_proxy ", "reverse_proxy "+protocol+"://"))
+				eventually(t, func() bool { return cached() == 1 }, "the token of the warm-up")
+				if first != "" {
+					auth.revoke()
+				}
+				conn := g.raw()
+				_ = conn.SetDeadline(time.Now().Add(2 * time.Second))
+				fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: gateway.test\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n5\r\nstart\r\n")
+				res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+				if err != nil {
+					t.Fatalf("got no answer while sending: %v, want 413", err)
+				}
+				if res.StatusCode != http.StatusRequestEntityTooLarge {
+					t.Errorf("got %d, want 413", res.StatusCode)
+				}
+			})
+		}
+	}
+}
+
+// What both ends stream at the same time.
+func TestBodyIsPassedOnAsItComes(t *testing.T) {
+	g, _, up := gateAndFakes(t, "")
+	got := make(chan string)
+	up.script(func(w http.ResponseWriter, r *http.Request) bool {
+		buf := make([]byte, 100)
+		for {
+			n, err := r.Body.Read(buf)
+			if n > 0 {
+				got <- string(buf[:n])
+			}
+			if err != nil {
+				return true
+			}
+		}
+	})
+	source, sink := io.Pipe()
+	answer := make(chan reply, 1)
+	go func() { answer <- g.send(http.MethodPost, "/", source) }()
+	for i := range 3 {
+		part := fmt.Sprint("part ", i)
+		_, _ = io.WriteString(sink, part)
+		if got := <-got; got != part {
+			t.Fatalf("got %q, want %q before the next is sent", got, part)
+		}
+	}
+	sink.Close()
+	(<-answer).want(t, http.StatusOK)
+}
