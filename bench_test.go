@@ -7,6 +7,7 @@ import (
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -67,11 +68,12 @@ func benchTransport(tb testing.TB, n int, dial dialAddress) *Transport {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { _ = t.Cleanup() })
+	tokenURL := &url.URL{Scheme: "https", Host: "auth.example", Path: "/token"}
 	for i := range n {
 		cl, err := newClient(Credentials{
-			TokenURL: "https://auth.example/token", ClientID: fmt.Sprint("client-", i), ClientSecret: "secret",
+			ClientID: fmt.Sprint("client-", i), ClientSecret: "secret",
 			Tenant: &Tenant{Value: fmt.Sprint("tenant-", i)},
-		}, nil, []byte("null"), zap.NewNop())
+		}, tokenURL, nil, []byte("null"), zap.NewNop())
 		if err != nil {
 			tb.Fatal(err)
 		}

@@ -146,7 +146,7 @@ func (t *Transport) checkBlock(block *credentialsBlock, merged Credentials, comp
 	}
 	if at, ok := block.seen["token_url"]; ok && !slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {
 		if u, err := parseTokenURL(block.TokenURL); err == nil { // else it has placeholders
-			if err := checkPlaintext(u); err != nil {
+			if err := checkPlaintext(u, usesProxy(merged.TokenTransport)); err != nil {
 				return at.WrapErr(err)
 			}
 		}

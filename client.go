@@ -7,7 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
-	"strings"
+	"net/url"
 	"sync/atomic"
 	"time"
 
@@ -55,14 +55,11 @@ type bearer struct {
 	values []string
 }
 
-// newClient makes a client of resolved and complete credentials.
+// newClient makes a client of resolved and complete credentials, whose
+// token_url is u.
 // tokenTransport is the provisioned c.TokenTransport, described by
 // transportConfig. The client has to be released.
-func newClient(c Credentials, tokenTransport http.RoundTripper, transportConfig []byte, logger *zap.Logger) (*client, error) {
-	u, err := parseTokenURL(c.TokenURL)
-	if err != nil {
-		return nil, fmt.Errorf("token_url: %w", err)
-	}
+func newClient(c Credentials, u *url.URL, tokenTransport http.RoundTripper, transportConfig []byte, logger *zap.Logger) (*client, error) {
 	life := lifecycle{
 		refreshBefore:   time.Duration(c.RefreshBefore),
 		defaultLifetime: cmp.Or(time.Duration(c.DefaultLifetime), defaultTokenLifetime),
@@ -154,9 +151,4 @@ func (cl *client) fields(s *fieldSet) {
 	for i := range cl.identity {
 		s.add(cl.identity[i].field)
 	}
-}
-
-// String names the client in log lines.
-func (cl *client) String() string {
-	return strings.Join([]string{cl.endpoint.id, cl.endpoint.url.Host}, " at ")
 }

@@ -2,9 +2,10 @@ package outboundauth
 
 import (
 	"encoding/base64"
+	"fmt"
+	"html"
 	"net/http"
 	"net/url"
-	"slices"
 	"strings"
 	"testing"
 )
@@ -69,16 +70,27 @@ func TestNoAuthenticationSendsTheIDOnly(t *testing.T) {
 }
 
 func TestEveryFormOfTheSecretIsSensitive(t *testing.T) {
-	const secret = "s+e c/r&t"
-	forms := []string{secret, "s%2Be+c%2Fr%26t", "s+e%20c%2Fr&t"}
-	for method, want := range map[string][]string{
-		authBasic: append([]string{base64.StdEncoding.EncodeToString([]byte("id:s%2Be+c%2Fr%26t"))}, forms...),
-		authPost:  forms,
-	} {
-		got := authenticate(method, "id", secret, url.Values{}, http.Header{})
-		for _, form := range want {
-			if !slices.Contains(got, form) {
-				t.Errorf("%s: sensitive = %q, want %q among it", method, got, form)
+	const secret = "Abc+d/e f&ghijk"
+	escaped := url.QueryEscape(secret)
+	basic := base64.StdEncoding.EncodeToString([]byte("id:" + escaped))
+	for _, method := range []string{authBasic, authPost} {
+		secrets := authenticate(method, "id", secret, url.Values{}, http.Header{})
+		echoes := []string{
+			secret, escaped, url.PathEscape(secret), strings.ToLower(escaped), strings.ToUpper(secret),
+			html.EscapeString(secret), fmt.Sprintf("%x", secret), base64.StdEncoding.EncodeToString([]byte(secret)),
+			secret[:telltale], secret[len(secret)-telltale:],
+		}
+		if method == authBasic {
+			echoes = append(echoes, basic)
+		}
+		for _, echo := range echoes {
+			if !secrets.in("the secret '" + echo + "' is wrong") {
+				t.Errorf("%s: %q may be shown, want not: it repeats the secret", method, echo)
+			}
+		}
+		for _, harmless := range []string{"", "Bad credentials", "client id is unknown", secret[:telltale-1]} {
+			if secrets.in(harmless) {
+				t.Errorf("%s: %q may not be shown, want that it may", method, harmless)
 			}
 		}
 	}

@@ -102,7 +102,10 @@ type Credentials struct {
 	// How much of a request's body is kept for sending it once more, in
 	// bytes. A longer body can be repeated only if the upstream answered
 	// before more than this was sent; what was not read yet is then sent
-	// after it. 0 means the default; -1 keeps nothing. Default: `65536`.
+	// after it. To let it answer before, a body of greater length is announced
+	// to it with `Expect: 100-continue`, and waits for the answer, at most a
+	// tenth of a second, and only as long as the upstream heeds it. 0 means
+	// the default; -1 keeps nothing, and announces nothing. Default: `65536`.
 	ReplayBody int64 `json:"replay_body,omitempty"`
 }
 
@@ -169,7 +172,7 @@ func (c Credentials) inherit(base *Credentials) Credentials {
 }
 
 func orList[T any](own, base []T) []T {
-	if own != nil {
+	if len(own) > 0 {
 		return own
 	}
 	return base

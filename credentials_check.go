@@ -62,12 +62,13 @@ func (c *Credentials) check() error {
 	if c.ReplayBody < replayNoBody {
 		return errors.New("replay_body: must not be negative")
 	}
-	for name, d := range map[string]caddy.Duration{
-		"token_timeout": c.TokenTimeout, "refresh_before": c.RefreshBefore, "default_lifetime": c.DefaultLifetime,
-	} {
-		if d < 0 {
-			return fmt.Errorf("%s: must not be negative", name)
-		}
+	switch {
+	case c.TokenTimeout < 0:
+		return errors.New("token_timeout: must not be negative")
+	case c.RefreshBefore < 0:
+		return errors.New("refresh_before: must not be negative")
+	case c.DefaultLifetime < 0:
+		return errors.New("default_lifetime: must not be negative")
 	}
 	return c.checkHeaders()
 }
@@ -212,8 +213,8 @@ func parseTokenURL(raw string) (*url.URL, error) {
 
 // checkPlaintext refuses a token endpoint to which the client's secret would
 // travel unencrypted.
-func checkPlaintext(u *url.URL) error {
-	if u.Scheme == "https" || staysOnMachine("tcp", u.Hostname()) {
+func checkPlaintext(u *url.URL, proxied bool) error {
+	if u.Scheme == "https" || (!proxied && staysOnMachine("tcp", u.Hostname())) {
 		return nil
 	}
 	return fmt.Errorf("token_url: the client's credentials would go to %s unencrypted; use https://, or allow it with `insecure_plaintext %s`",
@@ -223,23 +224,26 @@ func checkPlaintext(u *url.URL) error {
 // canonical returns c with the names of its headers in canonical form, so that
 // an inherited header is overridden in whatever case it is written.
 func (c Credentials) canonical() (Credentials, error) {
-	for setting, headers := range map[string]*map[string]string{
-		"header": &c.Headers, "token_request_header": &c.TokenRequestHeaders,
-	} {
-		if *headers == nil {
-			continue
-		}
-		canonical := make(map[string]string, len(*headers))
-		for field, value := range *headers {
-			field = http.CanonicalHeaderKey(field)
-			if _, ok := canonical[field]; ok {
-				return c, fmt.Errorf("%s %s is set twice: keep one", setting, field)
-			}
-			canonical[field] = value
-		}
-		*headers = canonical
+	var err error
+	if c.Headers, err = canonicalNames(c.Headers); err != nil {
+		return c, fmt.Errorf("header %w", err)
+	}
+	if c.TokenRequestHeaders, err = canonicalNames(c.TokenRequestHeaders); err != nil {
+		return c, fmt.Errorf("token_request_header %w", err)
 	}
 	return c, nil
+}
+
+func canonicalNames(headers map[string]string) (map[string]string, error) {
+	canonical := make(map[string]string, len(headers))
+	for _, field := range sortedKeys(headers) {
+		name := http.CanonicalHeaderKey(field)
+		if _, ok := canonical[name]; ok {
+			return nil, fmt.Errorf("%s is set twice: keep one", name)
+		}
+		canonical[name] = headers[field]
+	}
+	return canonical, nil
 }
 
 // validScope tells whether s is a scope-token (RFC 6749 §3.3).

@@ -24,7 +24,9 @@ type endpoint struct {
 	method string // of client authentication
 	id     string
 	scopes []string
-	audience
+
+	// Each sent as one `audience`.
+	audience []string
 
 	// Still with their placeholders, which are resolved for each request: a
 	// secret that was rotated is used without a reload.
@@ -36,9 +38,6 @@ type endpoint struct {
 	logger    *zap.Logger
 }
 
-// audience is sent as `audience`, once for each value.
-type audience []string
-
 // resolved is an endpoint's templates with the placeholders replaced. It
 // lives no longer than a request.
 type resolved struct {
@@ -47,8 +46,34 @@ type resolved struct {
 }
 
 // resolve replaces the placeholders by the values that they have now, with a
-// replacer that knows nothing of any request.
-func (e *endpoint) resolve() (resolved, error) {
+// replacer that knows nothing of any request. They may name files, and reading
+// a file can't be interrupted: then it goes on by itself when ctx ends.
+func (e *endpoint) resolve(ctx context.Context) (resolved, error) {
+	type result struct {
+		resolved
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		var res result
+		res.err = safely(func() (err error) {
+			res.resolved, err = e.resolveNow()
+			return err
+		})
+		done <- res
+	}()
+	select {
+	case res := <-done:
+		if res.err != nil {
+			return resolved{}, &tokenError{Endpoint: e.url.Host, Code: codeConfiguration, Description: res.err.Error(), permanent: true}
+		}
+		return res.resolved, nil
+	case <-ctx.Done():
+		return resolved{}, &tokenError{Endpoint: e.url.Host, Code: codeTimeout, Description: "reading the client's secrets from their files took too long"}
+	}
+}
+
+func (e *endpoint) resolveNow() (resolved, error) {
 	repl := caddy.NewReplacer()
 	r := resolved{params: make(map[string]string, len(e.params)), headers: make(map[string]string, len(e.headers))}
 	var err error
@@ -74,8 +99,8 @@ func (e *endpoint) resolve() (resolved, error) {
 }
 
 // fingerprint implements requester.
-func (e *endpoint) fingerprint() string {
-	r, err := e.resolve()
+func (e *endpoint) fingerprint(ctx context.Context) string {
+	r, err := e.resolve(ctx)
 	if err != nil {
 		return err.Error()
 	}
@@ -85,9 +110,9 @@ func (e *endpoint) fingerprint() string {
 
 // request implements requester.
 func (e *endpoint) request(ctx context.Context) (grant, error) {
-	r, err := e.resolve()
+	r, err := e.resolve(ctx)
 	if err != nil {
-		return grant{}, e.failed(codeConfiguration, err, true)
+		return grant{}, err
 	}
 	req, secrets := e.newRequest(ctx, r)
 
@@ -97,7 +122,14 @@ func (e *endpoint) request(ctx context.Context) (grant, error) {
 	if err != nil {
 		return grant{}, networkError(ctx, e.url.Host, err)
 	}
+	// Switching protocols, net/http hands over the connection, and ctx would
+	// not end a read.
+	stop := context.AfterFunc(ctx, func() { _ = res.Body.Close() })
+	defer stop()
 	defer res.Body.Close()
+	if res.StatusCode == http.StatusSwitchingProtocols {
+		return e.read(res, nil, secrets)
+	}
 	body, err := io.ReadAll(io.LimitReader(res.Body, maxTokenResponse+1))
 	if err != nil {
 		return grant{}, networkError(ctx, e.url.Host, err)
@@ -142,7 +174,10 @@ func (e *endpoint) newRequest(ctx context.Context, r resolved) (*http.Request, c
 		Header:        header,
 		Body:          io.NopCloser(strings.NewReader(body)),
 		ContentLength: int64(len(body)),
-		GetBody: func() (io.ReadCloser, error) { // a kept-alive connection may have been closed
+		// It is made once in minutes. Of what a server sends on an idle
+		// connection, net/http would write the beginning to the log.
+		Close: true,
+		GetBody: func() (io.ReadCloser, error) {
 			return io.NopCloser(strings.NewReader(body)), nil
 		},
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
@@ -163,6 +198,7 @@ func (e *endpoint) read(res *http.Response, body []byte, secrets confidential) (
 	}
 	answer, err := parseTokenResponse(body)
 	code, description := answer.refusal()
+	description = description[:min(len(description), 4<<10)] // more is not shown, and need not be searched
 
 	if res.StatusCode == http.StatusOK && code == "" {
 		if err != nil {
@@ -204,11 +240,8 @@ func (e *endpoint) unreadable(failure *tokenError, err error) *tokenError {
 	return failure
 }
 
-func (e *endpoint) failed(code string, err error, permanent bool) *tokenError {
-	return &tokenError{Endpoint: e.url.Host, Code: code, Description: err.Error(), permanent: permanent}
-}
-
-// fetched implements requester: one line in the log for each change of state.
+// fetched implements requester: one line in the log for each fetch that fails,
+// and one when that is over.
 func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
 	client := []zap.Field{zap.String("token_endpoint", e.url.Host), zap.String("client_id", e.id)}
 	switch {

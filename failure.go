@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"math"
 	"net/http"
 	"slices"
@@ -31,7 +32,9 @@ const (
 	phDescription = "http.oauth2.error_description"
 	phStatus      = "http.oauth2.status"
 
-	phFailure = "http.oauth2.failure" // the error, for failureHandler
+	// For this file only: the error, and whether there is one.
+	phFailure = "http.oauth2.failure"
+	phFailed  = "http.oauth2.failed"
 )
 
 // failureMark is the value of the field, new in each process. Upstreams can't
@@ -64,6 +67,7 @@ func (failureHandler) ServeHTTP(w http.ResponseWriter, r *http.Request, next cad
 		return next.ServeHTTP(w, r)
 	}
 	repl.Delete(phFailure)
+	repl.Delete(phFailed)
 	repl.Delete("http.reverse_proxy.header." + failureField) // the mark is nobody's business
 	if seconds := retryAfterSeconds(err); seconds != "" {
 		w.Header().Set("Retry-After", seconds)
@@ -73,13 +77,34 @@ func (failureHandler) ServeHTTP(w http.ResponseWriter, r *http.Request, next cad
 
 // installFailureRoute gives the handler the route. The handler provisions its
 // response routes after its transport, whose Provision calls this.
-func installFailureRoute(handler *reverseproxy.Handler) {
+func installFailureRoute(handler *reverseproxy.Handler) error {
 	handler.HandleResponse = slices.Insert(handler.HandleResponse, 0, caddyhttp.ResponseHandler{
 		Match: &caddyhttp.ResponseMatcher{Headers: http.Header{failureField: {failureMark}}},
 		Routes: caddyhttp.RouteList{{
 			HandlersRaw: []json.RawMessage{json.RawMessage(`{"handler": "oauth2_failure"}`)},
 		}},
 	})
+	if handler.LoadBalancing == nil {
+		return nil
+	}
+	// lb_retry_match comes before the response routes: it must not take the
+	// marked response for one of an upstream.
+	for _, matchers := range handler.LoadBalancing.RetryMatchRaw {
+		not := []json.RawMessage{json.RawMessage(`{"vars": {"{` + phFailed + `}": ["true"]}}`)}
+		if raw, ok := matchers["not"]; ok {
+			var users []json.RawMessage
+			if err := json.Unmarshal(raw, &users); err != nil {
+				return fmt.Errorf("lb_retry_match: %w", err)
+			}
+			not = append(not, users...)
+		}
+		raw, err := json.Marshal(not)
+		if err != nil {
+			return err
+		}
+		matchers["not"] = raw
+	}
+	return nil
 }
 
 // refuse answers a request that does not go upstream, with an error that has
@@ -93,6 +118,7 @@ func (t *Transport) refuse(req *http.Request, status int, err error) (*http.Resp
 	}
 	describe(repl, err)
 	repl.Set(phFailure, caddyhttp.Error(status, err))
+	repl.Set(phFailed, true)
 	return &http.Response{
 		Status:     "200 OK", // of no consequence, so that nothing is counted
 		StatusCode: http.StatusOK,
@@ -127,6 +153,8 @@ func describe(repl *caddy.Replacer, err error) {
 		}
 	} else if errors.Is(err, context.DeadlineExceeded) {
 		code = codeTimeout
+	} else if _, ok := errors.AsType[*fetchError](err); ok {
+		code = codeInvalidResponse // what was granted can't be used
 	}
 	repl.Set(phError, code)
 	repl.Set(phDescription, description)

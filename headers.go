@@ -55,7 +55,7 @@ func (h *headerTemplate) set(ctx context.Context, out http.Header) error {
 // A fieldSet holds the names of headers that the gateway vouches for. What a
 // client sends under such a name, or under one that an upstream may take for
 // it, does not pass: CGI and its heirs map '-' and '_' to the same variable,
-// and some servers '.' too.
+// some '.' too, and some whatever is no letter or digit.
 type fieldSet struct {
 	names   map[string]struct{} // folded
 	lengths uint64              // bit n: a name of length n, modulo 64, is in names
@@ -119,13 +119,14 @@ func (b *trailerBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// fold appends field to b in lower case, with '-' for its aliases.
+// fold appends field to b in lower case, with '-' for all that is no letter or
+// digit.
 func fold(b []byte, field string) []byte {
 	for _, c := range []byte(field) {
 		switch {
 		case 'A' <= c && c <= 'Z':
 			c += 'a' - 'A'
-		case c == '_', c == '.':
+		case (c < 'a' || c > 'z') && (c < '0' || c > '9'):
 			c = '-'
 		}
 		b = append(b, c)

@@ -2,7 +2,6 @@ package outboundauth
 
 import (
 	"context"
-	"net"
 	"net/http"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -22,9 +21,7 @@ func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 	dial, _ := reverseproxy.GetDialInfo(req.Context())
 	cl, listed := t.clients[dialAddress{dial.Network, dial.Address}]
 	if !listed {
-		if cl = t.clientByHost(dial.Host); cl == nil {
-			cl = t.fallback
-		}
+		cl = t.clientByHost(dial.Host)
 	}
 	if cl == nil || redirectedElsewhere(req) || t.exposes(req, dial) {
 		return t.send(req)
@@ -36,20 +33,20 @@ func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 	return t.send(out)
 }
 
-// clientByHost returns the client of the upstream block that names the host of
-// a check, for checks of another port (health_port). If blocks with different
-// credentials name it, nobody can tell.
+// clientByHost returns the client of a check whose address is none of those in
+// the upstream blocks: that of all the proxy's upstreams on this host, as a
+// check may go to another port of theirs (health_port). If they differ, or
+// there are none, and there are several clients, nobody can tell.
 func (t *Transport) clientByHost(host string) *client {
+	if len(t.clients) == 0 {
+		return t.fallback
+	}
 	var found *client
-	for address, cl := range t.clients {
-		named, _, err := net.SplitHostPort(address.address)
-		if err != nil || named != host || cl == found {
-			continue
-		}
-		if found != nil {
+	for i, upstream := range t.static[host] {
+		if i > 0 && upstream != found {
 			return nil
 		}
-		found = cl
+		found = upstream
 	}
 	return found
 }

@@ -54,10 +54,13 @@ type Transport struct {
 
 	clients         map[dialAddress]*client // of the addresses in Upstreams; nil: off
 	fallback        *client                 // for all other addresses; nil: refused
+	static          map[string][]*client    // of the proxy's upstreams, by host
 	acquired        []*client               // to be released
 	tokenTransports []*reverseproxy.HTTPTransport
 	reserved        fieldSet // headers that only the transport sets
 	plaintext       bool     // to upstreams, allowed
+	proxied         bool     // by a network_proxy, so nothing stays on this machine
+	listedOnly      bool     // no fallback: see checkUpstreams
 	routed          bool     // the handler has the route for failures
 	logger          *zap.Logger
 }
@@ -105,6 +108,7 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	t.reserved.add(defaultBearerField)
 	t.reserved.add(defaultTenantField)
 
+	t.proxied = usesProxy(t.HTTPTransport) // Provision forgets it
 	if err := t.HTTPTransport.Provision(ctx); err != nil {
 		return err
 	}
@@ -115,15 +119,17 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 		if err := t.checkUpstreams(handler); err != nil {
 			return err
 		}
-		installFailureRoute(handler)
+		if err := installFailureRoute(handler); err != nil {
+			return err
+		}
 		t.routed = true
 	} // otherwise it is the transport of a handler of which nothing is known
 	return t.warmUp(ctx)
 }
 
-// RoundTrip implements http.RoundTripper. The request and its header are left
-// as they are: the proxy sends the same to the next upstream when it retries,
-// and logs them.
+// RoundTrip implements http.RoundTripper. The request's header is left as it
+// is: the proxy sends the same to the next upstream when it retries, and logs
+// it.
 func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	ctx := req.Context()
 	if isHealthCheck(ctx) {
@@ -168,7 +174,7 @@ func (t *Transport) clientFor(req *http.Request) (cl *client, off bool, err erro
 	if listed && cl == nil {
 		return nil, true, nil
 	}
-	if !listed {
+	if !listed && !t.listedOnly {
 		cl = t.fallback
 	}
 	if cl == nil {
@@ -185,7 +191,7 @@ func (t *Transport) clientFor(req *http.Request) (cl *client, off bool, err erro
 // was not allowed.
 func (t *Transport) exposes(req *http.Request, dial reverseproxy.DialInfo) bool {
 	t.SetScheme(req) // as the http transport would, which shares the URL
-	return req.URL.Scheme != "https" && !t.plaintext && !staysOnMachine(dial.Network, dial.Host)
+	return req.URL.Scheme != "https" && !t.plaintext && !t.staysOnMachine(dial.Network, dial.Host)
 }
 
 // Cleanup releases the tokens, which other configs may go on using. It

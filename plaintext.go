@@ -5,6 +5,7 @@ import (
 	"strings"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
 // What insecure_plaintext can name.
@@ -28,4 +29,16 @@ func staysOnMachine(network, host string) bool {
 	}
 	addr, err := netip.ParseAddr(strings.Trim(host, "[]"))
 	return err == nil && addr.Unmap().IsLoopback()
+}
+
+// staysOnMachine is the same for this transport.
+func (t *Transport) staysOnMachine(network, host string) bool {
+	return staysOnMachine(network, host) && (!t.proxied || caddy.IsUnixNetwork(network))
+}
+
+// usesProxy tells whether connections are made through a proxy, which may be
+// on another machine and is told everything that is not encrypted. The proxies
+// in the environment are not used for loopback addresses.
+func usesProxy(h *reverseproxy.HTTPTransport) bool {
+	return h != nil && (len(h.NetworkProxyRaw) > 0 || h.ForwardProxyURL != "")
 }

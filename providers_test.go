@@ -126,6 +126,7 @@ func documentedRequest(host, path, authorization, form string) string {
 	return "POST " + path + " HTTP/1.1\r\n" +
 		"Host: " + host + "\r\n" +
 		"User-Agent: caddy-outbound-auth\r\n" +
+		"Connection: close\r\n" +
 		fmt.Sprintf("Content-Length: %d\r\n", len(form)) +
 		"Accept: application/json\r\n" +
 		authorization +

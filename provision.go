@@ -20,7 +20,8 @@ import (
 // part of what tells token sources apart.
 type tokenTransport struct {
 	*reverseproxy.HTTPTransport
-	config []byte
+	config  []byte
+	proxied bool
 }
 
 // provisionClients makes the clients of all credentials, and the table by
@@ -41,7 +42,7 @@ func (t *Transport) provisionClients(ctx caddy.Context) error {
 		}
 		base = &own
 		if missing := own.missing(); missing == "" {
-			if t.fallback, err = t.newClient(ctx, repl, own, transports); err != nil {
+			if t.fallback, err = t.provisionClient(ctx, repl, own, transports); err != nil {
 				return err
 			}
 		} else if len(t.Upstreams) == 0 {
@@ -99,11 +100,11 @@ func (t *Transport) upstreamClient(ctx caddy.Context, repl *caddy.Replacer, u *U
 	if missing := merged.missing(); missing != "" {
 		return nil, errors.New(missing)
 	}
-	return t.newClient(ctx, repl, merged, transports)
+	return t.provisionClient(ctx, repl, merged, transports)
 }
 
-// newClient provisions credentials and everything that they need.
-func (t *Transport) newClient(ctx caddy.Context, repl *caddy.Replacer, c Credentials, transports map[*reverseproxy.HTTPTransport]tokenTransport) (*client, error) {
+// provisionClient provisions credentials and everything that they need.
+func (t *Transport) provisionClient(ctx caddy.Context, repl *caddy.Replacer, c Credentials, transports map[*reverseproxy.HTTPTransport]tokenTransport) (*client, error) {
 	c, err := c.resolve(repl)
 	if err != nil {
 		return nil, err
@@ -112,11 +113,6 @@ func (t *Transport) newClient(ctx caddy.Context, repl *caddy.Replacer, c Credent
 	if err != nil {
 		return nil, fmt.Errorf("token_url: %w", err)
 	}
-	if !slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {
-		if err := checkPlaintext(u); err != nil {
-			return nil, err
-		}
-	}
 	transport, ok := transports[c.TokenTransport]
 	if !ok {
 		if transport, err = t.provisionTokenTransport(ctx, c.TokenTransport); err != nil {
@@ -124,7 +120,12 @@ func (t *Transport) newClient(ctx caddy.Context, repl *caddy.Replacer, c Credent
 		}
 		transports[c.TokenTransport] = transport
 	}
-	cl, err := newClient(c, transport, transport.config, t.logger)
+	if !slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {
+		if err := checkPlaintext(u, transport.proxied); err != nil {
+			return nil, err
+		}
+	}
+	cl, err := newClient(c, u, transport, transport.config, t.logger)
 	if err != nil {
 		return nil, err
 	}
@@ -143,7 +144,7 @@ func (t *Transport) provisionTokenTransport(ctx caddy.Context, h *reverseproxy.H
 		return tokenTransport{}, err
 	}
 	t.tokenTransports = append(t.tokenTransports, h)
-	return tokenTransport{h, config}, h.Provision(ctx)
+	return tokenTransport{h, config, usesProxy(h)}, h.Provision(ctx)
 }
 
 // parentHandler returns the handler that a transport which is being
@@ -159,6 +160,10 @@ func parentHandler(ctx caddy.Context) (*reverseproxy.Handler, bool) {
 
 // checkUpstreams compares the upstreams of the handler with the credentials:
 // what is wrong there should be found at load, not by a request.
+//
+// If an upstream's address depends on the request, its client may choose among
+// spellings of it: localhost is not 127.0.0.1 to us. Beside upstream blocks,
+// such an upstream therefore gets a token only if a block names it.
 func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 	t.warnHeaderUp(handler)
 
@@ -170,6 +175,7 @@ func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 			static[dial] = u.Dial
 		} else { // it depends on the request, which will be checked
 			complete = false
+			t.listedOnly = len(t.clients) > 0
 		}
 	}
 	if complete {
@@ -180,12 +186,15 @@ func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 		}
 	}
 	fallbackUsed := !complete
+	t.static = make(map[string][]*client)
 	for dial, address := range static {
 		cl, listed := t.clients[dial]
 		if !listed {
 			cl = t.fallback
 			fallbackUsed = true
 		}
+		host, _, _ := net.SplitHostPort(dial.address)
+		t.static[host] = append(t.static[host], cl)
 		if cl == nil && !listed {
 			missing := "token_url, client_id and client_secret are missing"
 			if t.Credentials != nil {
@@ -228,7 +237,7 @@ func (t *Transport) encrypted(dial dialAddress) bool {
 	if t.TLS != nil && !slices.Contains(t.TLS.ExceptPorts, port) {
 		return true
 	}
-	return staysOnMachine(dial.network, host)
+	return t.staysOnMachine(dial.network, host)
 }
 
 func plaintextError(address string) error {

@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 )
 
 // chunked hides a body's length.
@@ -90,7 +91,8 @@ func TestBodyThatWasReadIsNotRepeated(t *testing.T) {
 }
 
 // refuseEarly answers requests without a live token without reading their
-// body, and closes the connection.
+// body. The connection stays open: closed with unread data in it, it would be
+// reset, and the answer might be lost on its way.
 func (u *upstream) refuseEarly(w http.ResponseWriter, r *http.Request) bool {
 	if token, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer "); u.auth.holder(token) != "" {
 		return false
@@ -99,8 +101,8 @@ func (u *upstream) refuseEarly(w http.ResponseWriter, r *http.Request) bool {
 	if err != nil {
 		panic(err)
 	}
+	time.AfterFunc(patience, func() { _ = conn.Close() })
 	_, _ = io.WriteString(conn, "HTTP/1.1 401 Unauthorized\r\nConnection: close\r\nContent-Length: 7\r\n\r\nrefused")
-	conn.Close()
 	return true
 }
 

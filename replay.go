@@ -5,6 +5,7 @@ import (
 	"io"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -22,9 +23,12 @@ var errSuperseded = errors.New("the request is being sent again")
 type replayBody struct {
 	body  io.ReadCloser
 	limit int
-	pause time.Duration // at most, before more is read than can be recorded
+	pause time.Duration // at most, before anything is read
 
-	expected bool // the upstream was asked by us, not by the client, to say whether it wants the body
+	// The upstream was asked by us, not by the client, to say whether it wants
+	// the body; it did not in time.
+	expected bool
+	ignored  atomic.Bool
 
 	mu       sync.Mutex  // guards all below; not held while body is read
 	changed  sync.Cond   // of reading, held, paused and attempt
@@ -207,10 +211,13 @@ func (a *attemptBody) readOn(p []byte) (int, error) {
 }
 
 // pausing tells whether the first attempt has to wait for the upstream before
-// it reads more than can be recorded. It starts the pause. mu is held.
+// it reads. It starts the pause. mu is held.
 func (b *replayBody) pausing() bool {
-	if b.pause > 0 && b.recorded != nil && len(*b.recorded) == b.limit && b.err == nil {
-		b.paused = time.AfterFunc(b.pause, b.proceed)
+	if b.pause > 0 {
+		b.paused = time.AfterFunc(b.pause, func() {
+			b.ignored.Store(true)
+			b.proceed()
+		})
 		b.pause = 0
 	}
 	return b.paused != nil

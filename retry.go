@@ -2,14 +2,18 @@ package outboundauth
 
 import (
 	"context"
+	"errors"
 	"io"
 	"maps"
 	"net/http"
 	"net/http/httptrace"
+	"net/textproto"
 	"slices"
+	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
 // maxDrain is how much of a refusal's body is read so that its connection can
@@ -20,52 +24,43 @@ const maxDrain = 64 << 10
 // whether it wants it.
 const maxPause = 100 * time.Millisecond
 
-// renewals holds back the renewal of tokens that an upstream refuses although
-// they are new: otherwise an upstream that refuses everything would make the
-// gateway ask the authorization server for a token for each request.
+// quietPeriod without a refusal ends the back-off of renewals.
+const quietPeriod = 30 * time.Second
+
+// renewals spaces out the renewals of tokens that an upstream refuses: an
+// upstream that refuses everything, or any token for some of its paths, must
+// not make the gateway ask the authorization server for a token for each
+// request. The first refusal after a quiet time is always followed by one.
 type renewals struct {
 	mu      sync.Mutex // guards all below
-	failed  int        // in a row: the upstream refused the new token too
-	last    time.Time  // of them
-	until   time.Time  // no renewal before
-	refused *token     // the last new token that was refused, counted once
-
-	backingOff atomic.Bool // failed > 0; spares the other requests the lock
+	count   int        // of renewals, without a quiet period between
+	until   time.Time  // no other renewal before
+	refusal time.Time  // the last
+	renewed *token     // the last that was allowed to be replaced
 }
 
-// allowed tells whether a token that was refused may be replaced now.
-func (r *renewals) allowed() bool {
+// allow tells whether a token that was refused may be replaced now. It is
+// counted when the renewal begins, as nobody may see how that ends: the client
+// of the proxy may go away.
+func (r *renewals) allow(refused *token) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return !time.Now().Before(r.until)
-}
-
-// fail notes that t was refused, which had just replaced a refused token.
-func (r *renewals) fail(t *token) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.refused == t {
-		return // another request with the same token
+	now := time.Now()
+	quiet := now.Sub(r.refusal) >= quietPeriod
+	r.refusal = now
+	if r.renewed == refused {
+		return true // by another request
 	}
-	r.refused = t
-	r.last = time.Now()
-	r.until = r.last.Add(backoff(r.failed, permanentBackoff, maxPermanentBackoff))
-	r.failed++
-	r.backingOff.Store(true)
-}
-
-// succeed notes that the upstream accepted a token. That ends the back-off,
-// but for its first interval: an upstream may accept a token for some paths
-// and refuse any for others.
-func (r *renewals) succeed() {
-	if !r.backingOff.Load() {
-		return
+	if quiet {
+		r.count, r.until = 0, time.Time{}
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.failed, r.refused = 0, nil
-	r.until = r.last.Add(permanentBackoff)
-	r.backingOff.Store(false)
+	if now.Before(r.until) {
+		return false
+	}
+	r.until = now.Add(backoff(r.count, permanentBackoff, maxPermanentBackoff))
+	r.count++
+	r.renewed = refused
+	return true
 }
 
 // roundTrip sends req with a token. If the upstream refuses the token, it is
@@ -87,11 +82,15 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 		}
 		t.setBody(out, reader, trailer)
 	}
-	if body != nil && req.ContentLength > int64(cl.replayLimit) && !cl.expectsNothing.Load() {
+	if body != nil && cl.replayLimit > 0 && req.ContentLength > int64(cl.replayLimit) && !cl.expectsNothing.Load() {
 		out = expectContinue(out, body)
 	}
-	if res, err = t.send(out); err != nil {
-		return nil, err
+	res, err = t.send(out)
+	if body != nil && body.ignored.Load() {
+		cl.expectsNothing.Store(true)
+	}
+	if err != nil {
+		return nil, conceal(err, tok)
 	}
 
 	next := tok
@@ -114,7 +113,6 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 			return res, nil
 		}
 	default:
-		cl.renewals.succeed()
 		return res, nil
 	}
 
@@ -125,18 +123,30 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 		t.setBody(out, body.again(), trailer)
 	}
 	go discard(res.Body)
-	if res, err = t.send(out); err != nil {
-		return nil, err
-	}
-	switch {
-	case !slices.Contains(cl.retryOn, res.StatusCode):
-		cl.renewals.succeed()
-	case next == tok:
-		cl.replace(tok)
-	default:
-		cl.renewals.fail(next)
+	res, err = t.send(out)
+	if err != nil {
+		return nil, conceal(sentBefore(err, body), next)
 	}
 	return res, nil
+}
+
+// sentBefore returns the error of a second attempt. To the proxy, an error of
+// the dialer says that nothing was sent, so that it goes on to the next
+// upstream; but what the first attempt sent of the body is not there any more.
+func sentBefore(err error, body *replayBody) error {
+	if _, ok := errors.AsType[reverseproxy.DialError](err); ok && body != nil {
+		return errors.New(err.Error())
+	}
+	return err
+}
+
+// conceal returns the error of an upstream without the token. net/http quotes
+// answers that are not HTTP, and an upstream may send back what it got.
+func conceal(err error, t *token) error {
+	if strings.Contains(err.Error(), t.value) {
+		return errors.New("the upstream's answer is not HTTP, and repeats the token")
+	}
+	return err
 }
 
 // setBody makes body the one of out, with trailers of its own: those that came
@@ -149,15 +159,25 @@ func (t *Transport) setBody(out *http.Request, body io.ReadCloser, announced htt
 }
 
 // expectContinue asks the upstream to say whether it wants the body of out
-// (RFC 9110 §10.1.1), which is longer than what is kept of it: the body waits
-// for that where the recording ends. Once more had been sent, it would be
-// too late to send it again.
+// (RFC 9110 §10.1.1), which is longer than what can be kept of it: the body
+// waits for that. Once it is on its way, it would be too late to send it
+// again, and an upstream that refuses it may reset the connection with its
+// own answer.
 func expectContinue(out *http.Request, body *replayBody) *http.Request {
 	body.expected = out.Header.Get("Expect") == ""
 	body.pause = maxPause
 	out.Header["Expect"] = []string{"100-continue"}
 	trace := &httptrace.ClientTrace{Got100Continue: body.proceed}
-	return out.WithContext(httptrace.WithClientTrace(out.Context(), trace))
+	ctx := httptrace.WithClientTrace(out.Context(), trace) // has added the proxy's hooks
+	if forward := trace.Got1xxResponse; forward != nil && body.expected {
+		trace.Got1xxResponse = func(code int, header textproto.MIMEHeader) error {
+			if code == http.StatusContinue {
+				return nil // the client has not asked
+			}
+			return forward(code, header)
+		}
+	}
+	return out.WithContext(ctx)
 }
 
 // discard ends an answer that nobody wants. In a goroutine of its own: it may
@@ -175,12 +195,8 @@ func (cl *client) renew(ctx context.Context, refused *token) *token {
 		return nil
 	}
 	fresh, err := cl.source.Token(ctx)
-	if err != nil {
-		return nil // the source has logged it
-	}
-	if fresh.value == refused.value { // from a cache of the server's
-		cl.renewals.fail(fresh)
-		return nil
+	if err != nil || fresh.value == refused.value {
+		return nil // the source has logged why
 	}
 	return fresh
 }
@@ -192,13 +208,13 @@ func (cl *client) replace(refused *token) {
 	}
 }
 
-// drop takes a refused token out of use, unless it has been replaced already.
+// drop marks a token as refused, unless it has been replaced already.
 // It returns false if it is too early for that.
 func (cl *client) drop(refused *token) bool {
 	if current := cl.source.Cached(); current != nil && current != refused {
 		return true
 	}
-	if !cl.renewals.allowed() {
+	if !cl.renewals.allow(refused) {
 		return false
 	}
 	cl.source.Invalidate(refused)

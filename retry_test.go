@@ -9,66 +9,69 @@ import (
 func TestRenewalsBackOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var r renewals
-		if !r.allowed() {
-			t.Fatal("got no renewal at first, want one")
-		}
 		want := permanentBackoff
 		for i := range 10 {
-			r.fail(new(token))
-			if r.allowed() {
-				t.Fatalf("got a renewal at once after %d refusals, want none", i+1)
+			if !r.allow(new(token)) {
+				t.Fatalf("got no renewal %d, want one", i+1)
 			}
-			time.Sleep(want - time.Nanosecond)
-			if r.allowed() {
-				t.Fatalf("got a renewal before %v have passed, want none", want)
-			}
-			time.Sleep(time.Nanosecond)
-			if !r.allowed() {
-				t.Fatalf("got no renewal after %v, want one", want)
+			for end := time.Now().Add(want); time.Now().Before(end); time.Sleep(want / 1000) {
+				if r.allow(new(token)) {
+					t.Fatalf("got a renewal %v early, want none", time.Until(end))
+				}
 			}
 			want = min(2*want, maxPermanentBackoff)
 		}
 	})
 }
 
-func TestRenewalsCountEachTokenOnce(t *testing.T) {
+// All requests that were sent with one token get the one that replaces it.
+func TestRenewalIsSharedByTheRequestsOfAToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var r renewals
 		refused := new(token)
-		for range 100 { // requests with the same token
-			r.fail(refused)
+		for range 100 {
+			if !r.allow(refused) {
+				t.Fatal("got no renewal, want that of the first request")
+			}
 		}
 		time.Sleep(permanentBackoff)
-		if !r.allowed() {
+		if !r.allow(new(token)) {
 			t.Errorf("got no renewal after %v, want one: one token was refused", permanentBackoff)
 		}
 	})
 }
 
-// An upstream may accept a token for some paths and refuse any for others: one
-// acceptance among refusals does not permit a renewal for each refusal.
-func TestAcceptanceEndsTheBackOffButForItsFirstInterval(t *testing.T) {
+func TestQuietPeriodEndsTheBackOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var r renewals
-		for range 5 {
-			r.fail(new(token))
+		for renewed := 0; renewed < 6; time.Sleep(time.Second) { // the next interval is above a minute
+			if r.allow(new(token)) {
+				renewed++
+			}
 		}
-		r.succeed()
-		if r.allowed() {
-			t.Error("got a renewal at once, want none: the last refusal is recent")
+		time.Sleep(quietPeriod - 2*time.Second)
+		if r.allow(new(token)) {
+			t.Fatalf("got a renewal, want none: the last refusal is less than %v ago", quietPeriod)
 		}
-		time.Sleep(permanentBackoff)
-		if !r.allowed() {
-			t.Errorf("got no renewal after %v, want one", permanentBackoff)
+		time.Sleep(quietPeriod)
+		if !r.allow(new(token)) {
+			t.Errorf("got no renewal, want one: nothing was refused for %v", quietPeriod)
 		}
-		r.succeed() // changes nothing
-		if !r.allowed() {
-			t.Error("got no renewal after a second acceptance, want one")
+	})
+}
+
+// A day of requests for a path that accepts no token.
+func TestPathThatAcceptsNoTokenCausesFewRenewals(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var r renewals
+		renewed := 0
+		for start := time.Now(); time.Since(start) < 24*time.Hour; time.Sleep(time.Second) {
+			if r.allow(new(token)) {
+				renewed++
+			}
 		}
-		r.fail(new(token))
-		time.Sleep(permanentBackoff)
-		if !r.allowed() {
-			t.Error("got a longer back-off, want that it starts anew")
+		if limit := 24*12 + 10; renewed > limit {
+			t.Errorf("got %d renewals in a day, want at most %d", renewed, limit)
 		}
 	})
 }

@@ -1,7 +1,10 @@
 package outboundauth
 
 import (
+	"encoding/base64"
+	"encoding/hex"
 	"fmt"
+	"html"
 	"net/url"
 	"strings"
 
@@ -37,12 +40,12 @@ func resolveSecret(repl *caddy.Replacer, setting, template string) (string, erro
 }
 
 // confidential holds what a token request and its answer contain that must
-// not be shown, in each spelling that a server may repeat.
+// not be shown.
 type confidential []string
 
 func (c *confidential) add(secret string) {
 	if secret != "" {
-		*c = append(*c, secret, url.QueryEscape(secret), url.PathEscape(secret))
+		*c = append(*c, secret)
 	}
 }
 
@@ -56,11 +59,32 @@ func (c *confidential) addReplaced(template, value string) {
 	}
 }
 
-// in tells whether a text holds something confidential.
+// telltale is how many characters of a secret in a row give it away. Less may
+// be chance: secrets and messages are made of words.
+const telltale = 8
+
+// in tells whether a text holds something confidential, or enough of it, in
+// whatever spelling a server may repeat it.
 func (c confidential) in(text string) bool {
+	unescaped, err := url.QueryUnescape(text)
+	if err != nil {
+		unescaped = text
+	}
+	texts := []string{strings.ToLower(text), strings.ToLower(unescaped), strings.ToLower(html.UnescapeString(text))}
 	for _, secret := range c {
-		if strings.Contains(text, secret) {
-			return true
+		for _, spelling := range []string{
+			secret, url.QueryEscape(secret), url.PathEscape(secret), hex.EncodeToString([]byte(secret)),
+			base64.StdEncoding.EncodeToString([]byte(secret)), base64.URLEncoding.EncodeToString([]byte(secret)),
+		} {
+			spelling = strings.ToLower(spelling)
+			n := min(telltale, len(spelling))
+			for i := range len(spelling) - n + 1 {
+				for _, t := range texts {
+					if strings.Contains(t, spelling[i:i+n]) {
+						return true
+					}
+				}
+			}
 		}
 	}
 	return false

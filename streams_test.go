@@ -84,15 +84,23 @@ func TestIdentityInTrailersIsRemoved(t *testing.T) {
 // The client ends its body just when the request is sent again. The trailers
 // arrive with that end, in a map that both attempts know.
 func TestTrailersThatArriveDuringTheRetry(t *testing.T) {
-	g, auth, up := gateAndFakes(t, "")
-	g.get().want(t, http.StatusOK)
+	const retries = 60
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	// A transport for each retry, as one spaces out its renewals.
+	var site strings.Builder
+	for i := range retries {
+		fmt.Fprintf(&site, "handle /%d {\n%s\n}\n", i, proxySite(up, auth, ""))
+	}
+	g := startGateway(t, site.String())
+	eventually(t, func() bool { return cached() == 1 }, "the token of the warm-up")
 	up.script(up.refuseEarly)
 	asked := make(chan struct{})
 	auth.script(func(http.ResponseWriter, tokenRequest) bool { asked <- struct{}{}; return false })
-	for i := range 100 {
+	for i := range retries {
 		auth.revoke()
 		conn := g.raw()
-		fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: gateway.test\r\nTrailer: X-Checksum\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n5\r\nstart\r\n")
+		fmt.Fprintf(conn, "POST /%d HTTP/1.1\r\nHost: gateway.test\r\nTrailer: X-Checksum\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n5\r\nstart\r\n", i)
 		<-asked
 		time.Sleep(time.Duration(i%20) * 100 * time.Microsecond) // any moment from here on
 		fmt.Fprint(conn, "3\r\nend\r\n0\r\nX-Checksum: abc\r\n\r\n")

@@ -16,8 +16,12 @@ import (
 // §5.1 leaves the size of a token open; a real one has a few kilobytes.
 const maxTokenResponse = 1 << 20
 
-// maxLifetime is what longer ones are taken for: no sum of instants overflows.
-const maxLifetime = 10 * 365 * 24 * time.Hour
+// What shorter and longer lifetimes are taken for: no server is asked without
+// a pause, and no sum of instants overflows.
+const (
+	minLifetime = 1 * time.Second
+	maxLifetime = 10 * 365 * 24 * time.Hour
+)
 
 // tokenResponse holds the members of a token endpoint's answer by name. Not a
 // struct: encoding/json matches names in any case, and "ACCESS_TOKEN" is not
@@ -95,7 +99,10 @@ func (r tokenResponse) lifetime() (time.Duration, error) {
 	if seconds >= maxLifetime.Seconds() {
 		return maxLifetime, nil
 	}
-	return time.Duration(seconds * float64(time.Second)), nil
+	if seconds == 0 {
+		return 0, nil
+	}
+	return max(minLifetime, time.Duration(seconds*float64(time.Second))), nil
 }
 
 // str returns a member that must be a string; "" if it is absent or null.

@@ -37,7 +37,7 @@ type requester interface {
 
 	// fingerprint tells the client's current secrets apart without holding
 	// them. It may do I/O: placeholders can name files.
-	fingerprint() string
+	fingerprint(ctx context.Context) string
 
 	// fetched is told how each fetch ended: with a token, at the first try or
 	// after failures, or with err. It may be called while the next is told.
@@ -86,12 +86,13 @@ const (
 	quickRetryDelay = 100 * time.Millisecond
 
 	transientBackoff, maxTransientBackoff = 1 * time.Second, 30 * time.Second
+	minRenewalBackoff                     = 250 * time.Millisecond
 	permanentBackoff, maxPermanentBackoff = 5 * time.Second, 5 * time.Minute
 	maxRetryAfter                         = 5 * time.Minute
 
 	// How often callers that meet a permanent error may look whether the
 	// secret has changed since.
-	secretCheckInterval = 1 * time.Second
+	secretCheckInterval = 100 * time.Millisecond
 
 	// The reserve at the end of a token's life: the time that a request may
 	// need on its way, or clocks may differ.
@@ -107,6 +108,8 @@ const (
 //	stale            the token, at once         one fetch in the background
 //	absent, expired  the result of the one      starts it; within a back-off
 //	                 fetch in flight            the last error, at once
+//	refused by an    the same, or the refused   the same
+//	upstream         one if it is still valid
 type tokenSource struct {
 	lifecycle
 
@@ -120,6 +123,7 @@ type tokenSource struct {
 	last       requester
 
 	current  *token
+	refused  bool // current, by an upstream; it is used only if there is no other
 	inflight *fetch
 	timer    *time.Timer // starts the next fetch of a source in use
 
@@ -159,7 +163,7 @@ func (s *tokenSource) Token(ctx context.Context) (*token, error) {
 	now := time.Now()
 	s.mu.Lock()
 	s.wanted = true
-	if t := s.current; t != nil && now.Before(t.usableTo) {
+	if t := s.usable(now); t != nil {
 		if !now.Before(t.refreshAt) && !s.backingOff(now) {
 			s.start(false)
 		}
@@ -167,9 +171,8 @@ func (s *tokenSource) Token(ctx context.Context) (*token, error) {
 		return t, nil
 	}
 	if s.inflight == nil && s.backingOff(now) && !s.checkDue(now) {
-		err := s.lastErr
-		s.mu.Unlock()
-		return nil, err
+		defer s.mu.Unlock()
+		return s.lastResort(now, s.lastErr)
 	}
 	f := s.start(s.backingOff(now))
 	f.waiters++
@@ -178,30 +181,51 @@ func (s *tokenSource) Token(ctx context.Context) (*token, error) {
 	defer s.leave(f)
 	select {
 	case <-f.done:
-		return f.t, f.err
+		if f.err != nil {
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return s.lastResort(time.Now(), f.err)
+		}
+		return f.t, nil
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
 }
 
-// Cached returns the token if there is one that may be used now, otherwise
-// nil. It neither waits nor fetches.
+// usable returns the current token, if it is valid and no upstream has refused
+// it. mu is held.
+func (s *tokenSource) usable(now time.Time) *token {
+	if s.current != nil && !s.refused && now.Before(s.current.usableTo) {
+		return s.current
+	}
+	return nil
+}
+
+// lastResort returns the current token if it is valid, though refused: not
+// every upstream may refuse it, and it must not be lost to those who take it
+// when there is no other. mu is held.
+func (s *tokenSource) lastResort(now time.Time, err error) (*token, error) {
+	if s.current != nil && now.Before(s.current.usableTo) {
+		return s.current, nil
+	}
+	return nil, err
+}
+
+// Cached returns the token if there is one that may be used now and was not
+// refused, otherwise nil. It neither waits nor fetches.
 func (s *tokenSource) Cached() *token {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.current == nil || !time.Now().Before(s.current.usableTo) {
-		return nil
-	}
-	return s.current
+	return s.usable(time.Now())
 }
 
-// Invalidate drops t, which an upstream refused. A token that has replaced t
-// meanwhile stays: a late refusal says nothing about it.
+// Invalidate takes t, which an upstream refused, out of use. A token that has
+// replaced t meanwhile stays: a late refusal says nothing about it.
 func (s *tokenSource) Invalidate(t *token) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.current == t {
-		s.current = nil
+		s.refused = true
 	}
 }
 
@@ -211,7 +235,7 @@ func (s *tokenSource) Warm() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
-	if (s.current == nil || !now.Before(s.current.usableTo)) && !s.released && !s.backingOff(now) {
+	if s.usable(now) == nil && !s.released && !s.backingOff(now) {
 		s.start(false)
 	}
 }
@@ -296,18 +320,31 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	f := &fetch{done: make(chan struct{}), cancel: cancel}
 	s.inflight = f
-	failedWith := ""
+	before := attempt{requester: s.last, failures: s.failures}
 	if onlyIfChanged {
-		failedWith = s.failedWith
+		before.failedWith, before.err = s.failedWith, s.lastErr
 	}
-	go s.run(ctx, f, s.last, failedWith, s.failures)
+	go s.run(ctx, f, before)
 	return f
+}
+
+// attempt is what a fetch has to know of the source when it starts.
+type attempt struct {
+	requester
+	failures int // before it
+
+	// If failedWith is not empty: of the last error, which stands if the
+	// secrets' fingerprint is still the same.
+	failedWith string
+	err        *fetchError
 }
 
 // run is the goroutine of one fetch: it ends with the fetch, which ends by
 // its timeout, or earlier when the source is released.
-func (s *tokenSource) run(ctx context.Context, f *fetch, r requester, failedWith string, failures int) {
+func (s *tokenSource) run(ctx context.Context, f *fetch, a attempt) {
 	defer f.cancel(nil)
+	ctx, cancel := context.WithTimeout(ctx, s.fetchTimeout)
+	defer cancel()
 
 	var (
 		g           grant
@@ -315,12 +352,12 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, r requester, failedWith
 		fingerprint string
 	)
 	err := safely(func() error {
-		fingerprint = r.fingerprint()
+		fingerprint = a.fingerprint(ctx)
 		return nil
 	})
-	unchanged := err == nil && failedWith != "" && failedWith == fingerprint
+	unchanged := err == nil && a.failedWith != "" && a.failedWith == fingerprint
 	if err == nil && !unchanged {
-		g, sent, err = s.request(ctx, r, failures)
+		g, sent, err = s.request(ctx, a)
 	}
 	now := time.Now()
 
@@ -328,7 +365,7 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, r requester, failedWith
 	var failed *fetchError
 	switch {
 	case unchanged:
-		f.err = s.lastErr
+		f.err = a.err
 	case err != nil && errors.Is(context.Cause(ctx), errReleased):
 		f.err = errReleased // says nothing about the server
 	default:
@@ -340,7 +377,7 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, r requester, failedWith
 			f.err = failed
 			break
 		}
-		s.current = f.t
+		s.current, s.refused = f.t, false
 		s.failures, s.lastErr, s.failedWith = 0, nil, ""
 	}
 	s.finish(f)
@@ -348,7 +385,7 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, r requester, failedWith
 
 	if f.t != nil || failed != nil {
 		_ = safely(func() error {
-			r.fetched(f.t, failed, failures)
+			a.fetched(f.t, failed, a.failures)
 			return nil
 		})
 	}
@@ -357,15 +394,12 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, r requester, failedWith
 // request makes the token request, in case of a transient error up to three
 // times, and tells when the one that was granted was sent. Only the first fetch that fails repeats itself: those that follow it
 // are repetitions already, at growing distances.
-func (s *tokenSource) request(ctx context.Context, r requester, failures int) (grant, time.Time, error) {
-	ctx, cancel := context.WithTimeout(ctx, s.fetchTimeout)
-	defer cancel()
-
+func (s *tokenSource) request(ctx context.Context, a attempt) (grant, time.Time, error) {
 	for try := 0; ; try++ {
 		var g grant
 		sent := time.Now()
 		err := safely(func() (err error) {
-			g, err = r.request(ctx)
+			g, err = a.requester.request(ctx)
 			return err
 		})
 		if err == nil {
@@ -374,7 +408,7 @@ func (s *tokenSource) request(ctx context.Context, r requester, failures int) (g
 		if cause := context.Cause(ctx); errors.Is(cause, errReleased) {
 			return grant{}, sent, cause
 		}
-		if ctx.Err() != nil || failures > 0 || try == quickRetries || isPermanent(err) || retryAfter(err) > 0 {
+		if ctx.Err() != nil || a.failures > 0 || try == quickRetries || isPermanent(err) || retryAfter(err) > 0 {
 			return grant{}, sent, err
 		}
 		delay := time.NewTimer(rand.N(quickRetryDelay << try))
@@ -433,7 +467,7 @@ func (s *tokenSource) refresh() {
 	// A failed renewal is repeated while its token lives, asked for or not.
 	renewing := s.failures > 0 && s.current != nil && now.Before(s.current.usableTo)
 	// The timer may have fired while somebody else saw to it.
-	due := s.current == nil || !now.Before(s.current.refreshAt)
+	due := s.usable(now) == nil || !now.Before(s.current.refreshAt)
 	if due && (s.wanted || renewing) && !s.released && !s.backingOff(now) {
 		s.start(false)
 	}
@@ -469,6 +503,9 @@ func (s *tokenSource) newToken(g grant, sent, now time.Time) (*token, error) {
 	// together. The first half of the life is never given away.
 	refresh = max(refresh-rand.N(life/10+1), life/2)
 
+	// By the wall clock: the monotonic one stands still while a machine is
+	// suspended, and tokens age.
+	sent = sent.Round(0)
 	return &token{
 		value:     g.accessToken,
 		refreshAt: sent.Add(refresh),
@@ -495,6 +532,11 @@ func (s *tokenSource) fail(err error, fingerprint string, now time.Time) *fetchE
 		// Full jitter: anywhere in the interval.
 		wait = rand.N(backoff(s.failures, transientBackoff, maxTransientBackoff))
 		s.failedWith = ""
+		// The nearer the end of a token that is still in use, the sooner: the
+		// server may be back in time.
+		if t := s.current; t != nil && now.Before(t.usableTo) {
+			wait = min(wait, max(t.usableTo.Sub(now)/2, minRenewalBackoff))
+		}
 	}
 	wait = max(wait, min(retryAfter(err), maxRetryAfter))
 	s.failures++

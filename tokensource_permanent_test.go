@@ -25,25 +25,25 @@ func TestPermanentErrorIsNotRepeated(t *testing.T) {
 			}
 		}
 		expectRequests(t, r, 1)
-		// The secret is looked at for the request, then once a second: that
+		// The secret is looked at for the request, then now and again: that
 		// may be a read of a file.
-		if got, limit := r.looked, 1+int(window/time.Second); got > limit || got < 2 {
+		if got, limit := r.looked, 1+int(window/secretCheckInterval); got > limit || got < 2 {
 			t.Errorf("secret looked at %d times in %v, want 2 to %d", got, window, limit)
 		}
 	})
 }
 
 func TestChangedSecretIsTriedDuringTheBackoff(t *testing.T) {
-	const second = time.Second
+	const interval = secretCheckInterval
 	for _, tt := range []struct {
 		name    string
 		changed time.Duration // when the secret changes
 		tried   time.Duration // when it is tried
 	}{
-		{"at once", 0, second},
-		{"just before the first look", second - 1, second},
-		{"just after the first look", second + 1, 2 * second},
-		{"late", 100 * second, 100 * second},
+		{"at once", 0, interval},
+		{"just before the first look", interval - 1, interval},
+		{"just after the first look", interval + 1, 2 * interval},
+		{"late", 1000 * interval, 1000 * interval},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -67,7 +67,7 @@ func TestChangedSecretIsTriedDuringTheBackoff(t *testing.T) {
 					if got, want := ask(t.Context(), s), (answer{err: failed}); got != want {
 						t.Fatalf("after %v: Token() = %v, want %v", time.Since(start), got, want)
 					}
-					time.Sleep(100 * time.Millisecond)
+					time.Sleep(interval / 10)
 				}
 				expectToken(t, s, "t2", 0)
 				expectRequests(t, r, 2)
@@ -182,5 +182,45 @@ func TestPanicOutsideTheRequestEndsNothing(t *testing.T) {
 		}
 		time.Sleep(maxTransientBackoff)
 		expectToken(t, s, "t1", 0)
+	})
+}
+
+// A renewal that failed is repeated in time: an outage that ends before the
+// token does loses no request.
+func TestOutageThatEndsBeforeTheTokenLosesNothing(t *testing.T) {
+	for range 200 {
+		synctest.Test(t, func(t *testing.T) {
+			const life, back = 14 * time.Second, 11 * time.Second // renewal from 9.8 s, end at 12.6 s
+			r := &scriptedRequester{lifetime: life, fail: during(time.Second, back, errTransient)}
+			s := newTestSource(t, r)
+			for i, a := range load(t.Context(), s, 20*time.Millisecond, 2*life) {
+				if a.err != nil || a.waited > 0 && i > 0 {
+					t.Fatalf("caller %d: Token() = %v, want a token at once", i, a)
+				}
+			}
+		})
+	}
+}
+
+// An upstream may refuse a token that others take: while there is no other,
+// it stays.
+func TestRefusedTokenIsKeptUntilThereIsAnother(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour, fail: during(time.Second, 10*time.Minute, errTransient)}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		refused := s.Cached()
+		time.Sleep(2 * time.Second)
+		s.Invalidate(refused)
+		for range 100 {
+			if a := ask(t.Context(), s); a.err != nil || a.value != "t1" {
+				t.Fatalf("Token() = %v, want t1: there is no other", a)
+			}
+			time.Sleep(time.Second)
+		}
+		time.Sleep(10 * time.Minute)
+		if a := ask(t.Context(), s); a.err != nil || a.value == "t1" {
+			t.Errorf("Token() = %v, want another than t1", a)
+		}
 	})
 }

@@ -54,7 +54,7 @@ func (r *scriptedRequester) request(ctx context.Context) (grant, error) {
 	return grant{accessToken: fmt.Sprintf("t%d", n), lifetime: r.lifetime}, nil
 }
 
-func (r *scriptedRequester) fingerprint() string {
+func (r *scriptedRequester) fingerprint(context.Context) string {
 	r.mu.Lock()
 	r.looked++
 	r.mu.Unlock()

@@ -1,0 +1,81 @@
+package e2e
+
+import (
+	"cmp"
+	"os"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+)
+
+// chaosWorkers is how many cells run at once. They mostly wait.
+const chaosWorkers = 8
+
+// TestChaos has everything around the gateway fail, under load. With
+// CHAOS_RESULTS set to the name of a file, it writes what it measured there.
+func TestChaos(t *testing.T) {
+	var results chaosResults
+	t.Run("faults", func(t *testing.T) { results.cells = runCells(t) })
+	for _, e := range chaosEvents {
+		t.Run(e.name, func(t *testing.T) {
+			if r := e.run(t); r != nil {
+				r.name = e.name
+				results.events = append(results.events, r)
+			}
+		})
+	}
+
+	file := os.Getenv("CHAOS_RESULTS")
+	if file == "" || t.Failed() {
+		return
+	}
+	if got, want := len(results.cells)+len(results.events), len(faults)*len(moments)+len(chaosEvents); got != want {
+		t.Fatalf("got %d results, want all %d before they are written: run the whole of TestChaos", got, want)
+	}
+	if err := os.WriteFile(file, []byte(results.String()), 0o644); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// runCells runs each fault at each moment. The test's own way to do so in
+// parallel, t.Parallel, has as many at once as the machine has processors.
+func runCells(t *testing.T) []*cellResult {
+	servers := make(map[time.Duration]*authServer)
+	var cells []cell
+	for _, m := range moments {
+		if servers[m.life] == nil {
+			servers[m.life] = startAuthServer(t, m.life)
+		}
+		for _, f := range faults {
+			cells = append(cells, cell{f, m})
+		}
+	}
+	// The longest first, so that none of them is waited for at the end.
+	slices.SortStableFunc(cells, func(a, b cell) int { return cmp.Compare(b.moment.end, a.moment.end) })
+
+	var (
+		mu      sync.Mutex // guards results
+		results []*cellResult
+		workers sync.WaitGroup
+	)
+	queue := make(chan cell)
+	for range chaosWorkers {
+		workers.Go(func() {
+			for c := range queue {
+				t.Run(c.String(), func(t *testing.T) {
+					r := c.run(t, servers[c.moment.life])
+					mu.Lock()
+					defer mu.Unlock()
+					results = append(results, r)
+				})
+			}
+		})
+	}
+	for _, c := range cells {
+		queue <- c
+	}
+	close(queue)
+	workers.Wait()
+	return results
+}
