@@ -22,6 +22,7 @@ type authServer struct {
 
 	mu       sync.Mutex
 	requests []tokenRequest
+	issued   int                                          // tokens
 	live     map[string]string                            // client by token
 	answer   func(http.ResponseWriter, tokenRequest) bool // false: has not answered
 	delay    time.Duration
@@ -72,7 +73,8 @@ func (a *authServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 func (a *authServer) issue(client string) string {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	token := fmt.Sprintf("canary-token-%d-of-%s", len(a.requests), client)
+	a.issued++
+	token := fmt.Sprintf("canary-token-%d-of-%s", a.issued, client)
 	a.live[token] = client
 	return token
 }

@@ -40,14 +40,13 @@ type moment struct {
 	lossless bool
 }
 
-// The fault at `stale` makes the renewal fail. What is left of the token's
-// life when it ends is then longer than the back-off after the third failure
-// in a row; the time before is too short for a fourth, but for one run in
-// thousands.
+// The fault at `stale` makes renewals fail for 3 s. What is left of the token's
+// life then is less than the back-off could have grown to, if that did not
+// regard the end of the token.
 var moments = []*moment{
 	{name: "cold", life: 6 * time.Second, cold: true, end: 2500 * time.Millisecond},
 	{name: "fresh", life: 6 * time.Second, begin: 200 * time.Millisecond, end: 2500 * time.Millisecond, lossless: true},
-	{name: "stale", life: 14 * time.Second, begin: 6500 * time.Millisecond, end: 7500 * time.Millisecond, lossless: true},
+	{name: "stale", life: 14 * time.Second, begin: 6500 * time.Millisecond, end: 10 * time.Second, lossless: true},
 	{name: "expired", life: 6 * time.Second, begin: 2500 * time.Millisecond, end: 7 * time.Second},
 }
 

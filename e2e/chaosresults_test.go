@@ -41,8 +41,8 @@ becomes of those before. %d of them ran at once on %d cores: waits of some 10 ms
 var momentIntros = map[string]string{
 	"cold":  "There is no token yet: the fault is there when the gateway starts. It lasts 2.5 s.",
 	"fresh": "The fault begins 0.2 s after a token of 6 s was obtained, and ends before the renewal is due after 3 s.",
-	"stale": "The fault is there when a token of 14 s is due for renewal after 7 s, and ends 0.5 s later. The token " +
-		"is used for another 5 s, which is longer than the back-off by then.",
+	"stale": "The fault is there when a token of 14 s is due for renewal after 7 s, and ends 3 s later. The token " +
+		"is used for another 2.6 s: the nearer its end, the sooner the renewal is tried again.",
 	"expired": "The fault begins before the renewal of a token of 6 s is due after 3 s, and ends after 7 s.",
 }
 
