@@ -5,6 +5,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"path/filepath"
 	"strings"
@@ -257,3 +258,18 @@ type fdWriter int
 
 func (fd fdWriter) Write(p []byte) (int, error) { return syscall.Write(int(fd), p) }
 func (fd fdWriter) Close() error                { return syscall.Close(int(fd)) }
+
+// After a 101 the connection is no longer net/http's, and a read of it would
+// not end with the context.
+func TestSwitchingProtocolsDoesNotHoldAFetch(t *testing.T) {
+	done := make(chan struct{})
+	url := rawServer(t, func(conn net.Conn, r *bufio.Reader) {
+		_, _ = http.ReadRequest(r)
+		_, _ = io.WriteString(conn, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")
+		<-done
+	})
+	defer close(done)
+	cl := newTestClient(t, canaryCredentials(url), networkTransport(t))
+	_, err := cl.endpoint.request(t.Context())
+	wantTokenError(t, err, codeInvalidResponse, false)
+}

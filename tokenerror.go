@@ -76,9 +76,9 @@ var hints = map[string]string{
 // although it means its own state, not the request.
 var transientCodes = []string{"temporarily_unavailable", "server_error", "slow_down"}
 
-// classify decides whether an answer other than a token is permanent. A status in the 500s, 408
-// and 429 pass by themselves; what else the server rejects, it will reject
-// again.
+// classify decides whether an answer other than a token is permanent. A status
+// in the 500s, 408, 425 and 429 pass by themselves; what else the server
+// rejects, it will reject again.
 func (e *tokenError) classify() *tokenError {
 	switch {
 	case e.Status >= 500, e.Status == http.StatusRequestTimeout, e.Status == http.StatusTooEarly,
