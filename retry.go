@@ -24,8 +24,14 @@ const maxDrain = 64 << 10
 // whether it wants it.
 const maxPause = 100 * time.Millisecond
 
-// quietPeriod without a refusal ends the back-off of renewals.
-const quietPeriod = 30 * time.Second
+const (
+	// quietPeriod without a refusal ends the back-off of renewals.
+	quietPeriod = 30 * time.Second
+
+	// renewalInterval is the distance of renewals that help: some servers say
+	// that a token lives longer than it does.
+	renewalInterval = 1 * time.Second
+)
 
 // renewals spaces out the renewals of tokens that an upstream refuses: an
 // upstream that refuses everything, or any token for some of its paths, must
@@ -33,8 +39,9 @@ const quietPeriod = 30 * time.Second
 // request. The first refusal after a quiet time is always followed by one.
 type renewals struct {
 	mu      sync.Mutex // guards all below
-	count   int        // of renewals, without a quiet period between
-	until   time.Time  // no other renewal before
+	count   int        // of renewals that did not help, as far as is known
+	started time.Time  // the last
+	until   time.Time  // no other before
 	refusal time.Time  // the last
 	renewed *token     // the last that was allowed to be replaced
 }
@@ -57,10 +64,18 @@ func (r *renewals) allow(refused *token) bool {
 	if now.Before(r.until) {
 		return false
 	}
+	r.started = now
 	r.until = now.Add(backoff(r.count, permanentBackoff, maxPermanentBackoff))
 	r.count++
 	r.renewed = refused
 	return true
+}
+
+// help notes that the upstream accepted the token which replaced a refused one.
+func (r *renewals) help() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.count, r.until = 0, r.started.Add(renewalInterval)
 }
 
 // roundTrip sends req with a token. If the upstream refuses the token, it is
@@ -126,6 +141,9 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 	res, err = t.send(out)
 	if err != nil {
 		return nil, conceal(sentBefore(err, body), next)
+	}
+	if next != tok && !slices.Contains(cl.retryOn, res.StatusCode) {
+		cl.renewals.help()
 	}
 	return res, nil
 }

@@ -60,6 +60,23 @@ func TestQuietPeriodEndsTheBackOff(t *testing.T) {
 	})
 }
 
+// A server that says its tokens live longer than they do.
+func TestRenewalsThatHelpAreNotHeldBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var r renewals
+		for range 100 {
+			if !r.allow(new(token)) {
+				t.Fatal("got no renewal, want one: the last one helped")
+			}
+			r.help()
+			if r.allow(new(token)) {
+				t.Fatalf("got a renewal at once, want %v between them", renewalInterval)
+			}
+			time.Sleep(renewalInterval)
+		}
+	})
+}
+
 // A day of requests for a path that accepts no token.
 func TestPathThatAcceptsNoTokenCausesFewRenewals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
