@@ -70,9 +70,13 @@ func (s *tokenSource) fail(err error, fingerprint string, now time.Time) *fetchE
 		wait = rand.N(backoff(s.failures, transientBackoff, maxTransientBackoff))
 		s.failedWith = ""
 		// The nearer the end of a token that is still in use, the sooner: the
-		// server may be back in time.
+		// server may be back in time. These tries don't prolong the back-off
+		// that follows when it is not.
 		if t := s.current; t != nil && now.Before(t.usableTo) {
-			wait = min(wait, max(t.usableTo.Sub(now)/2, minRenewalBackoff))
+			if soon := max(t.usableTo.Sub(now)/2, minRenewalBackoff); soon < wait {
+				wait = soon
+				s.failures = max(0, s.failures-1)
+			}
 		}
 	}
 	wait = max(wait, min(retryAfter(err), maxRetryAfter))

@@ -178,9 +178,10 @@ func (r *cellResult) wantRequests(t *testing.T, counts injectorCounts) {
 		t.Errorf("token requests: got %d, want %d at most: %d failed fetches, 2 quick retries, %d tokens",
 			r.attempts, most, len(r.failed), len(counts.delivered))
 	}
-	// The jitter would have to be next to nothing each time.
-	if len(r.failed) > 8 {
-		t.Errorf("failed fetches: got %d, want 8 at most", len(r.failed))
+	// Some more than the intervals make, as they may be short by chance, and
+	// are when the end of a token is near.
+	if len(r.failed) > 14 {
+		t.Errorf("failed fetches: got %d, want 14 at most", len(r.failed))
 	}
 	if counts.early > 0 {
 		t.Errorf("token requests before Retry-After had passed: got %d, want none", counts.early)
