@@ -33,7 +33,8 @@ becomes of those before. %d of them ran at once on %d cores: waits of some 10 ms
 - *token requests*: those that reached the server, or connections that broke before; *during*: while the fault
   lasted. A refused connection reaches nobody, and isn't counted.
 - *failed fetches*: how often the gateway gave up and backed off. The first includes two quick retries. After the
-  n-th in a row it waits for up to 2ⁿ⁻¹ s, 30 s at most, or as long as Retry-After asks.
+  n-th in a row it waits for up to 2ⁿ⁻¹ s, 30 s at most, or as long as Retry-After asks; less while the old
+  token lives.
 - *recovery*: from the end of the fault until a request succeeded again.
 - *resent*: the client's request met a connection that a reload had closed; the upstream never saw it.
 `
