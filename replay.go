@@ -1,6 +1,7 @@
 package outboundauth
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net/http"
@@ -36,7 +37,7 @@ type replayBody struct {
 	reading  bool        // body is being read
 	touched  bool        // body has been read, or is being read
 	held     bool        // the attempt has to wait, for hold
-	paused   *time.Timer // the attempt has to wait, until it fires; then nil
+	paused   *time.Timer // the attempt has to wait, until proceed; then nil
 	recorded *[]byte     // nil: not recording any more
 	overflow bool        // more was read than is recorded
 	err      error       // with which body ended, io.EOF included
@@ -65,6 +66,14 @@ func (b *replayBody) hold() bool {
 	overflowing := b.reading && b.recorded != nil && len(*b.recorded) == b.limit
 	b.held = !b.overflow && !overflowing
 	return b.held
+}
+
+// supersede ends the current attempt.
+func (b *replayBody) supersede() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.attempt++
+	b.changed.Broadcast()
 }
 
 // proceed ends the pause: the upstream wants the body.
@@ -97,16 +106,24 @@ func (b *replayBody) again() io.ReadCloser {
 }
 
 // commit tells that the current attempt is the last. Only now may the body
-// itself be closed.
-func (b *replayBody) commit() {
+// itself be closed. If the attempt is still waiting to be told whether the
+// upstream wants the body, it does not: nothing is read, and the wait ends
+// with ctx, the request's. Ended before, it would break the connection on
+// which the answer is still coming.
+func (b *replayBody) commit(ctx context.Context) {
 	b.mu.Lock()
 	if b.final {
 		b.mu.Unlock()
 		return
 	}
 	b.held, b.final = false, true
-	b.endPause()
-	b.changed.Broadcast()
+	if b.paused != nil {
+		b.paused.Stop()
+		context.AfterFunc(ctx, b.supersede)
+	} else {
+		b.endPause()
+		b.changed.Broadcast()
+	}
 	b.forget()
 	now, touched := b.closed && b.closable(), b.touched
 	b.mu.Unlock()

@@ -2,6 +2,7 @@ package outboundauth
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -94,7 +95,7 @@ func TestReplayRepeatsWhatIsRecorded(t *testing.T) {
 					t.Errorf("first attempt after that: got %d, %v, want %v", n, err, errSuperseded)
 				}
 			}
-			b.commit()
+			b.commit(t.Context())
 			if got, err := io.ReadAll(attempt); err != nil || !bytes.Equal(got, want) {
 				t.Errorf("got %d bytes, err %v, want %d and none", len(got), err, len(want))
 			}
@@ -113,11 +114,11 @@ func TestRecordingLastsUntilItIsSent(t *testing.T) {
 	}
 	second := b.again()
 	got := readN(t, second, 100)
-	b.commit() // RoundTrip has returned
+	b.commit(t.Context()) // RoundTrip has returned
 	for range 10 {
 		other := newReplayBody(io.NopCloser(strings.NewReader(strings.Repeat("-", 4000))), 4000)
 		readN(t, other.first(), 4000)
-		other.commit()
+		other.commit(t.Context())
 	}
 	rest, err := io.ReadAll(second)
 	if got = append(got, rest...); err != nil || !bytes.Equal(got, data) {
@@ -217,7 +218,7 @@ func TestHeldAttemptWaits(t *testing.T) {
 						t.Errorf("got %d bytes, err %v, want all %d", len(got), err, len(data))
 					}
 				} else {
-					b.commit()
+					b.commit(t.Context())
 				}
 				if err := <-done; (err != nil) != retried {
 					t.Errorf("first attempt: got %v, want an error only if there is a second", err)
@@ -285,7 +286,7 @@ func TestReplayClosesTheBodyOnce(t *testing.T) {
 				case 's':
 					second.Close()
 				case 'c':
-					b.commit()
+					b.commit(t.Context())
 				}
 				if got := int(watched.closes.Load()); got != test.want[i] {
 					t.Errorf("after %s: got the body closed %d times, want %d", test.steps[:i+1], got, test.want[i])
@@ -321,7 +322,7 @@ func TestSlowCloseHoldsNothingUp(t *testing.T) {
 				}
 			}
 			committed := make(chan struct{})
-			go func() { b.commit(); close(committed) }()
+			go func() { b.commit(t.Context()); close(committed) }()
 			select {
 			case <-committed:
 			case <-time.After(time.Second):
@@ -406,7 +407,7 @@ func interleave(t *testing.T, seed uint64) bool {
 			t.Errorf("got a second attempt after %d bytes, want none after %d", len(got1), limit)
 		}
 	}
-	b.commit()
+	b.commit(t.Context())
 	wg.Wait()
 	if !bytes.Equal(got1, want1) {
 		t.Errorf("first attempt, held %v: got %d bytes, want %d", held, len(got1), len(want1))
@@ -439,7 +440,6 @@ func TestLargeBodyPausesForTheUpstream(t *testing.T) {
 		{"the upstream says nothing", func(*replayBody) {}, pause},
 		{"it wants the body", func(b *replayBody) { time.Sleep(pause / 4); b.proceed() }, pause / 4},
 		{"it wanted it before", func(b *replayBody) { b.proceed() }, 0},
-		{"it has answered", func(b *replayBody) { time.Sleep(pause / 2); b.commit() }, pause / 2},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -464,6 +464,37 @@ func TestLargeBodyPausesForTheUpstream(t *testing.T) {
 			})
 		})
 	}
+}
+
+// An upstream that has answered without asking for the body does not want it.
+// The attempt must not read it, but not end either while the answer comes.
+func TestBodyThatIsNotWantedIsNotRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		watched := &watchedBody{Reader: bytes.NewReader(pattern(3000))}
+		b := newReplayBody(watched, 1000)
+		b.pause = time.Second
+		ended := make(chan error, 1)
+		go func() {
+			_, err := b.first().Read(make([]byte, 100))
+			ended <- err
+		}()
+		synctest.Wait()
+		ctx, requestEnds := context.WithCancel(t.Context())
+		b.commit(ctx)
+		time.Sleep(time.Minute)
+		select {
+		case err := <-ended:
+			t.Fatalf("Read() = %v while the answer may still be coming, want that it waits", err)
+		default:
+		}
+		requestEnds()
+		if err := <-ended; !errors.Is(err, errSuperseded) {
+			t.Errorf("Read() = %v, want %v", err, errSuperseded)
+		}
+		if got := watched.Reader.(*bytes.Reader).Len(); got != 3000 {
+			t.Errorf("got %d bytes read, want none", 3000-got)
+		}
+	})
 }
 
 func TestRefusalDuringThePause(t *testing.T) {

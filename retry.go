@@ -92,7 +92,7 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 		reader := req.Body
 		if len(cl.retryOn) > 0 {
 			body = newReplayBody(req.Body, cl.replayLimit)
-			defer body.commit()
+			defer body.commit(req.Context())
 			reader = body.first()
 		}
 		t.setBody(out, reader, trailer)

@@ -1,0 +1,376 @@
+package outboundauth
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net/http"
+	"net/http/httptrace"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// newBothUpstream starts an upstream that speaks HTTP/1.1 and HTTP/2.
+func newBothUpstream(t *testing.T, auth *authServer) *upstream {
+	t.Helper()
+	up := newUnstartedUpstream(t, auth)
+	up.Config.Protocols = new(http.Protocols)
+	up.Config.Protocols.SetHTTP1(true)
+	up.Config.Protocols.SetUnencryptedHTTP2(true)
+	up.start()
+	return up
+}
+
+// over is the site of an upstream that is sent requests over this protocol.
+func over(protocol string, up *upstream, auth *authServer, proxy string) string {
+	return strings.Replace(proxySite(up, auth, ""), "reverse_proxy "+up.addr+" {", "reverse_proxy "+protocol+"://"+up.addr+" {\n"+proxy, 1)
+}
+
+// refuseUnread is refuseEarly for both protocols: a stream of HTTP/2 ends
+// without harm to its connection.
+func (u *upstream) refuseUnread(w http.ResponseWriter, r *http.Request) bool {
+	if r.ProtoMajor == 1 {
+		return u.refuseEarly(w, r)
+	}
+	if token, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer "); u.auth.holder(token) != "" {
+		return false
+	}
+	refuse(w, http.StatusUnauthorized)
+	return true
+}
+
+// do sends a request that send cannot make.
+func do(t *testing.T, client *http.Client, req *http.Request) reply {
+	t.Helper()
+	res, err := client.Do(req)
+	if err != nil {
+		return reply{err: err}
+	}
+	defer res.Body.Close()
+	content, err := io.ReadAll(res.Body)
+	return reply{res.StatusCode, res.Header, string(content), err}
+}
+
+func newRequest(t *testing.T, method, url string, body io.Reader) *http.Request {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), 3*patience)
+	t.Cleanup(cancel)
+	req, err := http.NewRequestWithContext(ctx, method, url, body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return req
+}
+
+// generated is a body that exists nowhere as a whole.
+func generated(size int64) io.Reader {
+	return io.LimitReader(rand.NewChaCha8([32]byte{1}), size)
+}
+
+// A body of any size is sent again as long as the upstream has not wanted it,
+// and is never kept.
+func TestHugeBodyIsRepeatedWithoutBeingKept(t *testing.T) {
+	const size = 100_000_000
+	hash := sha256.New()
+	_, _ = io.Copy(hash, generated(size))
+	want := fmt.Sprintf("%x", hash.Sum(nil))
+	for _, protocol := range []string{"http", "h2c"} {
+		t.Run(protocol, func(t *testing.T) {
+			auth := newAuthServer(t)
+			up := newBothUpstream(t, auth)
+			g := startGateway(t, over(protocol, up, auth, ""))
+			g.get().want(t, http.StatusOK)
+			auth.revoke()
+			var refused atomic.Int32
+			var half atomic.Int64
+			up.script(func(w http.ResponseWriter, r *http.Request) bool {
+				if up.refuseUnread(w, r) {
+					refused.Add(1)
+					return true
+				}
+				h := sha256.New()
+				n, err := io.CopyN(h, r.Body, size/2)
+				half.Store(heap()) // with all that has been sent held, if it were
+				rest, err2 := io.Copy(h, r.Body)
+				fmt.Fprintf(w, "%d of %d %v %v %x", n+rest, r.ContentLength, err, err2, h.Sum(nil))
+				return true
+			})
+			req := newRequest(t, http.MethodPost, "http://"+g.addr, generated(size))
+			req.ContentLength = size
+
+			before := heap()
+			r := do(t, g.client, req).want(t, http.StatusOK)
+			if want := fmt.Sprintf("%d of %d <nil> <nil> %s", size, size, want); r.body != want {
+				t.Errorf("got %s, want %s", r.body, want)
+			}
+			if refused.Load() != 1 {
+				t.Errorf("got %d refusals, want 1", refused.Load())
+			}
+			auth.wantAsked(t, 2)
+			grown := (half.Load() - before) >> 10
+			t.Logf("%d KiB more on the heap in the middle of %d KiB", grown, size>>10)
+			if grown > 8<<10 {
+				t.Errorf("got %d KiB held in the middle of a body of %d KiB, want little more than %d", grown, size>>10, defaultReplayBody>>10)
+			}
+		})
+	}
+}
+
+// What the proxy has read ahead is still sent twice.
+func TestBufferedBodyIsRepeated(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		size   int
+		unread bool // when it is refused
+	}{
+		{"shorter than what is kept", 30_000, false},
+		{"longer than what is kept", 5 * defaultReplayBody, true},
+		{"longer than the buffer", 3 << 20, true},
+	} {
+		for _, known := range []bool{true, false} {
+			if !known && test.size > 1<<20 {
+				continue // nothing makes it wait for the upstream, so it is on its way
+			}
+			t.Run(fmt.Sprint(test.name, ", of known length: ", known), func(t *testing.T) {
+				auth := newAuthServer(t)
+				up := newUpstream(t, auth)
+				g := startGateway(t, over("http", up, auth, "request_buffers 1MiB"))
+				g.get().want(t, http.StatusOK)
+				auth.revoke()
+				if test.unread {
+					up.script(up.refuseUnread)
+				}
+				data := string(pattern(test.size))
+				var body io.Reader = strings.NewReader(data)
+				if !known {
+					body = chunked{body}
+				}
+				g.send(http.MethodPost, "/", body).want(t, http.StatusOK)
+				if got := up.last(t); got.body != data || got.bodyErr != nil {
+					t.Errorf("got a body of %d bytes, err %v, want all %d", len(got.body), got.bodyErr, len(data))
+				}
+				auth.wantAsked(t, 2)
+			})
+		}
+	}
+}
+
+// A client that waits to be asked for its body is asked once somebody wants
+// it, and sends it once.
+func TestClientsOwnExpectationIsKept(t *testing.T) {
+	for _, size := range []int{100, 5 * defaultReplayBody} {
+		for _, revoked := range []bool{false, true} {
+			t.Run(fmt.Sprint(size, " revoked: ", revoked), func(t *testing.T) {
+				g, auth, up := gateAndFakes(t, "")
+				g.client.Transport.(*http.Transport).ExpectContinueTimeout = patience
+				g.get().want(t, http.StatusOK)
+				if revoked {
+					auth.revoke()
+				}
+				up.script(up.refuseUnread)
+				data := string(pattern(size))
+				req := newRequest(t, http.MethodPost, "http://"+g.addr, strings.NewReader(data))
+				req.Header.Set("Expect", "100-continue")
+				var asked atomic.Int32
+				trace := &httptrace.ClientTrace{Got100Continue: func() { asked.Add(1) }}
+				start := time.Now()
+				do(t, g.client, req.WithContext(httptrace.WithClientTrace(req.Context(), trace))).want(t, http.StatusOK)
+				if took := time.Since(start); asked.Load() == 0 || took > patience/2 {
+					t.Errorf("got %d interim answers and the last after %v, want to be asked for the body soon", asked.Load(), took)
+				}
+				got := up.last(t)
+				got.wantHeader(t, "Expect", "100-continue")
+				if got.body != data || got.bodyErr != nil {
+					t.Errorf("got a body of %d bytes, err %v, want all %d", len(got.body), got.bodyErr, len(data))
+				}
+			})
+		}
+	}
+}
+
+// An upgrade is a GET like any other until the upstream has accepted it.
+func TestRefusedUpgradeIsRepeated(t *testing.T) {
+	g, auth, up := gateAndFakes(t, "")
+	g.get().want(t, http.StatusOK)
+	auth.revoke()
+	var refused atomic.Int32
+	up.script(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.Header.Get("Upgrade") != "echo" || r.Header.Get("Connection") != "Upgrade" {
+			t.Errorf("got %v, want the upgrade in each attempt", r.Header)
+		}
+		if token, _ := strings.CutPrefix(r.Header.Get("Authorization"), "Bearer "); auth.holder(token) == "" {
+			refused.Add(1)
+			refuse(w, http.StatusUnauthorized)
+			return true
+		}
+		conn, rw, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return true
+		}
+		defer conn.Close()
+		_, _ = rw.WriteString("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+		_ = rw.Flush()
+		_, _ = io.Copy(conn, rw)
+		return true
+	})
+	conn := g.raw()
+	fmt.Fprint(conn, "GET /socket HTTP/1.1\r\nHost: gateway.test\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+	r := bufio.NewReader(conn)
+	res, err := http.ReadResponse(r, nil)
+	if err != nil || res.StatusCode != http.StatusSwitchingProtocols {
+		t.Fatalf("got %v, err %v, want 101", res, err)
+	}
+	for i := range 100 {
+		line := fmt.Sprintln("line", i, strings.Repeat("x", 1000))
+		_, _ = io.WriteString(conn, line)
+		if got, err := r.ReadString('\n'); got != line {
+			t.Fatalf("got %d bytes, err %v, want line %d back", len(got), err, i)
+		}
+	}
+	if refused.Load() != 1 {
+		t.Errorf("got %d refusals, want 1", refused.Load())
+	}
+	auth.wantAsked(t, 2)
+}
+
+// The streams of one client's connection recover each for itself.
+func TestRecoveryForHTTP2Clients(t *testing.T) {
+	for _, protocol := range []string{"http", "h2c"} {
+		t.Run(protocol, func(t *testing.T) {
+			auth := newAuthServer(t)
+			up := newBothUpstream(t, auth)
+			g := newGateway(t)
+			g.global = "servers {\nprotocols h1 h2c\n}"
+			g.load(over(protocol, up, auth, ""))
+			transport := g.client.Transport.(*http.Transport)
+			transport.Protocols = new(http.Protocols)
+			transport.Protocols.SetUnencryptedHTTP2(true)
+			client := &http.Client{Transport: transport, Timeout: patience}
+			do(t, client, newRequest(t, http.MethodGet, "http://"+g.addr, nil)).want(t, http.StatusOK)
+			auth.revoke()
+
+			data := string(pattern(10_000))
+			var wg sync.WaitGroup
+			for i := range 40 {
+				var body io.Reader
+				method := http.MethodGet
+				if i%2 == 1 {
+					method, body = http.MethodPost, strings.NewReader(data)
+				}
+				if i%4 == 3 {
+					body = chunked{body}
+				}
+				req := newRequest(t, method, "http://"+g.addr+"/"+method, body)
+				wg.Go(func() {
+					if r := do(t, client, req); r.err != nil || r.status != http.StatusOK {
+						t.Errorf("got %d %q, err %v, want 200", r.status, r.body, r.err)
+					}
+				})
+			}
+			wg.Wait()
+			auth.wantAsked(t, 2)
+			if got := g.logged("handled request", `"proto":"HTTP/2.0"`); len(got) != 41 {
+				t.Errorf("got %d requests over HTTP/2, want all 41", len(got))
+			}
+			for _, got := range up.got() {
+				if got.method == http.MethodPost && got.body != data && got.bearerOf(auth) != "" {
+					t.Errorf("got a body of %d bytes, err %v, want all %d", len(got.body), got.bodyErr, len(data))
+				}
+			}
+		})
+	}
+}
+
+// Trailers that the client sends when the second attempt has long begun.
+func TestTrailersThatArriveAfterTheReplay(t *testing.T) {
+	for _, protocol := range []string{"http", "h2c"} {
+		t.Run(protocol, func(t *testing.T) {
+			auth := newAuthServer(t)
+			up := newBothUpstream(t, auth)
+			g := startGateway(t, over(protocol, up, auth, ""))
+			g.get().want(t, http.StatusOK)
+			auth.revoke()
+			replayed := make(chan string, 1)
+			up.script(func(w http.ResponseWriter, r *http.Request) bool {
+				if up.refuseUnread(w, r) {
+					return true
+				}
+				start := make([]byte, 5)
+				_, _ = io.ReadFull(r.Body, start)
+				replayed <- string(start)
+				return false
+			})
+			conn := g.raw()
+			fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: gateway.test\r\nTrailer: X-Checksum, X-Tenant-Id\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n5\r\nstart\r\n")
+			select {
+			case got := <-replayed:
+				if got != "start" {
+					t.Errorf("got %q again, want what was sent before", got)
+				}
+			case <-time.After(patience):
+				t.Fatal("got no second attempt, want one before the client has ended its body")
+			}
+			fmt.Fprint(conn, "3\r\nend\r\n0\r\nX-Checksum: abc\r\nX-Tenant-Id: client-own\r\n\r\n")
+			res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil || res.StatusCode != http.StatusOK {
+				t.Fatalf("got %v, err %v, want 200", res, err)
+			}
+			got := up.last(t)
+			if got.body != "end" || got.trailer.Get("X-Checksum") != "abc" || got.trailer.Get("X-Tenant-Id") != "" {
+				t.Errorf("got %q with the trailer %v, want the rest and X-Checksum: abc only", got.body, got.trailer)
+			}
+		})
+	}
+}
+
+// Of a request over HTTP/3, the length is unknown even without a body: then
+// net/http reads from the body before it sends the header.
+func TestBodyOfUnknownLengthInAGet(t *testing.T) {
+	for _, size := range []int{0, 1, 10_000, defaultReplayBody / 2} {
+		for _, revoked := range []bool{false, true} {
+			t.Run(fmt.Sprint(size, " revoked: ", revoked), func(t *testing.T) {
+				auth := newAuthServer(t)
+				up := newUpstream(t, auth)
+				transport := newTransport(t, expand("token_url $AUTH/token\nclient_id gateway\nclient_secret s", "$AUTH", auth.URL))
+				ctx := upstreamContext(t, up.addr)
+				data := string(pattern(size))
+				send := func() *watchedBody {
+					t.Helper()
+					watched := &watchedBody{Reader: strings.NewReader(data)}
+					req := newRequest(t, http.MethodGet, "http://"+up.addr, watched).WithContext(ctx)
+					req.ContentLength = -1
+					res, err := transport.RoundTrip(req)
+					if err != nil {
+						t.Fatalf("got %v, want no error", err)
+					}
+					defer res.Body.Close()
+					if content, err := io.ReadAll(res.Body); res.StatusCode != http.StatusOK || string(content) != "accepted" {
+						t.Errorf("got %d %q, err %v, want 200", res.StatusCode, content, err)
+					}
+					return watched
+				}
+				send()
+				if revoked {
+					auth.revoke()
+				}
+				up.script(up.refuseUnread)
+				watched := send()
+				if got := up.last(t); got.body != data || got.bodyErr != nil {
+					t.Errorf("got a body of %d bytes, err %v, want all %d", len(got.body), got.bodyErr, len(data))
+				}
+				eventually(t, func() bool { return watched.closes.Load() == 1 && !watched.reading.Load() }, "the body closed once")
+				if watched.twice.Load() || watched.late.Load() {
+					t.Errorf("got the body read by two at once: %v, after its end: %v, want neither", watched.twice.Load(), watched.late.Load())
+				}
+				auth.wantAsked(t, 1+map[bool]int{true: 1}[revoked])
+			})
+		}
+	}
+}
