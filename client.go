@@ -56,9 +56,8 @@ type bearer struct {
 }
 
 // newClient makes a client of resolved and complete credentials, whose
-// token_url is u.
-// tokenTransport is the provisioned c.TokenTransport, described by
-// transportConfig. The client has to be released.
+// token_url is u. tokenTransport is the provisioned c.TokenTransport, described
+// by transportConfig. The client has to be released.
 func newClient(c Credentials, u *url.URL, tokenTransport http.RoundTripper, transportConfig []byte, logger *zap.Logger) (*client, error) {
 	life := lifecycle{
 		refreshBefore:   time.Duration(c.RefreshBefore),

@@ -1,0 +1,97 @@
+package outboundauth
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"io"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// A body that is too large to be recorded waits until the upstream wants it.
+func TestLargeBodyPausesForTheUpstream(t *testing.T) {
+	const limit, pause = 1000, time.Second
+	for _, test := range []struct {
+		name string
+		do   func(*replayBody)
+		want time.Duration
+	}{
+		{"the upstream says nothing", func(*replayBody) {}, pause},
+		{"it wants the body", func(b *replayBody) { time.Sleep(pause / 4); b.proceed() }, pause / 4},
+		{"it wanted it before", func(b *replayBody) { b.proceed() }, 0},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				data := pattern(3 * limit)
+				b := newReplayBody(io.NopCloser(bytes.NewReader(data)), limit)
+				b.pause = pause
+				first := b.first()
+				start := time.Now()
+				go test.do(b)
+				synctest.Wait()
+				readN(t, first, 1)
+				if got := time.Since(start); got != test.want {
+					t.Errorf("got a wait of %v, want %v", got, test.want)
+				}
+				rest, err := io.ReadAll(first)
+				if err != nil || !bytes.Equal(rest, data[1:]) {
+					t.Errorf("got %d bytes, err %v, want %d", len(rest), err, len(data)-1)
+				}
+				if got := time.Since(start); got != test.want {
+					t.Errorf("got another wait, till %v, want none", got)
+				}
+			})
+		})
+	}
+}
+
+// An upstream that has answered without asking for the body does not want it.
+// The attempt must not read it, but not end either while the answer comes.
+func TestBodyThatIsNotWantedIsNotRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		watched := &watchedBody{Reader: bytes.NewReader(pattern(3000))}
+		b := newReplayBody(watched, 1000)
+		b.pause = time.Second
+		ended := make(chan error, 1)
+		go func() {
+			_, err := b.first().Read(make([]byte, 100))
+			ended <- err
+		}()
+		synctest.Wait()
+		ctx, requestEnds := context.WithCancel(t.Context())
+		b.commit(ctx)
+		time.Sleep(time.Minute)
+		select {
+		case err := <-ended:
+			t.Fatalf("Read() = %v while the answer may still be coming, want that it waits", err)
+		default:
+		}
+		requestEnds()
+		if err := <-ended; !errors.Is(err, errSuperseded) {
+			t.Errorf("Read() = %v, want %v", err, errSuperseded)
+		}
+		if got := watched.Reader.(*bytes.Reader).Len(); got != 3000 {
+			t.Errorf("got %d bytes read, want none", 3000-got)
+		}
+	})
+}
+
+func TestRefusalDuringThePause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		data := pattern(3000)
+		b := newReplayBody(io.NopCloser(bytes.NewReader(data)), 1000)
+		b.pause = time.Second
+		first := b.first()
+		go func() { _, _ = io.ReadAll(first) }()
+		synctest.Wait()
+		if !b.hold() {
+			t.Fatal("hold: got false, want true")
+		}
+		time.Sleep(time.Minute) // getting the token takes longer than the pause
+		if got, err := io.ReadAll(b.again()); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("got %d bytes, err %v, want all %d", len(got), err, len(data))
+		}
+	})
+}
