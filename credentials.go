@@ -82,10 +82,11 @@ type Credentials struct {
 	BearerHeader *BearerHeader `json:"bearer_header,omitempty"`
 
 	// How long before a token expires to start replacing it in the
-	// background, while it is still used. It starts earlier by up to a tenth
-	// of the lifetime, at random, so that instances do not all renew at once,
-	// but never in the first half of the lifetime. 0 means the default.
-	// Default: the last 20 % of the lifetime.
+	// background, while it is still used. It starts earlier by up to 4 % of
+	// the lifetime, at random, so that instances do not all renew at once, but
+	// never in the first half of the lifetime. 0 means the default.
+	// Default: 26 % of the lifetime, with which a token of an hour outlasts a
+	// quarter of an hour without its authorization server.
 	RefreshBefore caddy.Duration `json:"refresh_before,omitempty"`
 
 	// The lifetime of a token for which the server names none (`expires_in`
@@ -102,10 +103,11 @@ type Credentials struct {
 	// How much of a request's body is kept for sending it once more, in
 	// bytes. A longer body can be repeated only if the upstream answered
 	// before more than this was sent; what was not read yet is then sent
-	// after it. To let it answer before, a body of greater length is announced
-	// to it with `Expect: 100-continue`, and waits for the answer, at most a
-	// tenth of a second, and only as long as the upstream heeds it. 0 means
-	// the default; -1 keeps nothing, and announces nothing. Default: `65536`.
+	// after it. To let it answer before, a body that is longer, or may be, is
+	// announced to it with `Expect: 100-continue`, and what can't be kept of it
+	// waits for the answer, at most a tenth of a second, and only as long as
+	// the upstream heeds it. 0 means the default; -1 keeps nothing, and
+	// announces nothing. Default: `65536`.
 	ReplayBody int64 `json:"replay_body,omitempty"`
 }
 

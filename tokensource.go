@@ -51,7 +51,7 @@ var errReleased = errors.New("the configuration that asked for the token was unl
 
 // lifecycle is how long a token is used; see the fields of Credentials.
 type lifecycle struct {
-	refreshBefore   time.Duration // 0: the last fifth of the lifetime
+	refreshBefore   time.Duration // 0: the last 26 % of the lifetime
 	defaultLifetime time.Duration
 	fetchTimeout    time.Duration
 }
@@ -450,7 +450,8 @@ func (s *tokenSource) newToken(g grant, sent, now time.Time) (*token, error) {
 		return nil, fmt.Errorf("the token lives for %v, but took %v to get: nothing is left of it", life, took.Round(time.Millisecond))
 	}
 
-	refresh := life - life/5
+	// The rest of a life outlasts an outage of a quarter of it, and a try after.
+	refresh := life - life/100*26
 	if s.refreshBefore > 0 {
 		refresh = life - s.refreshBefore
 	}
@@ -459,7 +460,7 @@ func (s *tokenSource) newToken(g grant, sent, now time.Time) (*token, error) {
 	refresh = min(refresh, usable-2*took)
 	// At random, so that a fleet that started together does not renew
 	// together. The first half of the life is never given away.
-	refresh = max(refresh-rand.N(life/10+1), life/2)
+	refresh = max(refresh-rand.N(life/25+1), life/2)
 
 	// By the wall clock: the monotonic one stands still while a machine is
 	// suspended, and tokens age.

@@ -274,14 +274,18 @@ func TestShortOutageWithShortTokens(t *testing.T) {
 	}
 }
 
+// Tokens of an hour outlast a quarter of an hour without the server, even if
+// it begins when a renewal is due.
 func TestLongOutageWithinTheReserve(t *testing.T) {
-	for range 5 {
+	for range 50 { // the renewal is due at random
 		synctest.Test(t, func(t *testing.T) {
-			const from, to = 42 * time.Minute, 57 * time.Minute
-			r := &scriptedRequester{lifetime: time.Hour, delay: 10 * time.Millisecond, fail: during(from, to, errTransient)}
+			r := &scriptedRequester{lifetime: time.Hour, delay: 10 * time.Millisecond}
 			s := newTestSource(t, r)
-			start := time.Now()
 			expectToken(t, s, "t1", r.delay)
+			start := time.Now()
+			from := time.Until(s.Cached().refreshAt)
+			to := from + 15*time.Minute
+			r.fail = during(from, to, errTransient)
 			for i, got := range load(t.Context(), s, time.Second, 2*time.Hour) {
 				if got.err != nil || got.waited != 0 {
 					t.Fatalf("after %v: Token() = %v, want a token at once", time.Duration(i)*time.Second, got)

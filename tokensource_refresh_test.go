@@ -16,22 +16,22 @@ func TestRefreshTime(t *testing.T) {
 		refreshBefore  time.Duration
 		from, to       time.Duration // the refresh time, in the token's life
 	}{
-		{name: "one second", lifetime: time.Second, from: 700 * time.Millisecond, to: 800 * time.Millisecond},
-		{name: "five seconds", lifetime: 5 * time.Second, from: 3500 * time.Millisecond, to: 4 * time.Second},
-		{name: "an hour", lifetime: time.Hour, from: 42 * time.Minute, to: 48 * time.Minute},
-		{name: "ten years", lifetime: 10 * year, from: 7 * year, to: 8 * year},
-		{name: "not named", from: 210 * time.Second, to: 240 * time.Second},
+		{name: "one second", lifetime: time.Second, from: 700 * time.Millisecond, to: 740 * time.Millisecond},
+		{name: "five seconds", lifetime: 5 * time.Second, from: 3500 * time.Millisecond, to: 3700 * time.Millisecond},
+		{name: "an hour", lifetime: time.Hour, from: 42 * time.Minute, to: 44*time.Minute + 24*time.Second},
+		{name: "ten years", lifetime: 10 * year, from: 7 * year, to: 7*year + year*2/5},
+		{name: "not named", from: 210 * time.Second, to: 222 * time.Second},
 
-		{name: "refresh_before", lifetime: time.Hour, refreshBefore: 20 * time.Minute, from: 34 * time.Minute, to: 40 * time.Minute},
+		{name: "refresh_before", lifetime: time.Hour, refreshBefore: 20 * time.Minute, from: 37*time.Minute + 36*time.Second, to: 40 * time.Minute},
 		{name: "refresh_before near the half", lifetime: time.Hour, refreshBefore: 28 * time.Minute, from: 30 * time.Minute, to: 32 * time.Minute},
 		{name: "refresh_before above the half", lifetime: time.Hour, refreshBefore: 40 * time.Minute, from: 30 * time.Minute, to: 30 * time.Minute},
 		{name: "refresh_before above the lifetime", lifetime: time.Hour, refreshBefore: 2 * time.Hour, from: 30 * time.Minute, to: 30 * time.Minute},
 		// Later than 59m50s the token is not used at all.
-		{name: "refresh_before below the reserve", lifetime: time.Hour, refreshBefore: time.Second, from: 53*time.Minute + 50*time.Second, to: 59*time.Minute + 50*time.Second},
+		{name: "refresh_before below the reserve", lifetime: time.Hour, refreshBefore: time.Second, from: 57*time.Minute + 26*time.Second, to: 59*time.Minute + 50*time.Second},
 
 		// Twice the time that the server took is left before the end at 4.5 s.
-		{name: "slow server", lifetime: 5 * time.Second, took: 500 * time.Millisecond, from: 3 * time.Second, to: 3500 * time.Millisecond},
-		{name: "slow server, refresh_before", lifetime: time.Hour, took: 5 * time.Second, refreshBefore: time.Second, from: 53*time.Minute + 40*time.Second, to: 59*time.Minute + 40*time.Second},
+		{name: "slow server", lifetime: 5 * time.Second, took: 500 * time.Millisecond, from: 3300 * time.Millisecond, to: 3500 * time.Millisecond},
+		{name: "slow server, refresh_before", lifetime: time.Hour, took: 5 * time.Second, refreshBefore: time.Second, from: 57*time.Minute + 16*time.Second, to: 59*time.Minute + 40*time.Second},
 		{name: "very slow server", lifetime: 5 * time.Second, took: 2 * time.Second, from: 2500 * time.Millisecond, to: 2500 * time.Millisecond},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
