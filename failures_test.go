@@ -6,6 +6,9 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
 // handleErrors makes what handle_errors knows visible to a test.
@@ -100,6 +103,38 @@ func TestMissingTokenGoesThroughHandleErrors(t *testing.T) {
 				auth.wantAsked(t, max(0, test.requests))
 			}
 		})
+	}
+}
+
+// What the transport adds to the response routes is provisioned with them, so
+// they must come after the transport, and there must be a parent to add it to.
+func TestResponseRoutesAreProvisionedAfterTheTransport(t *testing.T) {
+	base, err := caddy.ProvisionContext(new(caddy.Config))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := caddy.NewContext(base)
+	t.Cleanup(cancel)
+	loaded, err := ctx.LoadModuleByID("http.handlers.reverse_proxy", encode(t, map[string]any{
+		"upstreams": []any{map[string]any{"dial": "127.0.0.1:1"}},
+		"transport": map[string]any{"protocol": "oauth2", "credentials": map[string]any{
+			"token_url": "http://127.0.0.1:1/token", "client_id": "c", "client_secret": "s",
+		}},
+		"handle_response": []any{map[string]any{"status_code": 503}},
+	}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	routes := loaded.(*reverseproxy.Handler).HandleResponse
+	if len(routes) != 2 {
+		t.Fatalf("got %d response routes, want ours and the user's", len(routes))
+	}
+	ours := routes[0].Routes
+	if len(ours) != 1 || len(ours[0].Handlers) != 1 {
+		t.Fatalf("got first the routes %v, want one that is provisioned", ours)
+	}
+	if _, ok := ours[0].Handlers[0].(*failureHandler); !ok {
+		t.Errorf("got the handler %T, want that which raises the error", ours[0].Handlers[0])
 	}
 }
 

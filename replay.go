@@ -22,9 +22,10 @@ var errSuperseded = errors.New("the request is being sent again")
 // up, and may still be reading in a goroutine of net/http, takes nothing away
 // from the next.
 type replayBody struct {
-	body  io.ReadCloser
-	limit int
-	pause time.Duration // at most, before anything is read
+	body    io.ReadCloser
+	limit   int
+	pause   time.Duration // at most
+	pauseAt int           // after so many bytes
 
 	// The upstream was asked by us, not by the client, to say whether it wants
 	// the body; it did not in time.
@@ -66,6 +67,14 @@ func (b *replayBody) hold() bool {
 	overflowing := b.reading && b.recorded != nil && len(*b.recorded) == b.limit
 	b.held = !b.overflow && !overflowing
 	return b.held
+}
+
+// resume ends hold.
+func (b *replayBody) resume() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.held = false
+	b.changed.Broadcast()
 }
 
 // supersede ends the current attempt.
@@ -110,19 +119,31 @@ func (b *replayBody) again() io.ReadCloser {
 // upstream wants the body, it does not: nothing is read, and the wait ends
 // with ctx, the request's. Ended before, it would break the connection on
 // which the answer is still coming.
+//
+// An attempt that was held has its answer, too, and most likely nobody reads
+// its body any more. It goes on only after a while, for an upstream that ends
+// its answer when it has read all: at once, it would be reading the body while
+// the request ends and Caddy counts what was read of it.
 func (b *replayBody) commit(ctx context.Context) {
 	b.mu.Lock()
 	if b.final {
 		b.mu.Unlock()
 		return
 	}
-	b.held, b.final = false, true
-	if b.paused != nil {
+	b.final = true
+	switch {
+	case b.paused != nil:
 		b.paused.Stop()
 		context.AfterFunc(ctx, b.supersede)
-	} else {
+	case b.held:
 		b.endPause()
-		b.changed.Broadcast()
+		resume := time.AfterFunc(maxPause, b.resume)
+		context.AfterFunc(ctx, func() {
+			resume.Stop()
+			b.supersede()
+		})
+	default:
+		b.endPause()
 	}
 	b.forget()
 	now, touched := b.closed && b.closable(), b.touched
@@ -230,7 +251,7 @@ func (a *attemptBody) readOn(p []byte) (int, error) {
 // pausing tells whether the first attempt has to wait for the upstream before
 // it reads. It starts the pause. mu is held.
 func (b *replayBody) pausing() bool {
-	if b.pause > 0 {
+	if b.pause > 0 && b.recorded != nil && len(*b.recorded) >= b.pauseAt {
 		b.paused = time.AfterFunc(b.pause, func() {
 			b.ignored.Store(true)
 			b.proceed()

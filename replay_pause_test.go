@@ -47,6 +47,68 @@ func TestLargeBodyPausesForTheUpstream(t *testing.T) {
 	}
 }
 
+// Of a body of unknown length, what can be recorded is sent at once.
+func TestBodyOfUnknownLengthPausesWhenItIsTooLong(t *testing.T) {
+	const limit, pause = 1000, time.Second
+	for _, test := range []struct {
+		size int
+		want time.Duration
+	}{{0, 0}, {limit - 1, 0}, {limit + 1, pause}, {3 * limit, pause}} {
+		synctest.Test(t, func(t *testing.T) {
+			data := pattern(test.size)
+			b := newReplayBody(io.NopCloser(bytes.NewReader(data)), limit)
+			b.pause, b.pauseAt = pause, limit
+			first := b.first()
+			start := time.Now()
+			readN(t, first, min(test.size, limit))
+			if got := time.Since(start); got != 0 {
+				t.Errorf("got a wait of %v for what is recorded of %d bytes, want none", got, test.size)
+			}
+			rest, err := io.ReadAll(first)
+			if err != nil || len(rest) != max(0, test.size-limit) {
+				t.Errorf("got %d bytes more, err %v, want %d", len(rest), err, max(0, test.size-limit))
+			}
+			if got := time.Since(start); got != test.want {
+				t.Errorf("got a wait of %v for %d bytes, want %v", got, test.size, test.want)
+			}
+		})
+	}
+}
+
+// An answer may end only when all of the body has been read, or with the
+// request.
+func TestHeldAttemptGoesOnForASlowAnswer(t *testing.T) {
+	for _, slow := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			watched := &watchedBody{Reader: bytes.NewReader(pattern(3000))}
+			b := newReplayBody(watched, 1000)
+			first := b.first()
+			readN(t, first, 10)
+			if !b.hold() {
+				t.Fatal("hold: got false, want true")
+			}
+			ended := make(chan error, 1)
+			go func() {
+				_, err := io.ReadAll(first)
+				ended <- err
+			}()
+			synctest.Wait()
+			ctx, requestEnds := context.WithCancel(t.Context())
+			defer requestEnds()
+			b.commit(ctx)
+			left := 0
+			if !slow {
+				requestEnds()
+				left = 2990
+			}
+			err := <-ended
+			if got := watched.Reader.(*bytes.Reader).Len(); got != left || slow != (err == nil) {
+				t.Errorf("slow: %v: ReadAll() = %v with %d bytes left unread, want %d", slow, err, got, left)
+			}
+		})
+	}
+}
+
 // An upstream that has answered without asking for the body does not want it.
 // The attempt must not read it, but not end either while the answer comes.
 func TestBodyThatIsNotWantedIsNotRead(t *testing.T) {

@@ -2,6 +2,7 @@ package outboundauth
 
 import (
 	"bufio"
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"fmt"
@@ -80,11 +81,14 @@ func TestHugeBodyIsRepeatedWithoutBeingKept(t *testing.T) {
 	hash := sha256.New()
 	_, _ = io.Copy(hash, generated(size))
 	want := fmt.Sprintf("%x", hash.Sum(nil))
-	for _, protocol := range []string{"http", "h2c"} {
-		t.Run(protocol, func(t *testing.T) {
+	for _, test := range []struct {
+		protocol string
+		length   int64 // announced
+	}{{"http", size}, {"h2c", size}, {"http", -1}, {"h2c", -1}} {
+		t.Run(fmt.Sprint(test.protocol, ", length ", test.length), func(t *testing.T) {
 			auth := newAuthServer(t)
 			up := newBothUpstream(t, auth)
-			g := startGateway(t, over(protocol, up, auth, ""))
+			g := startGateway(t, over(test.protocol, up, auth, ""))
 			g.get().want(t, http.StatusOK)
 			auth.revoke()
 			var refused atomic.Int32
@@ -102,11 +106,11 @@ func TestHugeBodyIsRepeatedWithoutBeingKept(t *testing.T) {
 				return true
 			})
 			req := newRequest(t, http.MethodPost, "http://"+g.addr, generated(size))
-			req.ContentLength = size
+			req.ContentLength = test.length
 
 			before := heap()
 			r := do(t, g.client, req).want(t, http.StatusOK)
-			if want := fmt.Sprintf("%d of %d <nil> <nil> %s", size, size, want); r.body != want {
+			if want := fmt.Sprintf("%d of %d <nil> <nil> %s", size, test.length, want); r.body != want {
 				t.Errorf("got %s, want %s", r.body, want)
 			}
 			if refused.Load() != 1 {
@@ -134,9 +138,6 @@ func TestBufferedBodyIsRepeated(t *testing.T) {
 		{"longer than the buffer", 3 << 20, true},
 	} {
 		for _, known := range []bool{true, false} {
-			if !known && test.size > 1<<20 {
-				continue // nothing makes it wait for the upstream, so it is on its way
-			}
 			t.Run(fmt.Sprint(test.name, ", of known length: ", known), func(t *testing.T) {
 				auth := newAuthServer(t)
 				up := newUpstream(t, auth)
@@ -372,5 +373,41 @@ func TestBodyOfUnknownLengthInAGet(t *testing.T) {
 				auth.wantAsked(t, 1+map[bool]int{true: 1}[revoked])
 			})
 		}
+	}
+}
+
+// Only bodies that may be too long to be recorded are announced: nothing else
+// should depend on whether an upstream knows of interim answers.
+func TestWhoAsksWhetherTheBodyIsWanted(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	transport := newTransport(t, expand("token_url $AUTH/token\nclient_id gateway\nclient_secret s", "$AUTH", auth.URL))
+	for _, test := range []struct {
+		name, method string
+		length       int64
+		header       string // with a value
+		want         string
+	}{
+		{name: "short", method: "POST", length: 100},
+		{name: "long", method: "POST", length: 2 * defaultReplayBody, want: "100-continue"},
+		{name: "of unknown length", method: "PUT", length: -1, want: "100-continue"},
+		{name: "GET over HTTP/3", method: "GET", length: -1},
+		{name: "gRPC", method: "POST", length: -1, header: "Content-Type: application/grpc+proto"},
+		{name: "upgrade", method: "POST", length: -1, header: "Upgrade: other"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			req := newRequest(t, test.method, "http://"+up.addr, bytes.NewReader(pattern(int(max(test.length, 100))))).
+				WithContext(upstreamContext(t, up.addr))
+			req.ContentLength = test.length
+			if field, value, ok := strings.Cut(test.header, ": "); ok {
+				req.Header.Set(field, value)
+			}
+			res, err := transport.RoundTrip(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			_ = res.Body.Close()
+			up.last(t).wantHeader(t, "Expect", test.want)
+		})
 	}
 }

@@ -97,8 +97,14 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 		}
 		t.setBody(out, reader, trailer)
 	}
-	if body != nil && cl.replayLimit > 0 && req.ContentLength > int64(cl.replayLimit) && !cl.expectsNothing.Load() {
-		out = expectContinue(out, body)
+	if body != nil && cl.replayLimit > 0 && !cl.expectsNothing.Load() {
+		switch {
+		case req.ContentLength > int64(cl.replayLimit):
+			out = expectContinue(out, body)
+		case req.ContentLength < 0 && mayBeLarge(out):
+			body.pauseAt = cl.replayLimit // what can be kept need not wait
+			out = expectContinue(out, body)
+		}
 	}
 	res, err = t.send(out)
 	if body != nil && body.ignored.Load() {
@@ -177,10 +183,10 @@ func (t *Transport) setBody(out *http.Request, body io.ReadCloser, announced htt
 }
 
 // expectContinue asks the upstream to say whether it wants the body of out
-// (RFC 9110 §10.1.1), which is longer than what can be kept of it: the body
-// waits for that. Once it is on its way, it would be too late to send it
-// again, and an upstream that refuses it may reset the connection with its
-// own answer.
+// (RFC 9110 §10.1.1), which is longer than what can be kept of it, or may be:
+// what can't be kept waits for that. Once it is on its way, it would be too
+// late to send it again, and an upstream that refuses it may reset the
+// connection with its own answer.
 func expectContinue(out *http.Request, body *replayBody) *http.Request {
 	body.expected = out.Header.Get("Expect") == ""
 	body.pause = maxPause
@@ -196,6 +202,18 @@ func expectContinue(out *http.Request, body *replayBody) *http.Request {
 		}
 	}
 	return out.WithContext(ctx)
+}
+
+// mayBeLarge tells whether a body of unknown length is an upload, which may
+// grow beyond what can be kept. HTTP/3 requests without any body have an
+// unknown length, too, and both sides of a gRPC call or an upgraded connection
+// talk at once: there, nothing waits for an interim answer.
+func mayBeLarge(out *http.Request) bool {
+	switch out.Method {
+	case http.MethodPost, http.MethodPut, http.MethodPatch:
+		return !strings.HasPrefix(out.Header.Get("Content-Type"), "application/grpc") && out.Header.Get("Upgrade") == ""
+	}
+	return false
 }
 
 // discard ends an answer that nobody wants. In a goroutine of its own: it may
