@@ -2,6 +2,9 @@ package e2e
 
 import (
 	"bytes"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -61,6 +64,7 @@ type gatewayConfig struct {
 	site    string   // directives of the one site
 	options string   // more global options
 	env     []string // more variables of its environment
+	https   bool     // serve the site over TLS, and thereby HTTP/3
 }
 
 // startProxy starts a gateway that only proxies.
@@ -76,11 +80,16 @@ func startProxy(t *testing.T, p proxy) *gateway {
 func startGateway(t *testing.T, cfg gatewayConfig) *gateway {
 	t.Helper()
 	addrs := freePorts(t, 2)
+	scheme, options := "http", "auto_https off"
+	if cfg.https {
+		// The CA is this gateway's own, and the machine isn't to trust it.
+		scheme, options = "https", "auto_https disable_redirects\n\tlocal_certs\n\tskip_install_trust"
+	}
 	gw := &gateway{
-		url:     "http://" + addrs[0],
+		url:     scheme + "://" + addrs[0],
 		admin:   addrs[1],
 		dir:     t.TempDir(),
-		options: cfg.options,
+		options: options + "\n\t" + cfg.options,
 	}
 	cmd := gw.command("run", gw.writeCaddyfile(t, cfg.site))
 	cmd.Env = append(cmd.Env, cfg.env...)
@@ -93,9 +102,13 @@ func startGateway(t *testing.T, cfg gatewayConfig) *gateway {
 	})
 
 	// Caddy starts the admin API first, and the site last.
+	dial := func() (io.Closer, error) { return net.Dial("tcp", addrs[0]) }
+	if cfg.https {
+		dial = func() (io.Closer, error) { return gw.dialTLS(addrs[0]) }
+	}
 	deadline := time.Now().Add(30 * time.Second)
 	for {
-		conn, err := net.Dial("tcp", addrs[0])
+		conn, err := dial()
 		if err == nil {
 			conn.Close()
 			return gw
@@ -109,6 +122,30 @@ func startGateway(t *testing.T, cfg gatewayConfig) *gateway {
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
+}
+
+// dialTLS connects to the site. That succeeds only once there is a certificate,
+// which comes after the listeners, HTTP/3's among them.
+func (gw *gateway) dialTLS(addr string) (io.Closer, error) {
+	config, err := gw.tlsConfig()
+	if err != nil {
+		return nil, err
+	}
+	return tls.DialWithDialer(&net.Dialer{Timeout: 5 * time.Second}, "tcp", addr, config)
+}
+
+// tlsConfig is for clients of a gateway with https: it trusts the gateway's CA
+// and no other.
+func (gw *gateway) tlsConfig() (*tls.Config, error) {
+	root, err := os.ReadFile(filepath.Join(gw.dir, "data", "caddy", "pki", "authorities", "local", "root.crt"))
+	if err != nil {
+		return nil, err
+	}
+	roots := x509.NewCertPool()
+	if !roots.AppendCertsFromPEM(root) {
+		return nil, errors.New("no certificate in root.crt")
+	}
+	return &tls.Config{RootCAs: roots}, nil
 }
 
 // reload makes the gateway serve the site with other directives.
@@ -132,7 +169,7 @@ func (gw *gateway) command(name, config string, args ...string) *exec.Cmd {
 
 func (gw *gateway) writeCaddyfile(t *testing.T, site string) string {
 	t.Helper()
-	text := fmt.Sprintf("{\n\tadmin %s\n\tauto_https off\n\tpersist_config off\n\t%s\n}\n%s {\n%s\n}\n",
+	text := fmt.Sprintf("{\n\tadmin %s\n\tdefault_bind 127.0.0.1\n\tpersist_config off\n\t%s\n}\n%s {\n%s\n}\n",
 		gw.admin, gw.options, gw.url, site)
 	path := filepath.Join(gw.dir, "Caddyfile")
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
@@ -150,7 +187,13 @@ type reply struct {
 // do sends a request through the gateway.
 func do(t *testing.T, req *http.Request) reply {
 	t.Helper()
-	resp, err := http.DefaultClient.Do(req)
+	return doWith(t, http.DefaultClient, req)
+}
+
+// doWith is do with a client that isn't the default one.
+func doWith(t *testing.T, httpClient *http.Client, req *http.Request) reply {
+	t.Helper()
+	resp, err := httpClient.Do(req)
 	if err != nil {
 		t.Fatal(err)
 	}
