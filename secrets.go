@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"html"
 	"net/url"
+	"slices"
 	"strings"
 
 	"github.com/caddyserver/caddy/v2"
@@ -66,26 +67,63 @@ const telltale = 8
 // in tells whether a text holds something confidential, or enough of it, in
 // whatever spelling a server may repeat it.
 func (c confidential) in(text string) bool {
-	unescaped, err := url.QueryUnescape(text)
-	if err != nil {
-		unescaped = text
+	texts := readings(text)
+	windows := make(map[string]struct{}) // all that is long enough in texts
+	for _, t := range texts {
+		for i := range len(t) - telltale + 1 {
+			windows[t[i:i+telltale]] = struct{}{}
+		}
 	}
-	texts := []string{strings.ToLower(text), strings.ToLower(unescaped), strings.ToLower(html.UnescapeString(text))}
 	for _, secret := range c {
-		for _, spelling := range []string{
-			secret, url.QueryEscape(secret), url.PathEscape(secret), hex.EncodeToString([]byte(secret)),
-			base64.StdEncoding.EncodeToString([]byte(secret)), base64.URLEncoding.EncodeToString([]byte(secret)),
-		} {
-			spelling = strings.ToLower(spelling)
-			n := min(telltale, len(spelling))
-			for i := range len(spelling) - n + 1 {
-				for _, t := range texts {
-					if strings.Contains(t, spelling[i:i+n]) {
-						return true
-					}
+		for _, spelling := range spellings(secret) {
+			if len(spelling) < telltale { // the whole of it
+				if slices.ContainsFunc(texts, func(t string) bool { return strings.Contains(t, spelling) }) {
+					return true
+				}
+				continue
+			}
+			for i := range len(spelling) - telltale + 1 {
+				if _, ok := windows[spelling[i:i+telltale]]; ok {
+					return true
 				}
 			}
 		}
 	}
 	return false
+}
+
+// readings returns what a text may be meant to say, in lower case.
+func readings(text string) []string {
+	unescaped := text
+	for range 2 {
+		if again, err := url.QueryUnescape(unescaped); err == nil {
+			unescaped = again
+		}
+	}
+	joined := strings.Map(func(r rune) rune { // without what may stand between the characters
+		if r <= ' ' || r >= 0x7f || r == ':' {
+			return -1
+		}
+		return r
+	}, text)
+	readings := []string{text, unescaped, html.UnescapeString(text), joined}
+	for i := range readings {
+		readings[i] = strings.ToLower(readings[i])
+	}
+	return readings
+}
+
+// spellings returns the ways to write a secret, in lower case. In base64, it
+// looks different in each of three places.
+func spellings(secret string) []string {
+	spellings := []string{secret, url.QueryEscape(secret), url.PathEscape(secret), hex.EncodeToString([]byte(secret))}
+	for skipped := range min(3, len(secret)) {
+		if left := []byte(secret[skipped:]); skipped == 0 || len(left) >= telltale {
+			spellings = append(spellings, base64.StdEncoding.EncodeToString(left), base64.URLEncoding.EncodeToString(left))
+		}
+	}
+	for i := range spellings {
+		spellings[i] = strings.ToLower(spellings[i])
+	}
+	return spellings
 }
