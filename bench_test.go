@@ -70,10 +70,10 @@ func benchTransport(tb testing.TB, n int, dial dialAddress) *Transport {
 	tb.Cleanup(func() { _ = t.Cleanup() })
 	tokenURL := &url.URL{Scheme: "https", Host: "auth.example", Path: "/token"}
 	for i := range n {
-		cl, err := newClient(Credentials{
+		cl, err := newClient(&endpoint{url: tokenURL, logger: zap.NewNop(), credentials: Credentials{
 			ClientID: fmt.Sprint("client-", i), ClientSecret: "secret",
 			Tenant: &Tenant{Value: fmt.Sprint("tenant-", i)},
-		}, tokenURL, nil, []byte("null"), zap.NewNop())
+		}}, []byte("null"))
 		if err != nil {
 			tb.Fatal(err)
 		}

@@ -18,11 +18,27 @@ import (
 //	transport oauth2 {
 //		# the OAuth client
 //		token_url            <url>
+//		issuer               <url>
 //		client_id            <id>
 //		client_secret        <secret>
-//		auth_method          client_secret_basic | client_secret_post | none
+//		auth_method          client_secret_basic | client_secret_post | client_secret_jwt |
+//		                     private_key_jwt | tls_client_auth | none
+//		basic_encoding       form | raw
+//		private_key          <file>
+//		key_id               <kid>
+//		signing_alg          <alg>
+//		assertion_audience   <audience>
+//		assertion_typ        <type>
+//		assertion_lifetime   <duration>
+//		assertion_file       <file>
+//		client_certificate   <certificate> <key>
+//		bind_certificate
+//		grant_type           client_credentials | jwt_bearer
+//		subject              <subject>
+//		claim                <name> <value>
 //		scopes               <scope...>
 //		audience             <value...>
+//		resource             <uri...>
 //		param                <name> <value>
 //		token_request_header <field> <value>
 //		token_timeout        <duration>
@@ -136,6 +152,9 @@ func (t *Transport) checkBlock(block *credentialsBlock, merged Credentials, comp
 	if missing := merged.missing(); missing != "" && complete {
 		return block.at.WrapErr(fmt.Errorf("transport oauth2: %s", missing))
 	}
+	if !complete && merged.missing() != "" {
+		return nil // nothing but what others inherit
+	}
 	if err := merged.checkTogether(); err != nil {
 		// At the setting that the error starts with, if the block has it.
 		setting, _, _ := strings.Cut(strings.ReplaceAll(err.Error(), ":", " "), " ")
@@ -144,10 +163,14 @@ func (t *Transport) checkBlock(block *credentialsBlock, merged Credentials, comp
 		}
 		return block.at.WrapErr(err)
 	}
-	if at, ok := block.seen["token_url"]; ok && !slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {
-		if u, err := parseTokenURL(block.TokenURL); err == nil { // else it has placeholders
+	for setting, raw := range map[string]string{"token_url": block.TokenURL, "issuer": block.Issuer} {
+		at, ok := block.seen[setting]
+		if !ok || slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {
+			continue
+		}
+		if u, err := parseTokenURL(raw); err == nil { // else it has placeholders
 			if err := checkPlaintext(u, usesProxy(merged.TokenTransport)); err != nil {
-				return at.WrapErr(err)
+				return at.WrapErr(fmt.Errorf("%s: %w", setting, err))
 			}
 		}
 	}
@@ -249,7 +272,7 @@ func (b *credentialsBlock) unmarshal(d *caddyfile.Dispenser) (ours bool, err err
 	return true, nil
 }
 
-var repeatableSettings = []string{"param", "token_request_header", "header"}
+var repeatableSettings = []string{"param", "claim", "token_request_header", "header"}
 
 // credentialsSettings parses the settings of Credentials, by name.
 var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) error{
@@ -257,9 +280,34 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 	"client_id":     func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.ClientID) },
 	"client_secret": func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.ClientSecret) },
 	"auth_method":   func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.AuthMethod) },
-	"scopes":        func(c *Credentials, d *caddyfile.Dispenser) error { return listArg(d, &c.Scopes) },
-	"audience":      func(c *Credentials, d *caddyfile.Dispenser) error { return listArg(d, &c.Audience) },
-	"param":         func(c *Credentials, d *caddyfile.Dispenser) error { return namedArg(d, &c.Params, false) },
+
+	"issuer":             func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.Issuer) },
+	"basic_encoding":     func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.BasicEncoding) },
+	"private_key":        func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.PrivateKey) },
+	"key_id":             func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.KeyID) },
+	"signing_alg":        func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.SigningAlg) },
+	"assertion_audience": func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.AssertionAudience) },
+	"assertion_typ":      func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.AssertionTyp) },
+	"assertion_lifetime": func(c *Credentials, d *caddyfile.Dispenser) error { return durationArg(d, &c.AssertionLifetime) },
+	"assertion_file":     func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.AssertionFile) },
+	"client_certificate": func(c *Credentials, d *caddyfile.Dispenser) error {
+		c.ClientCertificate = new(ClientCertificate)
+		if !d.AllArgs(&c.ClientCertificate.Certificate, &c.ClientCertificate.Key) {
+			return d.Err("client_certificate: write `client_certificate <certificate> <key>`")
+		}
+		return nil
+	},
+	"bind_certificate": func(c *Credentials, _ *caddyfile.Dispenser) error {
+		c.BindCertificate = true
+		return nil
+	},
+	"grant_type": func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.GrantType) },
+	"subject":    func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.Subject) },
+	"claim":      func(c *Credentials, d *caddyfile.Dispenser) error { return namedArg(d, &c.Claims, false) },
+	"resource":   func(c *Credentials, d *caddyfile.Dispenser) error { return listArg(d, &c.Resource) },
+	"scopes":     func(c *Credentials, d *caddyfile.Dispenser) error { return listArg(d, &c.Scopes) },
+	"audience":   func(c *Credentials, d *caddyfile.Dispenser) error { return listArg(d, &c.Audience) },
+	"param":      func(c *Credentials, d *caddyfile.Dispenser) error { return namedArg(d, &c.Params, false) },
 	"token_request_header": func(c *Credentials, d *caddyfile.Dispenser) error {
 		return namedArg(d, &c.TokenRequestHeaders, true)
 	},

@@ -216,11 +216,26 @@ func TestSettingsHideNoneOfTheHTTPTransport(t *testing.T) {
 // settingSamples are valid arguments, as many as a setting takes.
 var settingSamples = map[string]string{
 	"token_url":            "https://auth.example.com/token",
+	"issuer":               "https://auth.example.com",
 	"client_id":            "gateway",
 	"client_secret":        "secret",
 	"auth_method":          "client_secret_post",
+	"basic_encoding":       "raw",
+	"private_key":          "/etc/caddy/client.key",
+	"key_id":               "2024",
+	"signing_alg":          "ES256",
+	"assertion_audience":   "https://auth.example.com",
+	"assertion_typ":        "JWT",
+	"assertion_lifetime":   "30s",
+	"assertion_file":       "/run/jwt",
+	"client_certificate":   "/etc/caddy/client.crt /etc/caddy/client.key",
+	"bind_certificate":     "",
+	"grant_type":           "jwt_bearer",
+	"subject":              "orders",
+	"claim":                "region eu",
 	"scopes":               "orders.read",
 	"audience":             "https://api.example.com",
+	"resource":             "https://api.example.com",
 	"param":                "organization acme",
 	"token_request_header": "X-Api-Version 2",
 	"token_timeout":        "5s",
@@ -234,25 +249,43 @@ var settingSamples = map[string]string{
 	"replay_body":          "1KiB",
 }
 
+// settingNeeds are the other settings without which one has no effect.
+var settingNeeds = map[string][]string{
+	"key_id":             {"private_key"},
+	"signing_alg":        {"private_key"},
+	"assertion_audience": {"private_key"},
+	"assertion_typ":      {"private_key"},
+	"assertion_lifetime": {"private_key"},
+	"bind_certificate":   {"client_certificate"},
+	"grant_type":         {"private_key"},
+	"subject":            {"private_key", "grant_type"},
+	"claim":              {"private_key", "grant_type"},
+}
+
 func TestEverySettingIsReadStrictly(t *testing.T) {
-	lists := []string{"scopes", "audience", "retry_on"}
+	lists := []string{"scopes", "audience", "resource", "retry_on"}
 	for _, setting := range slices.Sorted(maps.Keys(credentialsSettings)) {
-		sample := settingSamples[setting]
-		if sample == "" {
+		sample, ok := settingSamples[setting]
+		if !ok {
 			t.Errorf("got no sample of %s, want one", setting)
 			continue
 		}
-		cases := map[string]string{"once": setting + " " + sample, "twice": setting + " " + sample + "\n" + setting + " " + sample}
-		if setting != "token_transport" {
+		line := strings.TrimSpace(setting + " " + sample)
+		cases := map[string]string{"once": line, "twice": line + "\n" + line}
+		if setting != "token_transport" && sample != "" {
 			cases["without a value"] = setting
 		}
 		if setting == "token_transport" || !slices.Contains(lists, setting) {
-			cases["with one more argument"] = setting + " " + strings.TrimSuffix(sample, "{\n tls\n}") + " more"
+			cases["with one more argument"] = strings.TrimSuffix(line, "{\n tls\n}") + " more"
+		}
+		var needs string
+		for _, other := range settingNeeds[setting] {
+			needs += other + " " + settingSamples[other] + "\n"
 		}
 		for name, lines := range cases {
 			for place, block := range map[string]string{
-				"transport": "oauth2 {\n" + lines + "\n upstream 127.0.0.1:9000 off\n}",
-				"upstream":  "oauth2 {\n upstream 127.0.0.1:9000 {\n" + lines + "\n}\n" + baseWithout(setting) + "}",
+				"transport": "oauth2 {\n" + needs + lines + "\n upstream 127.0.0.1:9000 off\n}",
+				"upstream":  "oauth2 {\n upstream 127.0.0.1:9000 {\n" + needs + lines + "\n}\n" + baseWithout(setting) + "}",
 			} {
 				t.Run(setting+" "+name+" in "+place, func(t *testing.T) {
 					transport := new(Transport).CaddyModule().New().(*Transport)

@@ -5,13 +5,11 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
-	"net/url"
 	"sync/atomic"
 	"time"
-
-	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
 )
@@ -45,6 +43,8 @@ type client struct {
 
 	expectsNothing atomic.Bool // the upstream has failed an expectation
 
+	bound *boundTransport // bind_certificate; nil without it
+
 	// The header of the latest token, made once for all requests. Its values
 	// are shared by them and never written to.
 	bearer atomic.Pointer[bearer]
@@ -55,34 +55,19 @@ type bearer struct {
 	values []string
 }
 
-// newClient makes a client of resolved and complete credentials, whose
-// token_url is u. tokenTransport is the provisioned c.TokenTransport, described
-// by transportConfig. The client has to be released.
-func newClient(c Credentials, u *url.URL, tokenTransport http.RoundTripper, transportConfig []byte, logger *zap.Logger) (*client, error) {
+// newClient makes a client of e and its credentials, which are resolved and
+// complete. transportConfig describes the transport of e. The client has to be
+// released.
+func newClient(e *endpoint, transportConfig []byte) (*client, error) {
+	c := e.credentials
 	life := lifecycle{
 		refreshBefore:   time.Duration(c.RefreshBefore),
 		defaultLifetime: cmp.Or(time.Duration(c.DefaultLifetime), defaultTokenLifetime),
 		fetchTimeout:    cmp.Or(time.Duration(c.TokenTimeout), defaultTokenTimeout),
 	}
-	e := &endpoint{
-		url:       u,
-		method:    cmp.Or(c.AuthMethod, authBasic),
-		id:        c.ClientID,
-		secret:    c.ClientSecret,
-		scopes:    c.Scopes,
-		audience:  c.Audience,
-		params:    c.Params,
-		headers:   c.TokenRequestHeaders,
-		transport: tokenTransport,
-		logger:    logger,
-	}
-	// encoding/json sorts the maps, and keeps neighbouring values apart.
-	shape, err := json.Marshal([]any{
-		u.String(), e.method, e.id, e.secret, e.scopes, e.audience, e.params, e.headers,
-		json.RawMessage(transportConfig), life.refreshBefore, life.defaultLifetime, life.fetchTimeout,
-	})
+	shape, err := c.shape(life, transportConfig)
 	if err != nil {
-		return nil, fmt.Errorf("token_transport: %w", err)
+		return nil, err
 	}
 	cl := &client{key: sha256.Sum256(shape), endpoint: e}
 
@@ -105,6 +90,11 @@ func newClient(c Credentials, u *url.URL, tokenTransport http.RoundTripper, tran
 		cl.identity = append(cl.identity, newHeaderTemplate(field, c.Headers[field]))
 	}
 
+	if e.discovery != nil {
+		if e.discovery.issuerMetadata, err = acquireIssuer(&c, transportConfig); err != nil {
+			return nil, err
+		}
+	}
 	source, _, err := sources.LoadOrNew(cl.key, func() (caddy.Destructor, error) {
 		return newTokenSource(life), nil
 	})
@@ -116,11 +106,32 @@ func newClient(c Credentials, u *url.URL, tokenTransport http.RoundTripper, tran
 	return cl, nil
 }
 
+// shape returns everything that shapes a token request and the life of its
+// token: all settings but those of what the upstream is sent.
+func (c Credentials) shape(life lifecycle, transportConfig []byte) ([]byte, error) {
+	c.AuthMethod, c.GrantType = c.method(), c.grant()
+	c.BasicEncoding = cmp.Or(c.BasicEncoding, basicForm)
+	c.AssertionLifetime = cmp.Or(c.AssertionLifetime, caddy.Duration(defaultAssertionLifetime))
+	c.TokenTransport, c.TokenTimeout, c.RefreshBefore, c.DefaultLifetime = nil, 0, 0, 0
+	c.Tenant, c.Headers, c.BearerHeader, c.RetryOn, c.ReplayBody = nil, nil, nil, nil, 0
+	// encoding/json sorts the maps, and keeps neighbouring values apart.
+	shape, err := json.Marshal([]any{
+		c, json.RawMessage(transportConfig), life.refreshBefore, life.defaultLifetime, life.fetchTimeout,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("token_transport: %w", err)
+	}
+	return shape, nil
+}
+
 // release gives the client's share of the source back. The client stays
 // usable for the requests that are still on their way.
 func (cl *client) release() error {
 	cl.source.detach(cl.endpoint)
 	_, err := sources.Delete(cl.key)
+	if d := cl.endpoint.discovery; d != nil {
+		err = errors.Join(err, d.release())
+	}
 	return err
 }
 

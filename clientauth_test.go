@@ -2,12 +2,19 @@ package outboundauth
 
 import (
 	"encoding/base64"
+	"encoding/hex"
 	"fmt"
 	"html"
 	"net/http"
 	"net/url"
+	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
 func TestClientAuthenticationIsEncoded(t *testing.T) {
@@ -29,7 +36,7 @@ func TestClientAuthenticationIsEncoded(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			form, header := url.Values{}, http.Header{}
-			authenticate(authBasic, test.id, test.secret, form, header)
+			authenticated(t, authBasic, test.id, test.secret, form, header)
 			got, err := base64.StdEncoding.DecodeString(strings.TrimPrefix(header.Get("Authorization"), "Basic "))
 			if err != nil || string(got) != test.wantBasic {
 				t.Errorf("Basic credentials = %q, %v, want %q", got, err, test.wantBasic)
@@ -47,7 +54,7 @@ func TestClientAuthenticationIsEncoded(t *testing.T) {
 			}
 
 			form, header = url.Values{}, http.Header{}
-			authenticate(authPost, test.id, test.secret, form, header)
+			authenticated(t, authPost, test.id, test.secret, form, header)
 			if got := form.Encode(); got != test.wantForm {
 				t.Errorf("form = %q, want %q", got, test.wantForm)
 			}
@@ -58,9 +65,21 @@ func TestClientAuthenticationIsEncoded(t *testing.T) {
 	}
 }
 
+// authenticated adds a client's identity to a token request, and returns what
+// must not be shown.
+func authenticated(tb testing.TB, method, id, secret string, form url.Values, header http.Header) confidential {
+	tb.Helper()
+	c := Credentials{AuthMethod: method, ClientID: id, ClientSecret: secret}
+	secrets, err := c.authenticate(resolved{secret: secret}, "", form, header)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	return secrets
+}
+
 func TestNoAuthenticationSendsTheIDOnly(t *testing.T) {
 	form, header := url.Values{}, http.Header{}
-	sensitive := authenticate(authNone, "id", "", form, header)
+	sensitive := authenticated(t, authNone, "id", "", form, header)
 	if got := form.Encode(); got != "client_id=id" || len(header) != 0 {
 		t.Errorf("form = %q, header = %v, want client_id=id and none", got, header)
 	}
@@ -69,12 +88,299 @@ func TestNoAuthenticationSendsTheIDOnly(t *testing.T) {
 	}
 }
 
+// Some servers take id and secret as they come.
+func TestBasicWithoutEncoding(t *testing.T) {
+	for _, test := range []struct{ id, secret string }{
+		{"id", "secret"},
+		{"id", "100%:+/ &=?#~ süß"},
+		{"https%3A%2F%2Fapp.example", "a%3Ab"},
+	} {
+		c := Credentials{ClientID: test.id, BasicEncoding: basicRaw, ClientSecret: "{env.TEST_RAW_SECRET}"}
+		form, header := url.Values{}, http.Header{}
+		secrets, err := c.authenticate(resolved{secret: test.secret}, "", form, header)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(form) != 0 || len(header) != 1 {
+			t.Errorf("got the form %v and the header %v, want Authorization alone", form, header)
+		}
+		id, secret, ok := (&http.Request{Header: header}).BasicAuth()
+		if !ok || id != test.id || secret != test.secret {
+			t.Errorf("the server reads %q and %q, want %q and %q", id, secret, test.id, test.secret)
+		}
+		for _, echo := range []string{test.secret, header.Get("Authorization")} {
+			if test.secret != "secret" && !secrets.in("bad: "+echo) {
+				t.Errorf("%q may be shown, want not: it repeats the secret", echo)
+			}
+		}
+	}
+
+	c := Credentials{TokenURL: testTokenURL, ClientID: "a%3Ab", ClientSecret: "c:%d", BasicEncoding: basicRaw}
+	server := answering(http.StatusOK, goodAnswer)
+	requestForm(t, newTestClient(t, c, server), server)
+	want := "\r\nAuthorization: Basic " + base64.StdEncoding.EncodeToString([]byte("a%3Ab:c:%d")) + "\r\n"
+	if got := server.requests()[0]; !strings.Contains(got, want) {
+		t.Errorf("sent %q, want %q in it", got, want)
+	}
+}
+
+// The server would take what is before the colon for the id, also if it only
+// shows when the config is loaded (RFC 7617 §2).
+func TestRawBasicSendsNoIDWithAColon(t *testing.T) {
+	t.Setenv("TEST_ID", "a:b")
+	const want = "basic_encoding: raw can't send a client_id with a colon"
+	for _, test := range []struct{ id, encoding, method, want string }{
+		{"a:b", basicRaw, "", want},
+		{"a:b", basicRaw, authBasic, want},
+		{"{env.TEST_ID}", basicRaw, "", want},
+		{"a", basicRaw, "", ""},
+		{"a%3Ab", basicRaw, "", ""},
+		{"a:b", basicForm, "", ""},
+		{"a:b", "", "", ""},
+		{"a:b", "", authPost, ""},
+	} {
+		_, _, err := loadTransport(t, "127.0.0.1:9000", map[string]any{"credentials": Credentials{
+			TokenURL: testTokenURL, ClientID: test.id, ClientSecret: "c:d", AuthMethod: test.method, BasicEncoding: test.encoding,
+		}})
+		if wantError(t, err, test.want); t.Failed() {
+			t.Fatalf("that was for %+v", test)
+		}
+	}
+}
+
+// A shorter one would hardly be left when the JWT arrives.
+func TestAssertionLifetimeHasAMinimum(t *testing.T) {
+	for lifetime, want := range map[time.Duration]string{
+		-time.Second: "assertion_lifetime: must be 30s at least, as the JWT is dated back by 10s", 1: "assertion_lifetime: must be 30s at least",
+		minAssertionLifetime - 1: "assertion_lifetime: must be 30s at least", minAssertionLifetime: "", 0: "", time.Hour: "",
+	} {
+		c := Credentials{PrivateKey: "k", AssertionLifetime: caddy.Duration(lifetime)}
+		wantError(t, c.check(), want)
+	}
+}
+
+// RFC 6749 §2.3 forbids to authenticate in more than one way.
+func TestClientAuthenticatesInOneWay(t *testing.T) {
+	dir := t.TempDir()
+	key := newKey(t)
+	keyFile := writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, key))
+	certificate := &ClientCertificate{Certificate: writeFile(t, filepath.Join(dir, "crt"), certificatePEM(t, key)), Key: keyFile}
+	assertionFile := writeFile(t, filepath.Join(dir, "jwt"), []byte("a.b.c"))
+	secret := strings.Repeat("s", 32)
+
+	for _, test := range []struct {
+		name string
+		c    Credentials
+		want string // names of the form's parameters, and of the header
+	}{
+		{"client_secret_basic", Credentials{AuthMethod: authBasic, ClientSecret: secret}, "Authorization"},
+		{"client_secret_post", Credentials{AuthMethod: authPost, ClientSecret: secret}, "client_id client_secret"},
+		{"client_secret_jwt", Credentials{AuthMethod: authSecretJWT, ClientSecret: secret}, "client_assertion client_assertion_type client_id"},
+		{"private_key_jwt", Credentials{AuthMethod: authKeyJWT, PrivateKey: keyFile}, "client_assertion client_assertion_type client_id"},
+		{"private_key_jwt with a certificate", Credentials{AuthMethod: authKeyJWT, ClientCertificate: certificate}, "client_assertion client_assertion_type client_id"},
+		{"private_key_jwt of a file", Credentials{AuthMethod: authKeyJWT, AssertionFile: assertionFile}, "client_assertion client_assertion_type client_id"},
+		{"tls_client_auth", Credentials{AuthMethod: authTLS, ClientCertificate: certificate}, "client_id"},
+		{"none", Credentials{AuthMethod: authNone}, "client_id"},
+
+		{"implied by client_secret", Credentials{ClientSecret: secret}, "Authorization"},
+		{"implied by client_secret, beside a certificate", Credentials{ClientSecret: secret, ClientCertificate: certificate}, "Authorization"},
+		{"implied by private_key", Credentials{PrivateKey: keyFile}, "client_assertion client_assertion_type client_id"},
+		{"implied by private_key, beside a certificate", Credentials{PrivateKey: keyFile, ClientCertificate: certificate}, "client_assertion client_assertion_type client_id"},
+		{"implied by assertion_file", Credentials{AssertionFile: assertionFile}, "client_assertion client_assertion_type client_id"},
+		{"implied by client_certificate", Credentials{ClientCertificate: certificate}, "client_id"},
+		{"implied by jwt_bearer", Credentials{GrantType: grantJWTBearer, PrivateKey: keyFile}, "assertion"},
+		{"implied by jwt_bearer, beside a certificate", Credentials{GrantType: grantJWTBearer, PrivateKey: keyFile, ClientCertificate: certificate}, "assertion"},
+		{"implied by jwt_bearer and client_secret", Credentials{GrantType: grantJWTBearer, PrivateKey: keyFile, ClientSecret: secret}, "Authorization assertion"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			test.c.TokenURL, test.c.ClientID = testTokenURL, "id"
+			server := answering(http.StatusOK, goodAnswer)
+			form := requestForm(t, newTestClient(t, test.c, server), server)
+			var got []string
+			for name := range form {
+				if name != "grant_type" {
+					got = append(got, name)
+				}
+			}
+			if strings.Contains(server.requests()[0], "\r\nAuthorization: ") {
+				got = append(got, "Authorization")
+			}
+			slices.Sort(got)
+			if got := strings.Join(got, " "); got != test.want {
+				t.Errorf("got %q, want %q", got, test.want)
+			}
+		})
+	}
+}
+
+// What is missing is told in the order in which one would write it.
+func TestMissingAuthentication(t *testing.T) {
+	certificate := &ClientCertificate{Certificate: "crt", Key: "key"}
+	presentsOther := &reverseproxy.HTTPTransport{TLS: &reverseproxy.TLSConfig{ClientCertificateFile: "crt", ClientCertificateKeyFile: "key"}}
+	for _, test := range []struct {
+		name string
+		c    Credentials
+		want string // setting that is missing
+	}{
+		{"nothing", Credentials{}, "client_id"},
+		{"client_id", Credentials{ClientID: "id"}, "client_secret"},
+		{"client_id and client_secret", Credentials{ClientID: "id", ClientSecret: "s"}, ""},
+		{"client_secret", Credentials{ClientSecret: "s"}, "client_id"},
+		{"client_secret_post", Credentials{AuthMethod: authPost, ClientID: "id"}, "client_secret"},
+		{"client_secret_jwt", Credentials{AuthMethod: authSecretJWT, ClientID: "id"}, "client_secret"},
+		{"client_secret_jwt with a key", Credentials{AuthMethod: authSecretJWT, ClientID: "id", PrivateKey: "k"}, "client_secret"},
+		{"private_key_jwt", Credentials{AuthMethod: authKeyJWT, ClientID: "id"}, "private_key"},
+		{"private_key_jwt with a key", Credentials{AuthMethod: authKeyJWT, ClientID: "id", PrivateKey: "k"}, ""},
+		{"private_key_jwt with a certificate", Credentials{AuthMethod: authKeyJWT, ClientID: "id", ClientCertificate: certificate}, ""},
+		{"private_key", Credentials{PrivateKey: "k"}, "client_id"},
+		{"assertion_file", Credentials{AssertionFile: "f"}, ""},
+		{"assertion_file to grant", Credentials{AssertionFile: "f", GrantType: grantJWTBearer}, ""},
+		{"assertion_file to grant, to a client", Credentials{AssertionFile: "f", GrantType: grantJWTBearer, AuthMethod: authNone}, "client_id"},
+		{"assertion_file to grant, to a client that signs", Credentials{AssertionFile: "f", GrantType: grantJWTBearer, AuthMethod: authKeyJWT, ClientID: "id"}, "private_key"},
+		{"assertion_file to grant, to a client that signs and has no name", Credentials{AssertionFile: "f", GrantType: grantJWTBearer, AuthMethod: authKeyJWT, PrivateKey: "k"}, "client_id"},
+		{"assertion_file to grant, to a client that signs with a secret", Credentials{AssertionFile: "f", GrantType: grantJWTBearer, AuthMethod: authSecretJWT, ClientSecret: "s"}, "client_id"},
+		{"assertion_file to grant, to a client with a secret", Credentials{AssertionFile: "f", GrantType: grantJWTBearer, ClientSecret: "s"}, "client_id"},
+		{"assertion_file to grant, to a client with a certificate", Credentials{AssertionFile: "f", GrantType: grantJWTBearer, AuthMethod: authTLS, ClientCertificate: certificate}, "client_id"},
+		{"assertion_file to grant, beside a certificate", Credentials{AssertionFile: "f", GrantType: grantJWTBearer, ClientCertificate: certificate}, ""},
+		{"assertion_file beside a certificate", Credentials{AssertionFile: "f", ClientCertificate: certificate}, ""},
+		{"jwt_bearer", Credentials{GrantType: grantJWTBearer, ClientID: "id"}, "private_key"},
+		{"jwt_bearer with a secret", Credentials{GrantType: grantJWTBearer, ClientID: "id", ClientSecret: "s"}, "private_key"},
+		{"jwt_bearer with a key", Credentials{GrantType: grantJWTBearer, ClientID: "id", PrivateKey: "k"}, ""},
+		{"jwt_bearer with a certificate", Credentials{GrantType: grantJWTBearer, ClientID: "id", ClientCertificate: certificate}, ""},
+		{"jwt_bearer without an issuer of its own", Credentials{GrantType: grantJWTBearer, PrivateKey: "k"}, "client_id"},
+		{"jwt_bearer with client_secret_post", Credentials{GrantType: grantJWTBearer, ClientID: "id", PrivateKey: "k", AuthMethod: authPost}, "client_secret"},
+		{"tls_client_auth", Credentials{AuthMethod: authTLS, ClientID: "id"}, "client_certificate"},
+		{"tls_client_auth with a key", Credentials{AuthMethod: authTLS, ClientID: "id", PrivateKey: "k"}, "client_certificate"},
+		{"tls_client_auth with a certificate", Credentials{AuthMethod: authTLS, ClientID: "id", ClientCertificate: certificate}, ""},
+		{"tls_client_auth with that of token_transport", Credentials{AuthMethod: authTLS, ClientID: "id", TokenTransport: presentsOther}, ""},
+		{"client_certificate", Credentials{ClientCertificate: certificate}, "client_id"},
+		{"none", Credentials{AuthMethod: authNone}, "client_id"},
+		{"none with an id", Credentials{AuthMethod: authNone, ClientID: "id"}, ""},
+	} {
+		got, _, _ := strings.Cut(test.c.missingAuth(), " is missing")
+		if got != test.want {
+			t.Errorf("%s: got that %q is missing, want %q", test.name, got, test.want)
+		}
+	}
+}
+
+func TestSettingsWithoutEffectAreErrors(t *testing.T) {
+	certificate := &ClientCertificate{Certificate: "crt", Key: "key"}
+	for _, test := range []struct {
+		name string
+		c    Credentials
+		want string // setting that has no effect
+	}{
+		{"client_secret", Credentials{AuthMethod: authKeyJWT, PrivateKey: "k", ClientSecret: "s"}, "client_secret"},
+		{"client_secret with a certificate", Credentials{AuthMethod: authTLS, ClientCertificate: certificate, ClientSecret: "s"}, "client_secret"},
+		{"client_secret with none", Credentials{AuthMethod: authNone, ClientSecret: "s"}, "client_secret"},
+		{"client_secret beside the grant's key", Credentials{GrantType: grantJWTBearer, PrivateKey: "k", ClientSecret: "s"}, ""},
+		{"basic_encoding", Credentials{AuthMethod: authPost, ClientSecret: "s", BasicEncoding: basicRaw}, "basic_encoding"},
+		{"basic_encoding with the default method", Credentials{ClientSecret: "s", BasicEncoding: basicRaw}, ""},
+		{"basic_encoding beside the grant's key", Credentials{GrantType: grantJWTBearer, PrivateKey: "k", BasicEncoding: basicRaw}, "basic_encoding"},
+		{"private_key with a secret", Credentials{ClientSecret: "s", PrivateKey: "k"}, "private_key"},
+		{"private_key with a signing secret", Credentials{AuthMethod: authSecretJWT, ClientSecret: "s", PrivateKey: "k"}, "private_key"},
+		{"private_key with a certificate", Credentials{AuthMethod: authTLS, ClientCertificate: certificate, PrivateKey: "k"}, "private_key"},
+		{"private_key with none", Credentials{AuthMethod: authNone, PrivateKey: "k"}, "private_key"},
+		{"private_key of a public client's grant", Credentials{AuthMethod: authNone, PrivateKey: "k", GrantType: grantJWTBearer}, ""},
+		{"private_key beside assertion_file", Credentials{PrivateKey: "k", AssertionFile: "f"}, "private_key"},
+		{"private_key beside the grant's assertion_file", Credentials{PrivateKey: "k", AssertionFile: "f", GrantType: grantJWTBearer}, "private_key"},
+		{"private_key of a client beside the grant's assertion_file", Credentials{AuthMethod: authKeyJWT, PrivateKey: "k", AssertionFile: "f", GrantType: grantJWTBearer}, ""},
+		{"assertion_file", Credentials{ClientSecret: "s", AssertionFile: "f"}, "assertion_file"},
+		{"assertion_file with none", Credentials{AuthMethod: authNone, AssertionFile: "f"}, "assertion_file"},
+		{"assertion_file of the grant", Credentials{ClientSecret: "s", AssertionFile: "f", GrantType: grantJWTBearer}, ""},
+		{"key_id", Credentials{AuthMethod: authSecretJWT, ClientSecret: "s", KeyID: "1"}, "key_id"},
+		{"key_id beside assertion_file", Credentials{AssertionFile: "f", KeyID: "1"}, "key_id"},
+		{"key_id of the certificate's key", Credentials{AuthMethod: authKeyJWT, ClientCertificate: certificate, KeyID: "1"}, ""},
+		{"signing_alg", Credentials{ClientSecret: "s", SigningAlg: "HS256"}, "signing_alg"},
+		{"signing_alg beside assertion_file", Credentials{AssertionFile: "f", SigningAlg: "ES256"}, "signing_alg"},
+		{"assertion_audience", Credentials{ClientSecret: "s", AssertionAudience: "a"}, "assertion_audience"},
+		{"assertion_typ", Credentials{AuthMethod: authNone, AssertionTyp: "JWT"}, "assertion_typ"},
+		{"assertion_lifetime", Credentials{AssertionFile: "f", AssertionLifetime: 1}, "assertion_lifetime"},
+		{"what describes a JWT signed with a secret", Credentials{AuthMethod: authSecretJWT, ClientSecret: "s", AssertionAudience: "a", AssertionTyp: "t", AssertionLifetime: 1}, ""},
+		{"what describes a grant's JWT", Credentials{GrantType: grantJWTBearer, ClientSecret: "s", PrivateKey: "k", AssertionAudience: "a", AssertionTyp: "t", AssertionLifetime: 1}, ""},
+		{"subject", Credentials{PrivateKey: "k", Subject: "a"}, "subject"},
+		{"subject beside the grant's assertion_file", Credentials{AssertionFile: "f", GrantType: grantJWTBearer, Subject: "a"}, "subject"},
+		{"claim", Credentials{PrivateKey: "k", Claims: map[string]string{"a": "b"}}, "claim"},
+		{"claim beside the grant's assertion_file", Credentials{AssertionFile: "f", GrantType: grantJWTBearer, Claims: map[string]string{"a": "b"}}, "claim"},
+		{"subject and claim", Credentials{GrantType: grantJWTBearer, PrivateKey: "k", Subject: "a", Claims: map[string]string{"a": "b"}}, ""},
+	} {
+		err := test.c.checkTogether()
+		switch {
+		case test.want == "":
+			if err != nil {
+				t.Errorf("%s: got %v, want no error", test.name, err)
+			}
+		case err == nil || !strings.HasPrefix(err.Error(), test.want+" has no effect with "):
+			t.Errorf("%s: got %v, want that %s has no effect", test.name, err, test.want)
+		}
+	}
+}
+
+// An error that tells to remove one of two settings must name two that are
+// there.
+func TestContradictionNamesWhatIsThere(t *testing.T) {
+	for setting, c := range map[string]Credentials{
+		"private_key":        {PrivateKey: "k", AssertionFile: "f"},
+		"key_id":             {AssertionFile: "f", KeyID: "1"},
+		"signing_alg":        {AssertionFile: "f", SigningAlg: "ES256"},
+		"assertion_audience": {AssertionFile: "f", AssertionAudience: "a"},
+		"assertion_typ":      {AssertionFile: "f", AssertionTyp: "JWT"},
+		"assertion_lifetime": {AssertionFile: "f", AssertionLifetime: 1},
+		"subject":            {AssertionFile: "f", GrantType: grantJWTBearer, Subject: "a"},
+		"claim":              {AssertionFile: "f", GrantType: grantJWTBearer, Claims: map[string]string{"a": "b"}},
+	} {
+		wantError(t, c.checkTogether(), setting+" has no effect with assertion_file: remove one of the two")
+	}
+	// Nobody finds an auth_method that was not written.
+	for setting, c := range map[string]Credentials{
+		"private_key":        {PrivateKey: "k"},
+		"key_id":             {KeyID: "1"},
+		"signing_alg":        {SigningAlg: "ES256"},
+		"assertion_audience": {AssertionAudience: "a"},
+		"assertion_typ":      {AssertionTyp: "JWT"},
+		"assertion_lifetime": {AssertionLifetime: 1},
+		"assertion_file":     {AssertionFile: "f"},
+	} {
+		c.ClientSecret = "s"
+		wantError(t, c.checkTogether(), setting+" has no effect with client_secret (auth_method is client_secret_basic by default)")
+		c.AuthMethod = authPost
+		wantError(t, c.checkTogether(), setting+" has no effect with auth_method client_secret_post")
+	}
+}
+
+func TestSigningAlgFitsTheMethod(t *testing.T) {
+	for _, alg := range signingAlgs {
+		symmetric := strings.HasPrefix(alg, "HS")
+		for _, test := range []struct {
+			c    Credentials
+			fits bool
+		}{
+			{Credentials{AuthMethod: authSecretJWT, ClientSecret: "s"}, symmetric},
+			{Credentials{AuthMethod: authKeyJWT, PrivateKey: "k"}, !symmetric},
+			{Credentials{PrivateKey: "k"}, !symmetric},
+			{Credentials{GrantType: grantJWTBearer, PrivateKey: "k"}, !symmetric},
+			{Credentials{GrantType: grantJWTBearer, PrivateKey: "k", ClientSecret: "s"}, !symmetric},
+			{Credentials{GrantType: grantJWTBearer, PrivateKey: "k", ClientSecret: "s", AuthMethod: authSecretJWT}, !symmetric},
+			{Credentials{GrantType: grantJWTBearer, AssertionFile: "f", ClientSecret: "s", AuthMethod: authSecretJWT}, symmetric},
+			{Credentials{GrantType: grantJWTBearer, AssertionFile: "f", PrivateKey: "k", AuthMethod: authKeyJWT}, !symmetric},
+		} {
+			test.c.SigningAlg = alg
+			want := ""
+			if !test.fits {
+				want = "signing_alg: " + alg + " does not fit"
+			}
+			wantError(t, test.c.checkTogether(), want)
+		}
+	}
+}
+
 func TestEveryFormOfTheSecretIsSensitive(t *testing.T) {
 	const secret = "Abc+d/e f&ghijk"
 	escaped := url.QueryEscape(secret)
 	basic := base64.StdEncoding.EncodeToString([]byte("id:" + escaped))
 	for _, method := range []string{authBasic, authPost} {
-		secrets := authenticate(method, "id", secret, url.Values{}, http.Header{})
+		secrets := authenticated(t, method, "id", secret, url.Values{}, http.Header{})
 		echoes := []string{
 			secret, escaped, url.PathEscape(secret), strings.ToLower(escaped), strings.ToUpper(secret),
 			html.EscapeString(secret), fmt.Sprintf("%x", secret), base64.StdEncoding.EncodeToString([]byte(secret)),
@@ -92,6 +398,70 @@ func TestEveryFormOfTheSecretIsSensitive(t *testing.T) {
 			if secrets.in(harmless) {
 				t.Errorf("%s: %q may not be shown, want that it may", method, harmless)
 			}
+		}
+	}
+}
+
+// Servers repeat in their own ways what they were sent, and some on purpose.
+func TestSecretIsFoundInDisguise(t *testing.T) {
+	const secret = "Abc+d/e=f&ghijk~%25"
+	hexadecimal := hex.EncodeToString([]byte(secret))
+	// between puts something between the characters, or between every n of them.
+	between := func(s, separator string, n int) string {
+		return strings.Join(slices.Collect(func(yield func(string) bool) {
+			for chunk := range slices.Chunk([]rune(s), n) {
+				if !yield(string(chunk)) {
+					return
+				}
+			}
+		}), separator)
+	}
+	twice := url.QueryEscape(url.QueryEscape(secret))
+	echoes := map[string]string{
+		"as it is":                         secret,
+		"in upper case":                    strings.ToUpper(secret),
+		"hexadecimal":                      hexadecimal,
+		"hexadecimal in upper case":        strings.ToUpper(hexadecimal),
+		"hexadecimal with colons":          between(hexadecimal, ":", 2),
+		"hexadecimal with spaces":          between(hexadecimal, " ", 2),
+		"hexadecimal with colons, a part":  between(hexadecimal[10:2*telltale+10], ":", 2),
+		"URL-encoded":                      url.QueryEscape(secret),
+		"URL-encoded as a path":            url.PathEscape(secret),
+		"URL-encoded twice":                twice,
+		"URL-encoded twice, in lower case": strings.ToLower(twice),
+		"URL-encoded, every character":     "%" + between(hexadecimal, "%", 2),
+		"split by zero-width spaces":       between(secret, "\u200b", 1),
+		"split by zero-width joiners":      between(secret, "\u200d", 3),
+		"split by byte order marks":        between(secret, "\ufeff", telltale-1),
+		"split by soft hyphens":            between(secret, "\u00ad", 2),
+		"split by line breaks":             between(secret, "\r\n", 4),
+		"split by spaces":                  between(secret, " ", 1),
+		"split by control characters":      between(secret, "\x00", 1),
+	}
+	// What stands before the secret shifts its base64.
+	for _, before := range []string{"", "a", "ab", "abc", "id:", "client-secret="} {
+		for _, after := range []string{"", "z", "zz"} {
+			for name, encoding := range map[string]*base64.Encoding{"base64": base64.StdEncoding, "base64url": base64.RawURLEncoding} {
+				encoded := encoding.EncodeToString([]byte(before + secret + after))
+				echoes[fmt.Sprintf("%s between %q and %q", name, before, after)] = encoded
+				echoes[fmt.Sprintf("%s between %q and %q in lines", name, before, after)] = between(encoded, "\n", 5)
+			}
+		}
+	}
+	secrets := confidential{secret}
+	for name, echo := range echoes {
+		if !secrets.in("wrong: '" + echo + "'!") {
+			t.Errorf("%s: %q may be shown, want not: it tells the secret", name, echo)
+		}
+	}
+	for _, harmless := range []string{
+		"The client's credentials are not valid, or it may not do this.",
+		"AADSTS7000215: Invalid client secret provided. Trace ID: 4d2a7f6e-63f5-4a0b-9f0f-0a8f5f3c1b00",
+		strings.Repeat("0123456789abcdef", 20),
+		between(secret, " and ", telltale-1),
+	} {
+		if secrets.in(harmless) {
+			t.Errorf("%q may not be shown, want that it may", harmless)
 		}
 	}
 }

@@ -3,6 +3,7 @@ package outboundauth
 import (
 	"cmp"
 	"maps"
+	"strings"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -16,27 +17,119 @@ type Credentials struct {
 	// unless it is on a loopback address. A query is kept. Redirects are not
 	// followed, because they would take the client's credentials elsewhere.
 	// Global placeholders are supported and evaluated when the config is
-	// loaded. Required.
+	// loaded. Required, unless there is an issuer.
 	TokenURL string `json:"token_url,omitempty"`
 
+	// The authorization server's issuer identifier, exactly as its metadata
+	// has it: the token endpoint is then looked up in the metadata (RFC 8414,
+	// OpenID Connect Discovery), with the first token request, once a day, and
+	// when the endpoint seems to have moved. Takes the place of token_url.
+	// Global placeholders are supported and evaluated when the config is
+	// loaded. Default: none.
+	Issuer string `json:"issuer,omitempty"`
+
 	// The client's identifier. Global placeholders are supported and
-	// evaluated when the config is loaded. Required.
+	// evaluated when the config is loaded. Required, except with an
+	// assertion_file, which names the client already.
 	ClientID string `json:"client_id,omitempty"`
 
 	// The client's secret. Prefer a placeholder such as `{env.CLIENT_SECRET}`
 	// or `{file./run/secrets/client}` to the secret itself, which anyone who
 	// may read the config would see. Global placeholders are evaluated for
 	// each token request, so a rotated secret is used without a reload; one
-	// that evaluates to nothing fails the token request. Required, except
-	// with the auth_method `none`.
+	// that evaluates to nothing fails the token request. Required with the
+	// auth_methods whose names start with `client_secret`.
 	ClientSecret string `json:"client_secret,omitempty"`
 
-	// How the client authenticates at the token endpoint: with
-	// `client_secret_basic` in the Authorization header, with
-	// `client_secret_post` in the form, with `none` not at all: then only the
-	// client_id is sent. Exactly this method is used, others are not tried.
-	// Default: `client_secret_basic`.
+	// How the client authenticates at the token endpoint. Exactly this method
+	// is used, others are not tried.
+	//
+	// - `client_secret_basic`: with the secret, in the Authorization header
+	// - `client_secret_post`: with the secret, in the form
+	// - `client_secret_jwt`: with a JWT that is signed with the secret (RFC 7523)
+	// - `private_key_jwt`: with a JWT that is signed with the private_key, or
+	//   stands in the assertion_file (RFC 7523)
+	// - `tls_client_auth`: with the client_certificate (RFC 8705), issued by a
+	//   CA or self-signed
+	// - `none`: not at all, only the client_id is sent
+	//
+	// Default: `client_secret_basic`; without a client_secret,
+	// `private_key_jwt` if there is a private_key or an assertion_file, and
+	// `tls_client_auth` if there is a client_certificate. With the grant_type
+	// `jwt_bearer` and no client_secret, the assertion alone is sent.
 	AuthMethod string `json:"auth_method,omitempty"`
+
+	// How `client_secret_basic` writes id and secret: `form` encodes both as
+	// RFC 6749 section 2.3.1 asks, `raw` leaves them as they are, for servers
+	// that do not decode them. Default: `form`.
+	BasicEncoding string `json:"basic_encoding,omitempty"`
+
+	// The key that signs the client's JWTs: a file in PEM (PKCS#8, PKCS#1 or
+	// SEC 1, not encrypted), with a JWK, or with the JSON key of a Google
+	// service account; or the content of such a file. If a certificate for the
+	// key stands in the file as well, or is the client_certificate, its
+	// thumbprint is sent along (`x5t#S256`). Prefer a file or a placeholder to
+	// the key itself, which anyone who may read the config would see. Global
+	// placeholders are supported; key and placeholders are read again for each token request,
+	// so a rotated key is used without a reload. Default: the key of the
+	// client_certificate, if there is one.
+	PrivateKey string `json:"private_key,omitempty"`
+
+	// The `kid` by which the authorization server knows the private_key.
+	// Global placeholders are supported and evaluated when the config is
+	// loaded. Default: that of a JWK, otherwise none.
+	KeyID string `json:"key_id,omitempty"`
+
+	// The algorithm of the JWT's signature: `RS256`, `PS256`, `ES256`, each
+	// also with 384 and 512, or `EdDSA`; with a client_secret `HS256`,
+	// `HS384` or `HS512`. It must fit the key. Default: that of a JWK,
+	// otherwise `RS256`, the one for the curve, `EdDSA` or `HS256`.
+	SigningAlg string `json:"signing_alg,omitempty"`
+
+	// Whom the client's JWT is meant for (`aud`). Global placeholders are
+	// supported and evaluated when the config is loaded. Default: the issuer
+	// if there is one, otherwise the token_url.
+	AssertionAudience string `json:"assertion_audience,omitempty"`
+
+	// The type of the client's JWT (`typ`). Default:
+	// `client-authentication+jwt` if there is an issuer, otherwise `JWT`,
+	// which older servers expect.
+	AssertionTyp string `json:"assertion_typ,omitempty"`
+
+	// How long the client's JWT is valid, 30 seconds at least. Each token
+	// request has a new one, dated back by 10 seconds because clocks differ. 0
+	// means the default. Default: `1m`.
+	AssertionLifetime caddy.Duration `json:"assertion_lifetime,omitempty"`
+
+	// A file with a JWT to authenticate with, which something else keeps
+	// fresh: the token of a Kubernetes service account, a SPIFFE JWT-SVID, a
+	// cloud's workload identity. With the grant_type `jwt_bearer`, it is what
+	// the token is granted for. It is read for each token request. Global
+	// placeholders are supported. Default: none.
+	AssertionFile string `json:"assertion_file,omitempty"`
+
+	// The certificate that the client presents to the token endpoint. (One in
+	// token_transport, by tls_client_auth, is read only when the config is
+	// loaded.) Default: none.
+	ClientCertificate *ClientCertificate `json:"client_certificate,omitempty"`
+
+	// Present the certificate with which a token was obtained to the upstream
+	// as well, and use the token no longer than the certificate is valid: for tokens that are bound to it (RFC 8705 section 3). Needs an
+	// upstream with https, over HTTP/1.1 or HTTP/2. Default: `false`.
+	BindCertificate bool `json:"bind_certificate,omitempty"`
+
+	// What the token is granted for: `client_credentials`, or `jwt_bearer`, a
+	// JWT of the client (RFC 7523 section 2.1), as the service accounts of
+	// some clouds have it. Default: `client_credentials`.
+	GrantType string `json:"grant_type,omitempty"`
+
+	// For whom `jwt_bearer` asks a token (`sub`). Global placeholders are
+	// supported and evaluated for each token request. Default: the client_id.
+	Subject string `json:"subject,omitempty"`
+
+	// More claims of the JWT of `jwt_bearer`: strings, by name. Global
+	// placeholders in the values are evaluated for each token request.
+	Claims map[string]string `json:"claim,omitempty"`
 
 	// The scopes to ask for. Global placeholders are supported and evaluated
 	// when the config is loaded. Default: none, which leaves the choice to
@@ -47,6 +140,11 @@ type Credentials struct {
 	// parameter. Global placeholders are supported and evaluated when the
 	// config is loaded. Default: none.
 	Audience []string `json:"audience,omitempty"`
+
+	// The resources that the token is for (RFC 8707): absolute URIs without a
+	// fragment, each sent as one `resource` parameter. Global placeholders are
+	// supported and evaluated when the config is loaded. Default: none.
+	Resource []string `json:"resource,omitempty"`
 
 	// More form parameters of the token request, by name. Global placeholders
 	// in the values are evaluated for each token request.
@@ -64,7 +162,7 @@ type Credentials struct {
 	// How to reach the token endpoint: the settings of the `http` transport,
 	// for example `tls` with a private CA, or `network_proxy`. Nothing of how
 	// the upstream is reached applies to the token endpoint.
-	// Default: the `http` transport's own defaults.
+	// Default: the `http` transport's own defaults, over HTTP/1.1.
 	TokenTransport *reverseproxy.HTTPTransport `json:"token_transport,omitempty"`
 
 	// The header that names the tenant to the upstream. Default: none is
@@ -111,6 +209,18 @@ type Credentials struct {
 	ReplayBody int64 `json:"replay_body,omitempty"`
 }
 
+// ClientCertificate is a certificate with its key. Both are PEM files, or their
+// content, and are read again for each token request: one that was renewed is
+// used without a reload. Global placeholders are supported.
+type ClientCertificate struct {
+	// The certificate, followed by those of its CAs that the server may not
+	// know. Required.
+	Certificate string `json:"certificate,omitempty"`
+
+	// Its private key. Required.
+	Key string `json:"key,omitempty"`
+}
+
 // Tenant is the header that names the tenant to the upstream.
 type Tenant struct {
 	// The header's field name. Default: `X-Tenant-Id`.
@@ -140,6 +250,8 @@ const (
 	defaultTokenLifetime = 5 * time.Minute
 	defaultReplayBody    = 64 << 10
 
+	defaultAssertionLifetime = 1 * time.Minute
+
 	retryOff     = -1
 	replayNoBody = -1
 )
@@ -151,14 +263,15 @@ func (c Credentials) inherit(base *Credentials) Credentials {
 	if base == nil {
 		return c
 	}
-	c.TokenURL = cmp.Or(c.TokenURL, base.TokenURL)
-	c.ClientID = cmp.Or(c.ClientID, base.ClientID)
-	c.AuthMethod = cmp.Or(c.AuthMethod, base.AuthMethod)
-	if c.AuthMethod != authNone {
-		c.ClientSecret = cmp.Or(c.ClientSecret, base.ClientSecret)
+	sameServer := c.TokenURL == "" && c.Issuer == "" // each takes the place of the other
+	if sameServer {
+		c.TokenURL, c.Issuer = base.TokenURL, base.Issuer
 	}
+	c.ClientID = cmp.Or(c.ClientID, base.ClientID)
+	c = c.inheritAuth(base, sameServer)
 	c.Scopes = orList(c.Scopes, base.Scopes)
 	c.Audience = orList(c.Audience, base.Audience)
+	c.Resource = orList(c.Resource, base.Resource)
 	c.Params = union(base.Params, c.Params)
 	c.TokenRequestHeaders = union(base.TokenRequestHeaders, c.TokenRequestHeaders)
 	c.TokenTimeout = cmp.Or(c.TokenTimeout, base.TokenTimeout)
@@ -170,6 +283,50 @@ func (c Credentials) inherit(base *Credentials) Credentials {
 	c.DefaultLifetime = cmp.Or(c.DefaultLifetime, base.DefaultLifetime)
 	c.RetryOn = orList(c.RetryOn, base.RetryOn)
 	c.ReplayBody = cmp.Or(c.ReplayBody, base.ReplayBody)
+	return c
+}
+
+// inheritAuth inherits what the client authenticates with, as far as its
+// auth_method and grant_type have use for it: a block with a method of its own
+// must not be told to remove what stands elsewhere.
+func (c Credentials) inheritAuth(base *Credentials, sameServer bool) Credentials {
+	c.GrantType = cmp.Or(c.GrantType, base.GrantType)
+	brought := c.ClientSecret != ""
+	if !c.grantsByJWT() || !base.grantsByJWT() { // else key and file are for the grant, here and there
+		brought = brought || c.PrivateKey != "" || c.AssertionFile != ""
+	}
+	c.AuthMethod = cmp.Or(c.AuthMethod, base.AuthMethod)
+	if c.ClientCertificate == nil && !c.presentsOther() {
+		c.ClientCertificate = base.ClientCertificate
+		c.BindCertificate = c.BindCertificate || base.BindCertificate
+	}
+
+	if needsSecret(c.AuthMethod) && (c.AuthMethod != "" || !brought) {
+		c.ClientSecret = cmp.Or(c.ClientSecret, base.ClientSecret)
+	}
+	if method := c.AuthMethod; method == authKeyJWT || c.grantsByJWT() || (method == "" && !brought) {
+		if c.PrivateKey == "" && c.AssertionFile == "" {
+			c.PrivateKey, c.AssertionFile = base.PrivateKey, base.AssertionFile
+			c.KeyID = cmp.Or(c.KeyID, base.KeyID)
+		}
+	}
+	if c.method() == authBasic {
+		c.BasicEncoding = cmp.Or(c.BasicEncoding, base.BasicEncoding)
+	}
+	if c.signs() {
+		if strings.HasPrefix(base.SigningAlg, "HS") == (c.method() == authSecretJWT) {
+			c.SigningAlg = cmp.Or(c.SigningAlg, base.SigningAlg)
+		}
+		if sameServer { // or this one got what is valid at the other
+			c.AssertionAudience = cmp.Or(c.AssertionAudience, base.AssertionAudience)
+		}
+		c.AssertionTyp = cmp.Or(c.AssertionTyp, base.AssertionTyp)
+		c.AssertionLifetime = cmp.Or(c.AssertionLifetime, base.AssertionLifetime)
+	}
+	if c.grantsByJWT() && c.AssertionFile == "" {
+		c.Subject = cmp.Or(c.Subject, base.Subject)
+		c.Claims = union(base.Claims, c.Claims)
+	}
 	return c
 }
 

@@ -14,11 +14,15 @@ import (
 
 // reservedParams are the form parameters that have settings of their own.
 var reservedParams = map[string]string{
-	"grant_type":    "it is always client_credentials",
-	"client_id":     "use client_id",
-	"client_secret": "use client_secret",
-	"scope":         "use scopes",
-	"audience":      "use audience",
+	"grant_type":            "use grant_type",
+	"client_id":             "use client_id",
+	"client_secret":         "use client_secret",
+	"client_assertion":      "use private_key or assertion_file",
+	"client_assertion_type": "it is set with the client_assertion",
+	"assertion":             "use grant_type jwt_bearer",
+	"scope":                 "use scopes",
+	"audience":              "use audience",
+	"resource":              "use resource",
 }
 
 // check tells what is wrong with a setting that is present. Values that still
@@ -27,8 +31,11 @@ func (c *Credentials) check() error {
 	if _, err := parseTokenURL(c.TokenURL); err != nil && c.TokenURL != "" && !hasPlaceholder(c.TokenURL) {
 		return fmt.Errorf("token_url: %w", err)
 	}
-	if c.AuthMethod != "" && !slices.Contains(authMethods, c.AuthMethod) {
-		return fmt.Errorf("auth_method: unknown method '%s'; use one of %s", c.AuthMethod, strings.Join(authMethods, ", "))
+	if _, err := parseIssuer(c.Issuer); err != nil && c.Issuer != "" && !hasPlaceholder(c.Issuer) {
+		return fmt.Errorf("issuer: %w", err)
+	}
+	if err := c.checkAuth(); err != nil {
+		return err
 	}
 	for _, scope := range c.Scopes {
 		if !validScope(scope) && !hasPlaceholder(scope) {
@@ -37,6 +44,11 @@ func (c *Credentials) check() error {
 	}
 	if slices.Contains(c.Audience, "") {
 		return errors.New("audience: an empty value cannot be sent; remove it")
+	}
+	for _, resource := range c.Resource {
+		if !validResource(resource) && !hasPlaceholder(resource) {
+			return fmt.Errorf("resource: '%s' is not an absolute URI without a fragment (RFC 8707 section 2)", resource)
+		}
 	}
 	for _, name := range sortedKeys(c.Params) {
 		if hint, ok := reservedParams[name]; ok {
@@ -76,8 +88,11 @@ func (c *Credentials) check() error {
 // checkTogether tells what is wrong between settings. It is asked of what a
 // block and its inheritance make up: each alone may not be wrong.
 func (c *Credentials) checkTogether() error {
-	if c.AuthMethod == authNone && c.ClientSecret != "" {
-		return errors.New("auth_method none sends no client_secret: remove one of the two")
+	if c.TokenURL != "" && c.Issuer != "" {
+		return errors.New("issuer: finds the token endpoint that token_url names already; remove one of the two")
+	}
+	if err := c.checkAuthTogether(); err != nil {
+		return err
 	}
 	var taken fieldSet
 	field, _ := c.BearerHeader.resolve()
@@ -130,15 +145,10 @@ func (c *Credentials) checkHeaders() error {
 // missing names the first setting without which no token can be asked for,
 // and what to write; "" if nothing is missing.
 func (c *Credentials) missing() string {
-	switch {
-	case c.TokenURL == "":
-		return "token_url is missing: set it to the URL of the authorization server's token endpoint"
-	case c.ClientID == "":
-		return "client_id is missing"
-	case c.ClientSecret == "" && needsSecret(c.AuthMethod):
-		return "client_secret is missing: set it, for example to {env.CLIENT_SECRET}, or set auth_method none"
+	if c.TokenURL == "" && c.Issuer == "" {
+		return "token_url is missing: set it to the URL of the authorization server's token endpoint, or issuer to have it discovered"
 	}
-	return ""
+	return c.missingAuth()
 }
 
 // resolve returns a copy with the placeholders replaced in what is read once,
@@ -161,13 +171,18 @@ func (c Credentials) resolve(repl *caddy.Replacer) (Credentials, error) {
 		*value = replaced
 	}
 	replace("token_url", &c.TokenURL)
+	replace("issuer", &c.Issuer)
 	replace("client_id", &c.ClientID)
-	c.Scopes, c.Audience = slices.Clone(c.Scopes), slices.Clone(c.Audience)
-	for i := range c.Scopes {
-		replace("scopes", &c.Scopes[i])
-	}
-	for i := range c.Audience {
-		replace("audience", &c.Audience[i])
+	replace("key_id", &c.KeyID)
+	replace("assertion_audience", &c.AssertionAudience)
+	for _, list := range []struct {
+		setting string
+		values  *[]string
+	}{{"scopes", &c.Scopes}, {"audience", &c.Audience}, {"resource", &c.Resource}} {
+		*list.values = slices.Clone(*list.values)
+		for i := range *list.values {
+			replace(list.setting, &(*list.values)[i])
+		}
 	}
 	if err != nil {
 		return c, err
@@ -177,23 +192,40 @@ func (c Credentials) resolve(repl *caddy.Replacer) (Credentials, error) {
 		c.Scopes = strings.Fields(strings.Join(c.Scopes, " "))
 	}
 
-	if err := checkSecretTemplate("client_secret", c.ClientSecret); err != nil {
+	if err := c.checkTemplates(); err != nil {
 		return c, err
-	}
-	for name, value := range c.Params {
-		if err := checkSecretTemplate("param "+name, value); err != nil {
-			return c, err
-		}
-	}
-	for name, value := range c.TokenRequestHeaders {
-		if err := checkSecretTemplate("token_request_header "+name, value); err != nil {
-			return c, err
-		}
 	}
 	if err := c.check(); err != nil {
 		return c, err
 	}
 	return c, c.checkTogether()
+}
+
+// checkTemplates checks the settings whose placeholders are replaced for each
+// token request.
+func (c *Credentials) checkTemplates() error {
+	templates := map[string]string{
+		"client_secret":  c.ClientSecret,
+		"private_key":    c.PrivateKey,
+		"assertion_file": c.AssertionFile,
+		"subject":        c.Subject,
+	}
+	if c.ClientCertificate != nil {
+		templates["client_certificate"] = c.ClientCertificate.Certificate + c.ClientCertificate.Key
+	}
+	for setting, values := range map[string]map[string]string{
+		"param": c.Params, "claim": c.Claims, "token_request_header": c.TokenRequestHeaders,
+	} {
+		for name, value := range values {
+			templates[setting+" "+name] = value
+		}
+	}
+	for _, setting := range sortedKeys(templates) {
+		if err := checkSecretTemplate(setting, templates[setting]); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // parseTokenURL parses the URL of a token endpoint (RFC 6749 §3.2). No error
@@ -217,7 +249,7 @@ func checkPlaintext(u *url.URL, proxied bool) error {
 	if u.Scheme == "https" || (!proxied && staysOnMachine("tcp", u.Hostname())) {
 		return nil
 	}
-	return fmt.Errorf("token_url: the client's credentials would go to %s unencrypted; use https://, or allow it with `insecure_plaintext %s`",
+	return fmt.Errorf("the client's credentials would go to %s unencrypted; use https://, or allow it with `insecure_plaintext %s`",
 		u.Host, plaintextTokenURL)
 }
 
@@ -251,6 +283,13 @@ func validScope(s string) bool {
 	return s != "" && strings.IndexFunc(s, func(r rune) bool {
 		return r <= ' ' || r > '~' || r == '"' || r == '\\'
 	}) < 0
+}
+
+// validResource tells whether s may be the value of a resource parameter
+// (RFC 8707 §2).
+func validResource(s string) bool {
+	u, err := url.Parse(s)
+	return err == nil && u.IsAbs() && u.Fragment == "" && !strings.HasSuffix(s, "#")
 }
 
 func hasPlaceholder(s string) bool { return strings.Contains(s, "{") }

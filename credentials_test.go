@@ -1,8 +1,12 @@
 package outboundauth
 
 import (
+	"cmp"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"maps"
+	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
@@ -10,17 +14,17 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
-// baseCredentials and otherCredentials set everything, to different values.
-var baseCredentials = Credentials{
+// generalCredentials sets what has an effect with every way to authenticate.
+var generalCredentials = Credentials{
 	TokenURL:            "https://auth.example.com/token",
 	ClientID:            "gateway",
-	ClientSecret:        "{env.CLIENT_SECRET}",
-	AuthMethod:          authBasic,
 	Scopes:              []string{"orders.read", "orders.write"},
 	Audience:            []string{"https://orders.example.com"},
+	Resource:            []string{"https://orders.example.com"},
 	Params:              map[string]string{"organization": "acme"},
 	TokenRequestHeaders: map[string]string{"X-Api-Version": "2"},
 	TokenTimeout:        caddy.Duration(5 * time.Second),
@@ -34,77 +38,162 @@ var baseCredentials = Credentials{
 	ReplayBody:          4096,
 }
 
-var otherCredentials = Credentials{
-	TokenURL:            "https://login.example.com/token",
-	ClientID:            "billing",
-	ClientSecret:        "{env.BILLING_SECRET}",
-	AuthMethod:          authPost,
-	Scopes:              []string{"billing.read"},
-	Audience:            []string{"https://billing.example.com"},
-	Params:              map[string]string{"organization": "globex"},
-	TokenRequestHeaders: map[string]string{"X-Api-Version": "3"},
-	TokenTimeout:        caddy.Duration(7 * time.Second),
-	TokenTransport:      &reverseproxy.HTTPTransport{DialTimeout: caddy.Duration(2 * time.Second)},
-	Tenant:              &Tenant{Field: "X-Organization", Value: "globex"},
-	Headers:             map[string]string{"X-Region": "us"},
-	BearerHeader:        &BearerHeader{Field: "X-Token"},
-	RefreshBefore:       caddy.Duration(2 * time.Minute),
-	DefaultLifetime:     caddy.Duration(2 * time.Hour),
-	RetryOn:             []int{retryOff},
-	ReplayBody:          replayNoBody,
+// baseCredentials authenticates with a secret.
+var baseCredentials = func() Credentials {
+	c := generalCredentials
+	c.AuthMethod, c.ClientSecret = authBasic, "{env.CLIENT_SECRET}"
+	return c
+}()
+
+// A settingChange sets one setting of base, which is valid, to another value,
+// and stays valid.
+type settingChange struct {
+	base   Credentials
+	change Credentials // this setting only
 }
 
-// eachSetting calls f for each field of Credentials, by its name in JSON.
-func eachSetting(t *testing.T, f func(t *testing.T, field int)) {
+// settingChanges has a change for each setting: none has an effect with
+// everything else.
+func settingChanges(t *testing.T) map[string]settingChange {
 	t.Helper()
+	dir := t.TempDir()
+	certificates := make([]*ClientCertificate, 2)
+	for i := range certificates {
+		certificates[i] = &ClientCertificate{
+			Certificate: filepath.Join(dir, fmt.Sprint(i, ".crt")), Key: filepath.Join(dir, fmt.Sprint(i, ".key")),
+		}
+		key := newKey(t)
+		writeFile(t, certificates[i].Certificate, certificatePEM(t, key))
+		writeFile(t, certificates[i].Key, pkcs8PEM(t, key))
+	}
+	keyFile, otherKeyFile := certificates[0].Key, certificates[1].Key
+
+	change := func(base Credentials, modify, change func(*Credentials)) settingChange {
+		if modify != nil {
+			modify(&base)
+		}
+		s := settingChange{base: base}
+		change(&s.change)
+		return s
+	}
+	secret := func(modify, set func(*Credentials)) settingChange { return change(baseCredentials, modify, set) }
+	// Nothing may depend on the key: another one has another algorithm and id.
+	key := func(modify, set func(*Credentials)) settingChange {
+		base := generalCredentials
+		base.AuthMethod, base.PrivateKey = authKeyJWT, keyFile
+		base.AssertionAudience, base.AssertionTyp, base.AssertionLifetime = "https://auth.example.com", typJWT, caddy.Duration(30*time.Second)
+		return change(base, modify, set)
+	}
+	certificate := func(modify, set func(*Credentials)) settingChange {
+		base := generalCredentials
+		base.AuthMethod, base.ClientCertificate = authTLS, certificates[0]
+		return change(base, modify, set)
+	}
+	grant := func(modify, set func(*Credentials)) settingChange {
+		base := generalCredentials
+		base.GrantType, base.PrivateKey, base.Subject = grantJWTBearer, keyFile, "orders"
+		base.Claims = map[string]string{"region": "eu"}
+		return change(base, modify, set)
+	}
+
+	return map[string]settingChange{
+		"token_url":     secret(nil, func(c *Credentials) { c.TokenURL = "https://login.example.com/token" }),
+		"client_id":     secret(nil, func(c *Credentials) { c.ClientID = "billing" }),
+		"client_secret": secret(nil, func(c *Credentials) { c.ClientSecret = "{env.BILLING_SECRET}" }),
+		"auth_method":   secret(nil, func(c *Credentials) { c.AuthMethod = authPost }),
+		"issuer": secret(func(c *Credentials) { c.TokenURL, c.Issuer = "", "https://auth.example.com" },
+			func(c *Credentials) { c.Issuer = "https://login.example.com" }),
+		"basic_encoding": secret(func(c *Credentials) { c.BasicEncoding = basicForm },
+			func(c *Credentials) { c.BasicEncoding = basicRaw }),
+
+		"private_key": key(nil, func(c *Credentials) { c.PrivateKey = otherKeyFile }),
+		"key_id":      key(func(c *Credentials) { c.KeyID = "2024" }, func(c *Credentials) { c.KeyID = "2025" }),
+		"signing_alg": secret(func(c *Credentials) { c.AuthMethod, c.SigningAlg = authSecretJWT, "HS256" },
+			func(c *Credentials) { c.SigningAlg = "HS512" }),
+		"assertion_audience": key(nil, func(c *Credentials) { c.AssertionAudience = "https://login.example.com" }),
+		"assertion_typ":      key(nil, func(c *Credentials) { c.AssertionTyp = typClientAuth }),
+		"assertion_lifetime": key(nil, func(c *Credentials) { c.AssertionLifetime = caddy.Duration(2 * time.Minute) }),
+		"assertion_file": change(generalCredentials,
+			func(c *Credentials) { c.AuthMethod, c.AssertionFile = authKeyJWT, "/run/jwt" },
+			func(c *Credentials) { c.AssertionFile = "/run/other-jwt" }),
+
+		"client_certificate": certificate(nil, func(c *Credentials) { c.ClientCertificate = certificates[1] }),
+		"bind_certificate":   certificate(nil, func(c *Credentials) { c.BindCertificate = true }),
+
+		"grant_type": key(func(c *Credentials) { c.GrantType = grantClientCredentials },
+			func(c *Credentials) { c.GrantType = grantJWTBearer }),
+		"subject": grant(nil, func(c *Credentials) { c.Subject = "billing" }),
+		"claim":   grant(nil, func(c *Credentials) { c.Claims = map[string]string{"region": "us"} }),
+
+		"scopes":               secret(nil, func(c *Credentials) { c.Scopes = []string{"billing.read"} }),
+		"audience":             secret(nil, func(c *Credentials) { c.Audience = []string{"https://billing.example.com"} }),
+		"resource":             secret(nil, func(c *Credentials) { c.Resource = []string{"https://billing.example.com"} }),
+		"param":                secret(nil, func(c *Credentials) { c.Params = map[string]string{"organization": "globex"} }),
+		"token_request_header": secret(nil, func(c *Credentials) { c.TokenRequestHeaders = map[string]string{"X-Api-Version": "3"} }),
+		"token_timeout":        secret(nil, func(c *Credentials) { c.TokenTimeout = caddy.Duration(7 * time.Second) }),
+		"token_transport": secret(nil, func(c *Credentials) {
+			c.TokenTransport = &reverseproxy.HTTPTransport{DialTimeout: caddy.Duration(2 * time.Second)}
+		}),
+		"tenant":           secret(nil, func(c *Credentials) { c.Tenant = &Tenant{Field: "X-Organization", Value: "globex"} }),
+		"header":           secret(nil, func(c *Credentials) { c.Headers = map[string]string{"X-Region": "us"} }),
+		"bearer_header":    secret(nil, func(c *Credentials) { c.BearerHeader = &BearerHeader{Field: "X-Token"} }),
+		"refresh_before":   secret(nil, func(c *Credentials) { c.RefreshBefore = caddy.Duration(2 * time.Minute) }),
+		"default_lifetime": secret(nil, func(c *Credentials) { c.DefaultLifetime = caddy.Duration(2 * time.Hour) }),
+		"retry_on":         secret(nil, func(c *Credentials) { c.RetryOn = []int{retryOff} }),
+		"replay_body":      secret(nil, func(c *Credentials) { c.ReplayBody = replayNoBody }),
+	}
+}
+
+// eachSetting calls f for each field of Credentials, by its name in JSON, with
+// base, and with base after the change.
+func eachSetting(t *testing.T, f func(t *testing.T, field int, base, change, changed Credentials)) {
+	t.Helper()
+	changes := settingChanges(t)
 	typ := reflect.TypeFor[Credentials]()
 	for i := range typ.NumField() {
 		name, _, _ := strings.Cut(typ.Field(i).Tag.Get("json"), ",")
 		t.Run(name, func(t *testing.T) {
-			for _, c := range []Credentials{baseCredentials, otherCredentials} {
-				if reflect.ValueOf(c).Field(i).IsZero() {
-					t.Fatal("got no value to test with, want one in baseCredentials and otherCredentials")
-				}
+			s := changes[name]
+			value := reflect.ValueOf(s.change).Field(i)
+			if value.IsZero() || reflect.DeepEqual(value.Interface(), reflect.ValueOf(s.base).Field(i).Interface()) {
+				t.Fatal("got no value to test with, want another than that of the base in settingChanges")
 			}
-			f(t, i)
+			changed := s.base
+			reflect.ValueOf(&changed).Elem().Field(i).Set(value)
+			wantUsable(t, "base", s.base)
+			wantUsable(t, "changed", changed)
+			f(t, i, s.base, s.change, changed)
 		})
 	}
 }
 
 func TestEverySettingIsInherited(t *testing.T) {
-	eachSetting(t, func(t *testing.T, field int) {
-		var own, base Credentials
-		value := reflect.ValueOf(baseCredentials).Field(field)
-		reflect.ValueOf(&base).Elem().Field(field).Set(value)
-
-		got := reflect.ValueOf(own.inherit(&base)).Field(field).Interface()
-		if want := value.Interface(); !reflect.DeepEqual(got, want) {
-			t.Errorf("got %v, want %v", got, want)
+	eachSetting(t, func(t *testing.T, _ int, base, _, changed Credentials) {
+		for _, want := range []Credentials{base, changed} {
+			wantSettings(t, Credentials{}.inherit(&want), want)
 		}
 	})
 }
 
 func TestEverySettingOverridesWhatIsInherited(t *testing.T) {
-	eachSetting(t, func(t *testing.T, field int) {
-		var own Credentials
-		value := reflect.ValueOf(otherCredentials).Field(field)
-		reflect.ValueOf(&own).Elem().Field(field).Set(value)
-		base := baseCredentials
-
-		merged := own.inherit(&base)
-		for i := range reflect.TypeFor[Credentials]().NumField() {
-			want := reflect.ValueOf(baseCredentials).Field(i).Interface()
-			if i == field {
-				want = value.Interface()
-			}
-			if got := reflect.ValueOf(merged).Field(i).Interface(); !reflect.DeepEqual(got, want) {
-				t.Errorf("%s: got %v, want %v", reflect.TypeFor[Credentials]().Field(i).Name, got, want)
-			}
-		}
-		if !reflect.DeepEqual(base, baseCredentials) {
+	eachSetting(t, func(t *testing.T, _ int, base, change, changed Credentials) {
+		before := base
+		wantSettings(t, change.inherit(&base), changed)
+		if !reflect.DeepEqual(base, before) {
 			t.Errorf("got %+v, want that what is inherited from stays as it was", base)
 		}
 	})
+}
+
+// wantSettings compares credentials setting by setting.
+func wantSettings(t *testing.T, got, want Credentials) {
+	t.Helper()
+	for i := range reflect.TypeFor[Credentials]().NumField() {
+		got, want := reflect.ValueOf(got).Field(i).Interface(), reflect.ValueOf(want).Field(i).Interface()
+		if !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: got %v, want %v", reflect.TypeFor[Credentials]().Field(i).Name, got, want)
+		}
+	}
 }
 
 func TestInheritance(t *testing.T) {
@@ -116,6 +205,54 @@ func TestInheritance(t *testing.T) {
 		{"named values are merged", `{"param":{"a":"1","b":"1"},"token_request_header":{"A":"1","B":"1"},"header":{"A":"1","B":"1"}}`, `{"param":{"b":"2","c":"2"},"token_request_header":{"B":"2","C":"2"},"header":{"B":"2","C":"2"}}`, `{"param":{"a":"1","b":"2","c":"2"},"token_request_header":{"A":"1","B":"2","C":"2"},"header":{"A":"1","B":"2","C":"2"}}`},
 		{"auth_method none drops the secret", `{"client_id":"a","client_secret":"s"}`, `{"auth_method":"none"}`, `{"client_id":"a","auth_method":"none"}`},
 		{"an inherited auth_method none drops the secret", `{"client_secret":"s","auth_method":"none"}`, `{"client_id":"a"}`, `{"client_id":"a","auth_method":"none"}`},
+		{"a server takes the place of an issuer", `{"issuer":"https://a.example"}`, `{"token_url":"https://b.example/token"}`, `{"token_url":"https://b.example/token"}`},
+		{"an issuer takes the place of a server", `{"token_url":"https://a.example/token"}`, `{"issuer":"https://b.example"}`, `{"issuer":"https://b.example"}`},
+		{"claims are merged", `{"grant_type":"jwt_bearer","private_key":"k","claim":{"a":"1","b":"1"}}`, `{"claim":{"b":"2","c":"2"}}`, `{"private_key":"k","grant_type":"jwt_bearer","claim":{"a":"1","b":"2","c":"2"}}`},
+		{"client_certificate is replaced", `{"client_certificate":{"certificate":"c","key":"k"}}`, `{"client_certificate":{"certificate":"d","key":"l"}}`, `{"client_certificate":{"certificate":"d","key":"l"}}`},
+
+		// A token is bound to one certificate.
+		{"bind_certificate comes with the certificate", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"client_id":"a"}`, `{"client_id":"a","client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`},
+		{"bind_certificate for the inherited certificate", `{"client_certificate":{"certificate":"c","key":"k"}}`, `{"bind_certificate":true}`, `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`},
+		{"another certificate is bound only if the block says so", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"client_certificate":{"certificate":"d","key":"l"}}`, `{"client_certificate":{"certificate":"d","key":"l"}}`},
+		{"another certificate that is bound", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"client_certificate":{"certificate":"d","key":"l"},"bind_certificate":true}`, `{"client_certificate":{"certificate":"d","key":"l"},"bind_certificate":true}`},
+		{"a certificate of token_transport takes the place of it", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"token_transport":{"tls":{"client_certificate_file":"d","client_certificate_key_file":"l"}}}`, `{"token_transport":{"tls":{"client_certificate_file":"d","client_certificate_key_file":"l"}}}`},
+		{"one that Caddy manages takes the place of it", `{"client_certificate":{"certificate":"c","key":"k"}}`, `{"token_transport":{"tls":{"client_certificate_automate":"gateway.example.com"}}}`, `{"token_transport":{"tls":{"client_certificate_automate":"gateway.example.com"}}}`},
+		{"a token_transport without a certificate does not", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"token_transport":{"tls":{}}}`, `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true,"token_transport":{"tls":{}}}`},
+
+		// A JWT is for one server.
+		{"assertion_audience for another key", `{"token_url":"https://a.example/token","private_key":"k","assertion_audience":"a"}`, `{"private_key":"l"}`, `{"token_url":"https://a.example/token","private_key":"l","assertion_audience":"a"}`},
+		{"another token_url is another audience", `{"token_url":"https://a.example/token","private_key":"k","assertion_audience":"a","assertion_typ":"JWT"}`, `{"token_url":"https://b.example/token"}`, `{"token_url":"https://b.example/token","private_key":"k","assertion_typ":"JWT"}`},
+		{"an issuer is another audience", `{"token_url":"https://a.example/token","private_key":"k","assertion_audience":"a"}`, `{"issuer":"https://b.example"}`, `{"issuer":"https://b.example","private_key":"k"}`},
+		{"another server with an audience of its own", `{"token_url":"https://a.example/token","private_key":"k","assertion_audience":"a"}`, `{"token_url":"https://b.example/token","assertion_audience":"b"}`, `{"token_url":"https://b.example/token","private_key":"k","assertion_audience":"b"}`},
+
+		// What one method needs does not follow into another.
+		{"another method drops basic_encoding", `{"client_secret":"s","basic_encoding":"raw"}`, `{"auth_method":"client_secret_post"}`, `{"client_secret":"s","auth_method":"client_secret_post"}`},
+		{"a key takes the place of the secret", `{"client_secret":"s","basic_encoding":"raw"}`, `{"private_key":"k"}`, `{"private_key":"k"}`},
+		{"an assertion_file takes the place of the secret", `{"client_secret":"s"}`, `{"assertion_file":"f"}`, `{"assertion_file":"f"}`},
+		{"a secret takes the place of the key", `{"private_key":"k","key_id":"1","signing_alg":"ES256","assertion_typ":"JWT","assertion_lifetime":1}`, `{"client_secret":"s"}`, `{"client_secret":"s"}`},
+		{"a secret takes the place of an assertion_file", `{"assertion_file":"f"}`, `{"client_secret":"s"}`, `{"client_secret":"s"}`},
+		{"private_key_jwt drops the secret", `{"client_secret":"s"}`, `{"auth_method":"private_key_jwt","private_key":"k"}`, `{"auth_method":"private_key_jwt","private_key":"k"}`},
+		{"tls_client_auth drops secret and key", `{"client_secret":"s","client_certificate":{"certificate":"c","key":"k"}}`, `{"auth_method":"tls_client_auth"}`, `{"auth_method":"tls_client_auth","client_certificate":{"certificate":"c","key":"k"}}`},
+		{"a method of the secret drops the key", `{"auth_method":"private_key_jwt","private_key":"k","key_id":"1"}`, `{"auth_method":"client_secret_post","client_secret":"s"}`, `{"client_secret":"s","auth_method":"client_secret_post"}`},
+		{"none drops the key", `{"private_key":"k","key_id":"1","assertion_lifetime":1}`, `{"auth_method":"none"}`, `{"auth_method":"none"}`},
+		{"what contradicts the inherited method stays, to be told", `{"auth_method":"client_secret_post","client_secret":"s"}`, `{"private_key":"k"}`, `{"client_secret":"s","auth_method":"client_secret_post","private_key":"k"}`},
+
+		// What describes a key stays with it.
+		{"another key has another key_id", `{"private_key":"k","key_id":"1"}`, `{"private_key":"l"}`, `{"private_key":"l"}`},
+		{"another key_id", `{"private_key":"k","key_id":"1"}`, `{"key_id":"2"}`, `{"private_key":"k","key_id":"2"}`},
+		{"an assertion_file takes the place of the key", `{"private_key":"k","key_id":"1","signing_alg":"ES256"}`, `{"assertion_file":"f"}`, `{"assertion_file":"f"}`},
+		{"a key takes the place of an assertion_file", `{"assertion_file":"f"}`, `{"private_key":"k"}`, `{"private_key":"k"}`},
+		{"the algorithm of a key is none of a secret", `{"private_key":"k","signing_alg":"ES256","assertion_lifetime":1}`, `{"auth_method":"client_secret_jwt","client_secret":"s"}`, `{"client_secret":"s","auth_method":"client_secret_jwt","assertion_lifetime":1}`},
+		{"the algorithm of a secret is none of a key", `{"auth_method":"client_secret_jwt","client_secret":"s","signing_alg":"HS512"}`, `{"auth_method":"private_key_jwt","private_key":"k"}`, `{"auth_method":"private_key_jwt","private_key":"k"}`},
+
+		// The key of jwt_bearer is for the grant, and not for the client.
+		{"jwt_bearer with the inherited key", `{"private_key":"k","key_id":"1"}`, `{"grant_type":"jwt_bearer","subject":"a"}`, `{"private_key":"k","key_id":"1","grant_type":"jwt_bearer","subject":"a"}`},
+		{"jwt_bearer with a key of its own", `{"client_secret":"s"}`, `{"grant_type":"jwt_bearer","private_key":"k"}`, `{"private_key":"k","grant_type":"jwt_bearer"}`},
+		{"jwt_bearer with a secret of its own", `{"grant_type":"jwt_bearer","private_key":"k","subject":"a"}`, `{"client_secret":"s"}`, `{"client_secret":"s","private_key":"k","grant_type":"jwt_bearer","subject":"a"}`},
+		{"another key for an authenticated jwt_bearer", `{"grant_type":"jwt_bearer","private_key":"k","client_secret":"s"}`, `{"private_key":"l"}`, `{"client_secret":"s","private_key":"l","grant_type":"jwt_bearer"}`},
+		{"another grant drops subject and claims", `{"grant_type":"jwt_bearer","private_key":"k","subject":"a","claim":{"b":"c"}}`, `{"grant_type":"client_credentials"}`, `{"private_key":"k","grant_type":"client_credentials"}`},
+		{"an assertion_file for the grant drops subject and claims", `{"grant_type":"jwt_bearer","private_key":"k","subject":"a","claim":{"b":"c"}}`, `{"assertion_file":"f"}`, `{"assertion_file":"f","grant_type":"jwt_bearer"}`},
+
 		{"a method takes the place of none", `{"client_secret":"s","auth_method":"none"}`, `{"auth_method":"client_secret_post"}`, `{"client_secret":"s","auth_method":"client_secret_post"}`},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -137,6 +274,138 @@ func TestInheritance(t *testing.T) {
 				t.Errorf("got base %s, want %s as before", got, want)
 			}
 		})
+	}
+}
+
+// Nothing is wrong with settings that are only there to be inherited, until they
+// are. A Caddyfile must not be refused where the same in JSON is not.
+func TestIncompleteBaseIsOnlyInheritedFrom(t *testing.T) {
+	dir := t.TempDir()
+	key := newKey(t)
+	keyFile := writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, key))
+	certificate := writeFile(t, filepath.Join(dir, "crt"), certificatePEM(t, key))
+	withKey := Credentials{ClientID: "a", PrivateKey: keyFile}
+	withSecret := Credentials{ClientID: "a", ClientSecret: "s"}
+	withCertificate := Credentials{ClientID: "a", ClientCertificate: &ClientCertificate{Certificate: certificate, Key: keyFile}}
+	bound := withCertificate
+	bound.BindCertificate = true
+	for _, test := range []struct {
+		name       string
+		base       Credentials
+		own        Credentials
+		caddyfile  string // of both
+		want       string // error
+		wantMerged func(c Credentials) bool
+	}{
+		{"signing_alg", Credentials{SigningAlg: "ES256"}, withKey, "signing_alg ES256\n$UP {\nclient_id a\nprivate_key $KEY\n}", "", func(c Credentials) bool { return c.SigningAlg == "ES256" }},
+		{"signing_alg that does not fit the key", Credentials{SigningAlg: "RS256"}, withKey, "signing_alg RS256\n$UP {\nclient_id a\nprivate_key $KEY\n}", "which the signing_alg RS256 does not fit", nil},
+		{"signing_alg that nobody needs", Credentials{SigningAlg: "ES256"}, withSecret, "signing_alg ES256\n$UP {\nclient_id a\nclient_secret s\n}", "", func(c Credentials) bool { return c.SigningAlg == "" }},
+		{"signing_alg of no one", Credentials{SigningAlg: "ES257"}, withKey, "signing_alg ES257\n$UP {\nclient_id a\nprivate_key $KEY\n}", "signing_alg: unknown algorithm 'ES257'", nil},
+		{"assertion_audience", Credentials{AssertionAudience: "x"}, withKey, "assertion_audience x\n$UP {\nclient_id a\nprivate_key $KEY\n}", "", func(c Credentials) bool { return c.AssertionAudience == "x" }},
+		{"assertion_audience beside a method", Credentials{AssertionAudience: "x", AuthMethod: authPost}, withSecret, "assertion_audience x\nauth_method client_secret_post\n$UP {\nclient_id a\nclient_secret s\n}", "", func(c Credentials) bool { return c.AssertionAudience == "" }},
+		{"bind_certificate", Credentials{BindCertificate: true}, bound, "bind_certificate\n$UP {\nclient_id a\nclient_certificate $CRT $KEY\nbind_certificate\n}", "", func(c Credentials) bool { return c.BindCertificate }},
+		{"bind_certificate without a certificate", Credentials{BindCertificate: true}, withSecret, "bind_certificate\n$UP {\nclient_id a\nclient_secret s\n}", "bind_certificate: there is no client_certificate to bind tokens to", nil},
+		{"key_id beside a secret", Credentials{KeyID: "1", ClientSecret: "s"}, Credentials{ClientID: "a"}, "key_id 1\nclient_secret s\n$UP {\nclient_id a\n}", "key_id has no effect with client_secret", nil},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			test.base.TokenURL = testTokenURL
+			fromJSON, _, errJSON := loadTransport(t, "127.0.0.1:9000", map[string]any{
+				"credentials": test.base,
+				"upstreams":   []any{Upstream{Addresses: []string{"127.0.0.1:9000"}, Credentials: &test.own}},
+				"tls":         map[string]any{}, // as bind_certificate wants it
+			})
+			wantError(t, errJSON, test.want)
+
+			source := proxyConfig("127.0.0.1:9000", "tls\ntoken_url "+testTokenURL+"\n"+
+				strings.NewReplacer("$UP", "upstream 127.0.0.1:9000", "$KEY", keyFile, "$CRT", certificate).Replace(test.caddyfile))
+			adapted, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(source), nil)
+			if err != nil {
+				wantError(t, err, cmp.Or(test.want, "none"))
+				return
+			}
+			fromCaddyfile, _, err := loadTransport(t, "127.0.0.1:9000", findModules(t, adapted, "handler", "reverse_proxy")[0]["transport"])
+			wantError(t, err, test.want)
+			if t.Failed() || test.want != "" {
+				return
+			}
+			for _, transport := range []*Transport{fromJSON, fromCaddyfile} {
+				if got := transport.clients[dialAddress{"tcp", "127.0.0.1:9000"}].endpoint.credentials; !test.wantMerged(got) {
+					t.Errorf("got %+v, want what is inherited as far as it has an effect", got)
+				}
+			}
+		})
+	}
+}
+
+const impliedMethod = ", implied"
+
+// waysToAuthenticate are credentials with all that each way may have: as the
+// method is said, and as the rest implies it.
+func waysToAuthenticate() map[string]Credentials {
+	signed := func(c Credentials) Credentials {
+		c.AssertionAudience, c.AssertionTyp, c.AssertionLifetime = "https://auth.example.com", typJWT, caddy.Duration(minAssertionLifetime)
+		return c
+	}
+	certificate := &ClientCertificate{Certificate: "client.crt", Key: "client.key"}
+	ways := map[string]Credentials{
+		"basic":             {AuthMethod: authBasic, ClientSecret: "s", BasicEncoding: basicRaw},
+		"post":              {AuthMethod: authPost, ClientSecret: "s"},
+		"client_secret_jwt": signed(Credentials{AuthMethod: authSecretJWT, ClientSecret: "s", SigningAlg: "HS512"}),
+		"private_key_jwt":   signed(Credentials{AuthMethod: authKeyJWT, PrivateKey: "k", KeyID: "1", SigningAlg: "ES256"}),
+		"assertion_file":    {AuthMethod: authKeyJWT, AssertionFile: "f"},
+		"tls_client_auth":   {AuthMethod: authTLS, ClientCertificate: certificate, BindCertificate: true},
+		"none":              {AuthMethod: authNone},
+		"jwt_bearer": signed(Credentials{
+			AuthMethod: authNone, GrantType: grantJWTBearer, PrivateKey: "k", KeyID: "1", SigningAlg: "ES256",
+			Subject: "a", Claims: map[string]string{"b": "c"},
+		}),
+		"jwt_bearer of a file": {AuthMethod: authNone, GrantType: grantJWTBearer, AssertionFile: "f"},
+	}
+	all := make(map[string]Credentials)
+	for name, c := range ways {
+		c.GrantType = cmp.Or(c.GrantType, grantClientCredentials)
+		all[name] = c
+		if method := c.AuthMethod; (method != authPost && method != authSecretJWT && method != authNone) || c.grantsByJWT() {
+			c.AuthMethod = ""
+			all[name+impliedMethod] = c
+		}
+	}
+	return all
+}
+
+// Whoever says in a block how its client authenticates need not know how the
+// others do.
+func TestAnyWayToAuthenticateMayReplaceAnyOther(t *testing.T) {
+	ways := waysToAuthenticate()
+	for from, base := range ways {
+		base.TokenURL, base.ClientID = "https://auth.example.com/token", "gateway"
+		wantUsable(t, from, base)
+		for to, own := range ways {
+			if strings.HasSuffix(to, impliedMethod) && !strings.HasSuffix(from, impliedMethod) {
+				continue // the method is inherited
+			}
+			if to == "tls_client_auth"+impliedMethod && to != from {
+				continue // a certificate goes with any method, so it implies none beside a secret or a key
+			}
+			own.KeyID, own.SigningAlg, own.AssertionAudience, own.AssertionTyp, own.AssertionLifetime = "", "", "", "", 0
+			own.BasicEncoding, own.BindCertificate, own.Subject, own.Claims = "", false, "", nil
+			got := own.inherit(&base)
+			wantUsable(t, "from "+from+" to "+to, got)
+			if own.method() != got.method() {
+				t.Errorf("from %s to %s: got auth_method %q, want %q", from, to, got.method(), own.method())
+			}
+		}
+	}
+}
+
+// wantUsable fails the test if a client could not have these credentials.
+func wantUsable(t *testing.T, name string, c Credentials) {
+	t.Helper()
+	if missing := c.missing(); missing != "" {
+		t.Errorf("%s: got that %s", name, missing)
+	}
+	if err := errors.Join(c.check(), c.checkTogether()); err != nil {
+		t.Errorf("%s: got %v", name, err)
 	}
 }
 
@@ -163,7 +432,7 @@ func TestInheritedHeadersAreOverriddenInAnyCase(t *testing.T) {
 			}
 		})
 		t.Run("token_request_header "+names[0]+" "+names[1], func(t *testing.T) {
-			got := load(t, "token_request_header", names[0], names[1]).endpoint.headers
+			got := load(t, "token_request_header", names[0], names[1]).endpoint.credentials.TokenRequestHeaders
 			if values := slices.Collect(maps.Values(got)); !slices.Equal(values, []string{"own"}) {
 				t.Errorf("got %v, want that of the upstream alone", got)
 			}
@@ -177,7 +446,8 @@ func loadCredentials(t *testing.T, a, b Credentials) (first, second *client) {
 	t.Helper()
 	var clients []*client
 	for _, c := range []Credentials{a, b} {
-		transport, _, err := loadTransport(t, "127.0.0.1:9000", map[string]any{"credentials": c})
+		// With TLS, as bind_certificate wants it.
+		transport, _, err := loadTransport(t, "127.0.0.1:9000", map[string]any{"credentials": c, "tls": map[string]any{}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -188,11 +458,8 @@ func loadCredentials(t *testing.T, a, b Credentials) (first, second *client) {
 
 func TestWhatShapesTheTokenRequestTellsSourcesApart(t *testing.T) {
 	onlyForTheUpstream := []string{"tenant", "header", "bearer_header", "retry_on", "replay_body"}
-	eachSetting(t, func(t *testing.T, field int) {
-		changed := baseCredentials
-		reflect.ValueOf(&changed).Elem().Field(field).Set(reflect.ValueOf(otherCredentials).Field(field))
-
-		a, b := loadCredentials(t, baseCredentials, changed)
+	eachSetting(t, func(t *testing.T, _ int, base, _, changed Credentials) {
+		a, b := loadCredentials(t, base, changed)
 		_, setting, _ := strings.Cut(t.Name(), "/")
 		if got, want := a.source == b.source, slices.Contains(onlyForTheUpstream, setting); got != want {
 			t.Errorf("got a shared source: %v, want %v", got, want)
@@ -203,6 +470,8 @@ func TestWhatShapesTheTokenRequestTellsSourcesApart(t *testing.T) {
 func TestDifferentSpellingsOfOneClientShareASource(t *testing.T) {
 	t.Setenv("TEST_CLIENT_ID", baseCredentials.ClientID)
 	t.Setenv("TEST_SCOPES", strings.Join(baseCredentials.Scopes, " "))
+	keyFile := writeFile(t, filepath.Join(t.TempDir(), "key"), pkcs8PEM(t, newKey(t)))
+	withKey := func(c *Credentials) { c.AuthMethod, c.ClientSecret, c.PrivateKey = "", "", keyFile }
 	for _, test := range []struct {
 		name          string
 		base, changed func(*Credentials)
@@ -212,6 +481,10 @@ func TestDifferentSpellingsOfOneClientShareASource(t *testing.T) {
 		{"an empty token_transport", func(c *Credentials) { c.TokenTransport = nil }, func(c *Credentials) { c.TokenTransport = new(reverseproxy.HTTPTransport) }},
 		{"the default token_timeout", func(c *Credentials) { c.TokenTimeout = 0 }, func(c *Credentials) { c.TokenTimeout = caddy.Duration(10 * time.Second) }},
 		{"the default default_lifetime", func(c *Credentials) { c.DefaultLifetime = 0 }, func(c *Credentials) { c.DefaultLifetime = caddy.Duration(5 * time.Minute) }},
+		{"the default grant_type", nil, func(c *Credentials) { c.GrantType = grantClientCredentials }},
+		{"the default basic_encoding", nil, func(c *Credentials) { c.BasicEncoding = basicForm }},
+		{"private_key_jwt, which a private_key implies", withKey, func(c *Credentials) { withKey(c); c.AuthMethod = authKeyJWT }},
+		{"the default assertion_lifetime", withKey, func(c *Credentials) { withKey(c); c.AssertionLifetime = caddy.Duration(time.Minute) }},
 		{"client_id from the environment", nil, func(c *Credentials) { c.ClientID = "{env.TEST_CLIENT_ID}" }},
 		{"scopes from the environment", nil, func(c *Credentials) { c.Scopes = []string{"{env.TEST_SCOPES}"} }},
 	} {
@@ -307,7 +580,7 @@ func TestCaddyfileAndJSONHaveTheSameDefaults(t *testing.T) {
 	}
 	explicit := map[string]any{
 		"token_url": "https://auth.example.com/token", "client_id": "gateway", "client_secret": "secret",
-		"auth_method": "client_secret_basic", "token_timeout": "10s", "default_lifetime": "5m",
+		"auth_method": "client_secret_basic", "basic_encoding": "form", "grant_type": "client_credentials", "token_timeout": "10s", "default_lifetime": "5m",
 		"bearer_header": map[string]string{"field": "Authorization", "scheme": "Bearer"},
 		"retry_on":      []int{401}, "replay_body": 65536, "token_transport": map[string]any{},
 	}

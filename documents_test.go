@@ -2,7 +2,13 @@ package outboundauth
 
 import (
 	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/pem"
 	"fmt"
+	"math/big"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -54,7 +60,10 @@ func TestReadmeWorks(t *testing.T) {
 	for _, block := range blocks {
 		t.Run(fmt.Sprintf("line %d", block.line), func(t *testing.T) {
 			setPlaceholders(t, []byte(block.text))
-			wantError(t, validateCaddyfile(t, completeCaddyfile(block.text)), "")
+			wantError(t, validateCaddyfile(t, withSecretFiles(t, completeCaddyfile(block.text))), "")
+			if got := caddyfile.Format([]byte(block.text)); string(got) != block.text {
+				t.Errorf("got a block that is not formatted, want\n%s", got)
+			}
 		})
 	}
 }
@@ -168,6 +177,41 @@ func TestFragmentsOfCaddyfilesAreCompleted(t *testing.T) {
 			wantError(t, err, test.want)
 		})
 	}
+}
+
+// withSecretFiles makes the files below /run/secrets that a Caddyfile names, and
+// lets it name those.
+func withSecretFiles(t *testing.T, source string) string {
+	t.Helper()
+	if !strings.Contains(source, " /run/secrets/") {
+		return source
+	}
+	dir := t.TempDir()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1)}
+	certificate, err := x509.CreateCertificate(rand.Reader, template, template, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyPEM := pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})
+	for name, content := range map[string][]byte{
+		"private_key.pem":      keyPEM,
+		"service_account.json": encode(t, map[string]string{"private_key_id": "1", "private_key": string(keyPEM)}),
+		"client.key":           keyPEM,
+		"client.crt":           pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: certificate}),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return strings.ReplaceAll(source, " /run/secrets/", " "+dir+"/")
 }
 
 var environmentPlaceholder = regexp.MustCompile(`\{(?:env\.|\$)(\w+)`)

@@ -1,14 +1,16 @@
 package outboundauth
 
 import (
+	"cmp"
 	"context"
-	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
@@ -20,92 +22,39 @@ import (
 // (RFC 6749 §3.2). It is the requester of a tokenSource; its fields do not
 // change once it is in use.
 type endpoint struct {
-	url    *url.URL
-	method string // of client authentication
-	id     string
-	scopes []string
+	// Complete. What is read anew for each request has its placeholders.
+	credentials Credentials
 
-	// Each sent as one `audience`.
-	audience []string
+	url       *url.URL   // nil if it is discovered
+	discovery *discovery // nil if it is configured
 
-	// Still with their placeholders, which are resolved for each request: a
-	// secret that was rotated is used without a reload.
-	secret  string
-	params  map[string]string
-	headers map[string]string
+	transport    http.RoundTripper // token_transport
+	certificates certificateCache
+	logger       *zap.Logger
 
-	transport http.RoundTripper // token_transport
-	logger    *zap.Logger
+	narrowed atomic.Pointer[string] // the granted scopes of the last warning
 }
 
-// resolved is an endpoint's templates with the placeholders replaced. It
-// lives no longer than a request.
-type resolved struct {
-	secret          string
-	params, headers map[string]string
+// host names the server in logs and errors.
+func (e *endpoint) host() string {
+	if e.discovery != nil {
+		return e.discovery.issuer.Host
+	}
+	return e.url.Host
 }
 
-// resolve replaces the placeholders by the values that they have now, with a
-// replacer that knows nothing of any request. They may name files, and reading
-// a file can't be interrupted: then it goes on by itself when ctx ends.
-func (e *endpoint) resolve(ctx context.Context) (resolved, error) {
-	type result struct {
-		resolved
-		err error
-	}
-	done := make(chan result, 1)
-	go func() {
-		var res result
-		res.err = safely(func() (err error) {
-			res.resolved, err = e.resolveNow()
-			return err
-		})
-		done <- res
-	}()
-	select {
-	case res := <-done:
-		if res.err != nil {
-			return resolved{}, &tokenError{Endpoint: e.url.Host, Code: codeConfiguration, Description: res.err.Error(), permanent: true}
-		}
-		return res.resolved, nil
-	case <-ctx.Done():
-		return resolved{}, &tokenError{Endpoint: e.url.Host, Code: codeTimeout, Description: "reading the client's secrets from their files took too long"}
-	}
-}
-
-func (e *endpoint) resolveNow() (resolved, error) {
-	repl := caddy.NewReplacer()
-	r := resolved{params: make(map[string]string, len(e.params)), headers: make(map[string]string, len(e.headers))}
-	var err error
-	if needsSecret(e.method) {
-		if r.secret, err = resolveSecret(repl, "client_secret", e.secret); err != nil {
-			return resolved{}, err
+// knownURL returns the token endpoint's URL, without a query, which may hold a
+// key; "" while it has not been discovered.
+func (e *endpoint) knownURL() string {
+	u := e.url
+	if e.discovery != nil {
+		if u = e.discovery.found.Load(); u == nil {
+			return ""
 		}
 	}
-	for name, value := range e.params {
-		if r.params[name], err = resolveSecret(repl, "param "+name, value); err != nil {
-			return resolved{}, err
-		}
-	}
-	for name, value := range e.headers {
-		if r.headers[name], err = resolveSecret(repl, "token_request_header "+name, value); err != nil {
-			return resolved{}, err
-		}
-		if !validHeaderValue(r.headers[name]) {
-			return resolved{}, fmt.Errorf("token_request_header %s: the value holds a control character", name)
-		}
-	}
-	return r, nil
-}
-
-// fingerprint implements requester.
-func (e *endpoint) fingerprint(ctx context.Context) string {
-	r, err := e.resolve(ctx)
-	if err != nil {
-		return err.Error()
-	}
-	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %q", r.secret, r.params, r.headers)) // maps print sorted
-	return string(sum[:])
+	shown := *u
+	shown.RawQuery = ""
+	return shown.String()
 }
 
 // request implements requester.
@@ -114,123 +63,216 @@ func (e *endpoint) request(ctx context.Context) (grant, error) {
 	if err != nil {
 		return grant{}, err
 	}
-	req, secrets := e.newRequest(ctx, r)
+	if e.discovery == nil {
+		return e.requestAt(ctx, e.url, e.credentials.TokenURL, r)
+	}
+	discovering, _ := withCertificate(ctx, r.certificate)
+	u, err := e.discovery.tokenEndpoint(discovering)
+	if err != nil {
+		return grant{}, err
+	}
+	g, err := e.requestAt(ctx, u, e.credentials.Issuer, r)
+	if err != nil && mayHaveMoved(err) {
+		e.discovery.expire()
+		if moved, lookUpErr := e.discovery.tokenEndpoint(discovering); lookUpErr == nil && *moved != *u {
+			return e.requestAt(ctx, moved, e.credentials.Issuer, r)
+		}
+	}
+	return g, err
+}
 
+// requestAt makes one token request at u (RFC 6749 §4.4.2) as the client of
+// the server that is called audience.
+func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r resolved) (grant, error) {
+	form, header, secrets, err := e.form(r, cmp.Or(e.credentials.AssertionAudience, audience))
+	if err != nil {
+		return grant{}, &tokenError{Endpoint: u.Host, Code: codeConfiguration, Description: err.Error(), permanent: true}
+	}
+	ctx, certificate := withCertificate(ctx, r.certificate)
+	sent := time.Now()
+	a, err := exchange(ctx, e.transport, newServerRequest(ctx, http.MethodPost, u, header, form.Encode()))
+	if err != nil {
+		return grant{}, networkError(ctx, u.Host, err)
+	}
+	g, err := e.read(u, a, secrets)
+	if err != nil {
+		return grant{}, e.advise(err, r, certificate)
+	}
+	g.sent = sent
+	if e.credentials.BindCertificate {
+		g.certificate = r.certificate
+	}
+	e.checkScope(g.scope)
+	return g, nil
+}
+
+// form returns form and header of a token request, and what of them must not
+// be shown.
+func (e *endpoint) form(r resolved, audience string) (url.Values, http.Header, confidential, error) {
+	c := &e.credentials
+	form, header := url.Values{}, http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}
+	if len(c.Scopes) > 0 { // a parameter without a value is left out (§3.2)
+		form.Set("scope", strings.Join(c.Scopes, " "))
+	}
+	if len(c.Audience) > 0 {
+		form["audience"] = c.Audience
+	}
+	if len(c.Resource) > 0 {
+		form["resource"] = c.Resource
+	}
+	secrets, err := c.authorize(r, audience, form)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	more, err := c.authenticate(r, audience, form, header)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	secrets = append(secrets, more...)
+	for name, value := range r.params {
+		form.Set(name, value)
+		secrets.addReplaced(c.Params[name], value)
+	}
+	for name, value := range r.headers {
+		header.Set(name, value)
+		secrets.addReplaced(c.TokenRequestHeaders[name], value)
+	}
+	return form, header, secrets, nil
+}
+
+// newServerRequest makes a request to the authorization server. An empty body is
+// none.
+func newServerRequest(ctx context.Context, method string, u *url.URL, header http.Header, body string) *http.Request {
+	for field, value := range map[string]string{"Accept": "application/json", "User-Agent": "caddy-outbound-auth"} {
+		if header.Get(field) == "" { // else by token_request_header
+			header.Set(field, value)
+		}
+	}
+	// Caddy's HTTP transport looks for a replacer in the context, and for
+	// nothing else that this one could have.
+	ctx = context.WithValue(ctx, caddy.ReplacerCtxKey, caddy.NewReplacer())
+	to := *u // the transport may write to it
+	req := (&http.Request{
+		Method: method,
+		URL:    &to,
+		Host:   to.Host,
+		Header: header,
+		// It is made once in minutes. Of what a server sends on an idle
+		// connection, net/http would write the beginning to the log.
+		Close: true,
+		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
+	}).WithContext(ctx)
+	if body != "" {
+		req.ContentLength = int64(len(body))
+		req.GetBody = func() (io.ReadCloser, error) {
+			return io.NopCloser(strings.NewReader(body)), nil
+		}
+		req.Body, _ = req.GetBody()
+	}
+	return req
+}
+
+// serverAnswer is what the authorization server said, up to a byte more than
+// maxTokenResponse.
+type serverAnswer struct {
+	status int
+	header http.Header
+	body   []byte
+}
+
+// exchange sends a request to the authorization server, and reads the answer.
+func exchange(ctx context.Context, transport http.RoundTripper, req *http.Request) (*serverAnswer, error) {
 	// RoundTrip and not an http.Client: a redirect is not followed, as it
 	// would send the client's secret elsewhere.
-	res, err := e.transport.RoundTrip(req)
+	res, err := transport.RoundTrip(req)
 	if err != nil {
-		return grant{}, networkError(ctx, e.url.Host, err)
+		return nil, err
 	}
 	// Switching protocols, net/http hands over the connection, and ctx would
 	// not end a read.
 	stop := context.AfterFunc(ctx, func() { _ = res.Body.Close() })
 	defer stop()
 	defer res.Body.Close()
-	if res.StatusCode == http.StatusSwitchingProtocols {
-		return e.read(res, nil, secrets)
+	a := &serverAnswer{status: res.StatusCode, header: res.Header}
+	if a.status != http.StatusSwitchingProtocols {
+		a.body, err = io.ReadAll(io.LimitReader(res.Body, maxTokenResponse+1))
 	}
-	body, err := io.ReadAll(io.LimitReader(res.Body, maxTokenResponse+1))
-	if err != nil {
-		return grant{}, networkError(ctx, e.url.Host, err)
-	}
-	return e.read(res, body, secrets)
+	return a, err
 }
 
-// newRequest builds the token request (RFC 6749 §4.4.2), and returns what of
-// it must not be shown.
-func (e *endpoint) newRequest(ctx context.Context, r resolved) (*http.Request, confidential) {
-	form := url.Values{"grant_type": {"client_credentials"}}
-	if len(e.scopes) > 0 { // a parameter without a value is left out (§3.2)
-		form.Set("scope", strings.Join(e.scopes, " "))
+// checkScope warns, once, of scopes that were asked for and not granted
+// (RFC 6749 §5.1): the upstream will refuse what needs them.
+func (e *endpoint) checkScope(granted string) {
+	if granted == "" { // as asked for
+		return
 	}
-	if len(e.audience) > 0 {
-		form["audience"] = e.audience
+	has := strings.Fields(granted)
+	var lacking []string
+	for _, scope := range e.credentials.Scopes {
+		if !slices.Contains(has, scope) {
+			lacking = append(lacking, scope)
+		}
 	}
-	header := http.Header{
-		"Accept":       {"application/json"},
-		"Content-Type": {"application/x-www-form-urlencoded"},
-		"User-Agent":   {"caddy-outbound-auth"},
+	granted = clean(granted, 300)
+	if last := e.narrowed.Load(); len(lacking) == 0 || (last != nil && *last == granted) {
+		return
 	}
-	secrets := authenticate(e.method, e.id, r.secret, form, header)
-	for name, value := range r.params {
-		form.Set(name, value)
-		secrets.addReplaced(e.params[name], value)
-	}
-	for name, value := range r.headers {
-		header.Set(name, value)
-		secrets.addReplaced(e.headers[name], value)
-	}
-
-	// Caddy's HTTP transport looks for a replacer in the context, and for
-	// nothing else that this one could have.
-	ctx = context.WithValue(ctx, caddy.ReplacerCtxKey, caddy.NewReplacer())
-	body := form.Encode()
-	u := *e.url // the transport may write to it
-	return (&http.Request{
-		Method:        http.MethodPost,
-		URL:           &u,
-		Host:          u.Host,
-		Header:        header,
-		Body:          io.NopCloser(strings.NewReader(body)),
-		ContentLength: int64(len(body)),
-		// It is made once in minutes. Of what a server sends on an idle
-		// connection, net/http would write the beginning to the log.
-		Close: true,
-		GetBody: func() (io.ReadCloser, error) {
-			return io.NopCloser(strings.NewReader(body)), nil
-		},
-		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-	}).WithContext(ctx), secrets
+	e.narrowed.Store(&granted)
+	e.logger.Warn("the token was granted for less than the scopes that are configured; check scopes, or what the authorization server allows the client",
+		zap.String("token_endpoint", e.host()), zap.String("client_id", e.credentials.ClientID),
+		zap.Strings("not_granted", lacking), zap.String("granted", granted))
 }
 
 // read turns an answer into a grant or a *tokenError.
-func (e *endpoint) read(res *http.Response, body []byte, secrets confidential) (grant, error) {
-	failure := &tokenError{Endpoint: e.url.Host, Status: res.StatusCode}
-	if res.StatusCode >= 300 && res.StatusCode < 400 {
+func (e *endpoint) read(u *url.URL, a *serverAnswer, secrets confidential) (grant, error) {
+	failure := &tokenError{Endpoint: u.Host, Status: a.status}
+	if a.status >= 300 && a.status < 400 {
 		failure.Code = codeHTTPStatus
 		failure.Description = "a redirect, which is not followed because it would take the client's credentials elsewhere"
 		failure.Hint = "set token_url to the final address"
-		return grant{}, failure.classify()
+		if e.discovery != nil {
+			failure.Hint = "the token endpoint in the issuer's metadata is not the final one; set token_url instead of issuer"
+		}
+		return grant{}, failure.classify(&e.credentials)
 	}
-	if len(body) > maxTokenResponse {
+	if len(a.body) > maxTokenResponse {
 		return grant{}, e.unreadable(failure, fmt.Errorf("the answer is larger than %d bytes", maxTokenResponse))
 	}
-	answer, err := parseTokenResponse(body)
-	code, description := answer.refusal()
-	description = description[:min(len(description), 4<<10)] // more is not shown, and need not be searched
+	parsed, err := parseTokenResponse(a.body)
+	code, description := parsed.refusal()
+	// More is not shown, and need not be searched for secrets.
+	code, description = code[:min(len(code), 256)], description[:min(len(description), 4<<10)]
 
-	if res.StatusCode == http.StatusOK && code == "" {
+	if a.status == http.StatusOK && code == "" {
 		if err != nil {
 			return grant{}, e.unreadable(failure, err)
 		}
-		g, err := answer.grant()
+		g, err := parsed.grant()
 		if err != nil {
 			return grant{}, e.unreadable(failure, err)
 		}
 		return g, nil
 	}
 
-	if res.StatusCode != http.StatusOK && res.StatusCode < 300 && code == "" {
+	if a.status != http.StatusOK && a.status < 300 && code == "" {
 		return grant{}, e.unreadable(failure, errors.New("the status of a token answer is 200"))
 	}
-	for _, name := range []string{"access_token", "refresh_token", "id_token"} {
-		issued, _ := answer.str(name)
-		secrets.add(issued)
-	}
-	failure.retryAfter = parseRetryAfter(res.Header, time.Now())
+	failure.retryAfter = parseRetryAfter(a.header, time.Now())
 	// The raw texts are asked too: cleaning may join or cut a secret.
 	failure.Code = errorCode(code)
 	if secrets.in(code) || secrets.in(failure.Code) {
-		if _, known := hints[code]; !known {
+		if e.credentials.hint(code) == "" {
 			failure.Code = codeHTTPStatus
 		}
 	}
-	failure.Description = clean(description, 200)
+	failure.Description = clean(description, 400)
+	if parsed.hasToken() {
+		failure.Description = "the server's description stands beside a token, and is not shown"
+	}
 	if secrets.in(description) || secrets.in(clean(description, len(description))) {
 		failure.Description = "the server's description repeats the client's credentials, and is not shown"
 	}
-	return grant{}, failure.classify()
+	return grant{}, failure.classify(&e.credentials)
 }
 
 // unreadable is an answer that is neither a token nor a refusal: it counts as
@@ -243,7 +285,7 @@ func (e *endpoint) unreadable(failure *tokenError, err error) *tokenError {
 // fetched implements requester: one line in the log for each fetch that fails,
 // and one when that is over.
 func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
-	client := []zap.Field{zap.String("token_endpoint", e.url.Host), zap.String("client_id", e.id)}
+	client := []zap.Field{zap.String("token_endpoint", e.host()), zap.String("client_id", e.credentials.ClientID)}
 	switch {
 	case err != nil:
 		if errors.Is(err, errReleased) {

@@ -93,7 +93,7 @@ func newLoggingClient(t *testing.T, c Credentials, tokenTransport http.RoundTrip
 	if err != nil {
 		t.Fatalf("parseTokenURL() = %v, want no error", err)
 	}
-	cl, err := newClient(resolved, u, tokenTransport, nil, logger)
+	cl, err := newClient(&endpoint{credentials: resolved, url: u, transport: tokenTransport, logger: logger}, []byte("null"))
 	if err != nil {
 		t.Fatalf("newClient() = %v, want no error", err)
 	}
@@ -250,8 +250,8 @@ func TestSecretsAreResolvedForEachRequest(t *testing.T) {
 			t.Errorf("sent the header %q, want %q in it", head, want)
 		}
 	}
-	if cl.endpoint.secret != c.ClientSecret {
-		t.Errorf("the endpoint keeps the secret %q, want the placeholder %q", cl.endpoint.secret, c.ClientSecret)
+	if cl.endpoint.credentials.ClientSecret != c.ClientSecret {
+		t.Errorf("the endpoint keeps the secret %q, want the placeholder %q", cl.endpoint.credentials.ClientSecret, c.ClientSecret)
 	}
 }
 

@@ -131,10 +131,19 @@ func (t *Transport) refuse(req *http.Request, status int, err error) (*http.Resp
 	}, nil
 }
 
-// send sends a request upstream with Caddy's own transport. What the upstream
-// sends in the field of the mark is removed.
-func (t *Transport) send(req *http.Request) (*http.Response, error) {
-	res, err := t.HTTPTransport.RoundTrip(req)
+// send sends a request upstream with Caddy's own transport or, if its token is
+// bound to a certificate, with that. What the upstream sends in the field of
+// the mark is removed. cl and tok may be nil.
+func (t *Transport) send(req *http.Request, cl *client, tok *token) (res *http.Response, err error) {
+	if cl != nil && cl.bound != nil {
+		certificate := cl.endpoint.certificates.latest() // of a health check without a token
+		if tok != nil && tok.certificate != nil {
+			certificate = tok.certificate
+		}
+		res, err = cl.bound.send(req, certificate)
+	} else {
+		res, err = t.HTTPTransport.RoundTrip(req)
+	}
 	if err == nil {
 		delete(res.Header, failureField)
 	}

@@ -1,6 +1,7 @@
 package outboundauth
 
 import (
+	"fmt"
 	"io"
 	"net/http"
 	"strings"
@@ -154,4 +155,18 @@ func TestHealthChecksOverTLS(t *testing.T) {
 	if client := up.last(t).bearerOf(auth); client != "gateway" {
 		t.Errorf("got the token of %q, want that of gateway", client)
 	}
+}
+
+// An upstream that lets nobody in without a token is down to the proxy when
+// there is none, and then gets no request that would have one fetched.
+func TestHealthChecksKeepATokenAtHand(t *testing.T) {
+	auth := newAuthServer(t)
+	auth.script(func(w http.ResponseWriter, r tokenRequest) bool {
+		fmt.Fprintf(w, `{"access_token":%q,"token_type":"Bearer","expires_in":1}`, auth.issue(r.client))
+		return true
+	})
+	up := newUpstream(t, auth) // and so do its health checks
+	g := startGateway(t, expand(checkedSite, "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", ""))
+	eventually(t, func() bool { return len(auth.asked()) >= 4 }, "tokens that no client has asked for")
+	eventually(t, func() bool { return g.get().status == http.StatusOK }, "an upstream that is up")
 }

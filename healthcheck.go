@@ -17,6 +17,8 @@ func isHealthCheck(ctx context.Context) bool {
 // sendHealthCheck sends an active health check. It carries the token of its
 // upstream if there is one at hand: an upstream is not unhealthy because its
 // token is missing, so a check neither waits for one nor fails for lack of one.
+// It has one fetched for the next: an upstream that lets nobody in without a
+// token, and is therefore down, gets no request that would.
 func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 	dial, _ := reverseproxy.GetDialInfo(req.Context())
 	cl, listed := t.clients[dialAddress{dial.Network, dial.Address}]
@@ -24,13 +26,14 @@ func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 		cl = t.clientByHost(dial.Host)
 	}
 	if cl == nil || redirectedElsewhere(req) || t.exposes(req, dial) {
-		return t.send(req)
+		return t.send(req, nil, nil)
 	}
-	out, err := t.outbound(req, cl, cl.source.Cached())
+	tok := cl.source.Ready()
+	out, err := t.outbound(req, cl, tok)
 	if err != nil {
 		return t.refuse(req, http.StatusBadGateway, err)
 	}
-	return t.send(out)
+	return t.send(out, cl, tok)
 }
 
 // clientByHost returns the client of a check whose address is none of those in

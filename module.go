@@ -1,13 +1,14 @@
 // Package outboundauth gives Caddy's reverse proxy an access token for each
 // upstream: it obtains it with the OAuth 2.0 client credentials grant
-// (RFC 6749 §4.4), keeps it fresh, and sends it along with the headers that
-// name the tenant.
+// (RFC 6749 §4.4) or the JWT bearer grant (RFC 7523), keeps it fresh, and sends
+// it along with the headers that name the tenant.
 package outboundauth
 
 import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"net/http"
 	"slices"
 
@@ -45,24 +46,25 @@ type Transport struct {
 	Upstreams []*Upstream `json:"upstreams,omitempty"`
 
 	// Where secrets may travel unencrypted to another machine: `token_url`
-	// allows http to the token endpoint, `upstream` allows it to the
-	// upstreams. Loopback addresses and Unix sockets are always allowed.
+	// allows http to the token endpoint and its issuer, `upstream` allows it
+	// to the upstreams. Loopback addresses and Unix sockets are always allowed.
 	// Default: nowhere.
 	InsecurePlaintext []string `json:"insecure_plaintext,omitempty"`
 
 	*reverseproxy.HTTPTransport
 
-	clients         map[dialAddress]*client // of the addresses in Upstreams; nil: off
-	fallback        *client                 // for all other addresses; nil: refused
-	static          map[string][]*client    // of the proxy's upstreams, by host
-	acquired        []*client               // to be released
-	tokenTransports []*reverseproxy.HTTPTransport
-	reserved        fieldSet // headers that only the transport sets
-	plaintext       bool     // to upstreams, allowed
-	proxied         bool     // by a network_proxy, so nothing stays on this machine
-	listedOnly      bool     // no fallback: see checkUpstreams
-	routed          bool     // the handler has the route for failures
-	logger          *zap.Logger
+	clients    map[dialAddress]*client // of the addresses in Upstreams; nil: off
+	fallback   *client                 // for all other addresses; nil: refused
+	static     map[string][]*client    // of the proxy's upstreams, by host
+	dials      []dialAddress           // of the proxy's upstreams, as far as they are static
+	acquired   []*client               // to be released
+	transports []caddy.CleanerUpper    // that belong to the clients
+	reserved   fieldSet                // headers that only the transport sets
+	plaintext  bool                    // to upstreams, allowed
+	proxied    bool                    // by a network_proxy, so nothing stays on this machine
+	listedOnly bool                    // no fallback: see checkUpstreams
+	routed     bool                    // the handler has the route for failures
+	logger     *zap.Logger
 }
 
 // Upstream has the credentials of one or more upstreams.
@@ -124,7 +126,11 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 		}
 		t.routed = true
 	} // otherwise it is the transport of a handler of which nothing is known
-	return t.warmUp(ctx)
+	if err := t.warmUp(ctx); err != nil {
+		return err
+	}
+	t.load()
+	return nil
 }
 
 // RoundTrip implements http.RoundTripper. The request's header is left as it
@@ -140,7 +146,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return t.refuse(req, http.StatusBadGateway, err)
 	}
 	if off {
-		return t.send(req)
+		return t.send(req, nil, nil)
 	}
 	tok, err := cl.source.Token(ctx)
 	if err != nil {
@@ -160,6 +166,14 @@ func (t *Transport) outbound(req *http.Request, cl *client, tok *token) (*http.R
 	*out = *req
 	out.Header = t.reserved.without(req.Header)
 	return out, cl.header(req.Context(), out.Header, tok)
+}
+
+// addresses returns the upstreams that are known before any request.
+func (t *Transport) addresses() []dialAddress {
+	if t.routed {
+		return t.dials
+	}
+	return slices.Collect(maps.Keys(t.clients))
 }
 
 // clientFor returns the client whose token the request's upstream gets, or
@@ -197,14 +211,15 @@ func (t *Transport) exposes(req *http.Request, dial reverseproxy.DialInfo) bool 
 // Cleanup releases the tokens, which other configs may go on using. It
 // releases only what was acquired: Caddy calls it after a failed Provision too.
 func (t *Transport) Cleanup() error {
+	t.unload()
 	err := t.HTTPTransport.Cleanup()
 	for _, cl := range t.acquired {
 		err = errors.Join(err, cl.release())
 	}
-	for _, transport := range t.tokenTransports {
+	for _, transport := range t.transports {
 		err = errors.Join(err, transport.Cleanup())
 	}
-	t.acquired, t.tokenTransports = nil, nil
+	t.acquired, t.transports = nil, nil
 	return err
 }
 

@@ -33,6 +33,7 @@ var providers = []struct {
 	answer      string
 	wantToken   string
 	wantLife    time.Duration
+	wantScope   string
 	wantTenant  string // what the upstream is sent as X-Tenant-Id
 
 	refusals []documentedRefusal
@@ -73,6 +74,7 @@ var providers = []struct {
 		answer:    "risk_data_token.json",
 		wantToken: "eyJhb....seAtPCCQ",
 		wantLife:  time.Hour,
+		wantScope: "<token scope>",
 		refusals: []documentedRefusal{
 			{status: 401, file: "risk_data_invalid_client.json", code: "invalid_client", description: "Bad credentials", permanent: true},
 		},
@@ -86,6 +88,7 @@ var providers = []struct {
 		answer:    "screening_eagle_token.json",
 		wantToken: "eyJhbGciOiJIUzI1NiIsInR5cCI6IkpXVCJ9.eyJhdWQiOiJpbnRlZ3JhdGlvbi1kZXYtVk5aUXFEdDRIdiIsImV4cCI6MTcxNjQ2NjIxOCwianRpIjoiYjc4N2FiMTUtNDgxNS00MTFmLTkzYjctYzc5YWIxNWYwZDg3IiwiaWF0IjoxNzE1ODYxNDE4LCJpc3MiOiJTY3JlZW5pbmcgRWFnbGUgSUQiLCJzdWIiOiIxMzAyIiwic2NwIjoib3BlbmlkIGVtYWlsIHByb2ZpbGUgaW5zcGVjdCIsInNjb3BlcyI6WyJ1c2VyIl0sInVzZXJJRCI6MTMwMiwidXNlclJlZ2lvbiI6IlNHIn0.zsN5ys3qdmcJmJwzZHR9c9LC92KPTh2-NaliF2eSHFc",
 		wantLife:  7 * 24 * time.Hour,
+		wantScope: "openid email profile inspect",
 		refusals: []documentedRefusal{
 			{status: 400, file: "screening_eagle_error.json", code: "Forbidden", description: "permission denied", permanent: true},
 			{status: 401, file: "screening_eagle_error.json", code: "Forbidden", description: "permission denied", permanent: true},
@@ -101,6 +104,7 @@ var providers = []struct {
 		answer:     "personify_token.json",
 		wantToken:  "<jwt_access_token>",
 		wantLife:   time.Hour,
+		wantScope:  "idp_api",
 		wantTenant: "tenant-id",
 		refusals: []documentedRefusal{
 			// Which of the two statuses it has is not documented.
@@ -214,7 +218,8 @@ func TestDocumentedProvidersAreSpokenTo(t *testing.T) {
 			}))
 
 			g, err := transport.fallback.endpoint.request(t.Context())
-			if want := (grant{p.wantToken, p.wantLife}); err != nil || g != want {
+			g.sent = time.Time{}
+			if want := (grant{accessToken: p.wantToken, lifetime: p.wantLife, scope: p.wantScope}); err != nil || g != want {
 				t.Errorf("request() = %v, %v, want %v", g, err, want)
 			}
 			if sent := tokens.requests()[0]; sent != p.wantRequest {

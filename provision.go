@@ -1,11 +1,13 @@
 package outboundauth
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
+	"net/url"
 	"slices"
 	"strings"
 
@@ -109,42 +111,99 @@ func (t *Transport) provisionClient(ctx caddy.Context, repl *caddy.Replacer, c C
 	if err != nil {
 		return nil, err
 	}
-	u, err := parseTokenURL(c.TokenURL)
-	if err != nil {
-		return nil, fmt.Errorf("token_url: %w", err)
-	}
+	e := &endpoint{credentials: c, logger: t.logger}
 	transport, ok := transports[c.TokenTransport]
-	if !ok {
-		if transport, err = t.provisionTokenTransport(ctx, c.TokenTransport); err != nil {
-			return nil, fmt.Errorf("token_transport: %w", err)
-		}
-		transports[c.TokenTransport] = transport
-	}
-	if !slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {
-		if err := checkPlaintext(u, transport.proxied); err != nil {
+	if !ok || c.ClientCertificate != nil { // which others must not use
+		if transport, err = t.provisionTokenTransport(ctx, c); err != nil {
 			return nil, err
 		}
+		if c.ClientCertificate == nil {
+			transports[c.TokenTransport] = transport
+		}
 	}
-	cl, err := newClient(c, u, transport, transport.config, t.logger)
+	e.transport = transport
+	if err := t.locate(e, transport); err != nil {
+		return nil, err
+	}
+	if _, _, _, err := e.resolveKeys(repl); err != nil {
+		return nil, err
+	}
+	var bound *boundTransport
+	if c.BindCertificate {
+		if bound, err = newBoundTransport(t.HTTPTransport); err != nil {
+			return nil, fmt.Errorf("bind_certificate: %w", err)
+		}
+		t.transports = append(t.transports, bound)
+	}
+	cl, err := newClient(e, transport.config)
 	if err != nil {
 		return nil, err
 	}
+	cl.bound = bound
 	t.acquired = append(t.acquired, cl)
 	cl.fields(&t.reserved)
 	return cl, nil
 }
 
-// provisionTokenTransport provisions h, or the default transport if it is nil.
-func (t *Transport) provisionTokenTransport(ctx caddy.Context, h *reverseproxy.HTTPTransport) (tokenTransport, error) {
-	if h == nil {
-		h = new(reverseproxy.HTTPTransport)
+// locate sets where the token endpoint is, or how it is found.
+func (t *Transport) locate(e *endpoint, transport tokenTransport) (err error) {
+	c := &e.credentials
+	permit := func(u *url.URL) error {
+		if u.Scheme != "https" && (c.method() == authTLS || c.BindCertificate) {
+			return errors.New("the client_certificate can be presented in TLS only; use https://")
+		}
+		if slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {
+			return nil
+		}
+		return checkPlaintext(u, transport.proxied)
 	}
-	config, err := json.Marshal(h) // before Provision: it writes its defaults there
+	if c.Issuer != "" {
+		issuer, err := parseIssuer(c.Issuer)
+		if err == nil {
+			err = permit(issuer)
+		}
+		if err != nil {
+			return fmt.Errorf("issuer: %w", err)
+		}
+		e.discovery = &discovery{issuer: issuer, credentials: c, transport: transport, permit: permit, logger: t.logger}
+		return nil
+	}
+	if e.url, err = parseTokenURL(c.TokenURL); err == nil {
+		err = permit(e.url)
+	}
 	if err != nil {
-		return tokenTransport{}, err
+		return fmt.Errorf("token_url: %w", err)
 	}
-	t.tokenTransports = append(t.tokenTransports, h)
-	return tokenTransport{h, config, usesProxy(h)}, h.Provision(ctx)
+	return nil
+}
+
+// provisionTokenTransport provisions the token_transport of c, or the default
+// transport if there is none.
+func (t *Transport) provisionTokenTransport(ctx caddy.Context, c Credentials) (tokenTransport, error) {
+	h := new(reverseproxy.HTTPTransport)
+	config, err := json.Marshal(cmp.Or(c.TokenTransport, h)) // before Provision: it writes its defaults there
+	if err != nil {
+		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
+	}
+	// A copy: those that inherit it may need one each.
+	if err := json.Unmarshal(config, h); err != nil {
+		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
+	}
+	if len(h.Versions) == 0 {
+		// Over HTTP/2, requests that end their connection take each other's away.
+		h.Versions = []string{"1.1"}
+	}
+	t.transports = append(t.transports, h)
+	proxied := usesProxy(h) // Provision forgets it
+	if err := h.Provision(ctx); err != nil {
+		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
+	}
+	if c.ClientCertificate != nil {
+		if err := presentCertificates(h); err != nil {
+			return tokenTransport{}, err
+		}
+	}
+	return tokenTransport{h, config, proxied}, nil
 }
 
 // parentHandler returns the handler that a transport which is being
@@ -173,6 +232,7 @@ func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 	for _, u := range handler.Upstreams {
 		if dial, err := parseDialAddress(repl, u.Dial); err == nil {
 			static[dial] = u.Dial
+			t.dials = append(t.dials, dial)
 		} else { // it depends on the request, which will be checked
 			complete = false
 			t.listedOnly = len(t.clients) > 0

@@ -209,9 +209,14 @@ func TestJSONIsCheckedLikeTheCaddyfile(t *testing.T) {
 		{"empty credentials", `{"credentials":{}}`, "token_url is missing"},
 		{"without client_secret", `{"credentials":{"token_url":"https://auth.example.com/token","client_id":"gateway"}}`, "client_secret is missing"},
 		{"auth_method none", `{"credentials":{"token_url":"https://auth.example.com/token","client_id":"gateway","auth_method":"none"}}`, ""},
-		{"auth_method none with client_secret", `{"credentials":{` + client + `,"auth_method":"none"}}`, "auth_method none sends no client_secret"},
-		{"auth_method of a later version", `{"credentials":{` + client + `,"auth_method":"tls_client_auth"}}`, "auth_method: unknown method 'tls_client_auth'"},
-		{"setting of a later version", `{"credentials":{"issuer":"https://auth.example.com"}}`, `unknown field "issuer"`},
+		{"auth_method none with client_secret", `{"credentials":{` + client + `,"auth_method":"none"}}`, "client_secret has no effect with auth_method none: remove one of the two"},
+		{"auth_method unknown", `{"credentials":{` + client + `,"auth_method":"self_signed_tls_client_auth"}}`, "auth_method: unknown method 'self_signed_tls_client_auth'"},
+		{"auth_method without what it needs", `{"credentials":{` + client + `,"auth_method":"tls_client_auth"}}`, "client_certificate is missing"},
+		{"setting unknown", `{"credentials":{"issuer_url":"https://auth.example.com"}}`, `unknown field "issuer_url"`},
+		{"assertion_lifetime too short", `{"credentials":{"token_url":"https://auth.example.com/token","client_id":"gateway","private_key":"k","assertion_lifetime":"29s"}}`, "assertion_lifetime: must be 30s at least, as the JWT is dated back by 10s"},
+		{"assertion_lifetime negative", `{"credentials":{"token_url":"https://auth.example.com/token","client_id":"gateway","private_key":"k","assertion_lifetime":-1}}`, "assertion_lifetime: must be 30s at least"},
+		{"basic_encoding raw with a colon", `{"credentials":{"token_url":"https://auth.example.com/token","client_id":"a:b","client_secret":"s","basic_encoding":"raw"}}`, "basic_encoding: raw can't send a client_id with a colon"},
+		{"client_certificate without a key", `{"credentials":{"token_url":"https://auth.example.com/token","client_id":"gateway","client_certificate":{"certificate":"c"}}}`, "client_certificate: name both the certificate and its key"},
 		{"setting out of place", `{` + client + `}`, "unknown field"},
 		{"setting of an upstream unknown", `{"upstreams":[{"addresses":["127.0.0.1:9000"],"client_name":"a"}]}`, `unknown field "client_name"`},
 		{"plaintext token_url", `{"credentials":{"token_url":"http://auth.example.com/token","client_id":"gateway","client_secret":"secret"}}`, "unencrypted"},
@@ -258,6 +263,40 @@ func TestJSONIsCheckedLikeTheCaddyfile(t *testing.T) {
 				t.Errorf("got %q, want no password in it", err)
 			}
 		})
+	}
+}
+
+// A key is read when the config is loaded. What can't be read must not keep
+// Caddy from loading another config: to open a pipe would never return.
+func TestFileThatIsNoneDoesNotHoldUpLoading(t *testing.T) {
+	dir := t.TempDir()
+	key := newKey(t)
+	certificate := writeFile(t, filepath.Join(dir, "crt"), certificatePEM(t, key))
+	keyFile := writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, key))
+	for name, file := range map[string]string{
+		"pipe": pipe(t, dir), "directory": dir, "endless": "/dev/zero", "too large": fileOfSize(t, dir, maxSecretFile+1),
+	} {
+		for _, test := range []struct{ settings, want string }{
+			{"private_key " + file, "private_key: "},
+			{"client_certificate " + file + " " + keyFile, "client_certificate, the certificate: "},
+			{"client_certificate " + certificate + " " + file, "client_certificate, its key: "},
+		} {
+			t.Run(name+" "+strings.TrimSuffix(test.want, ": "), func(t *testing.T) {
+				adapted := encode(t, adaptCaddyfile(t, proxyConfig("127.0.0.1:9000", "token_url https://auth.example.com/token\nclient_id gateway\n"+test.settings)))
+				transport := findModules(t, adapted, "handler", "reverse_proxy")[0]["transport"]
+				loaded := make(chan error, 1)
+				go func() {
+					_, _, err := loadTransport(t, "127.0.0.1:9000", transport)
+					loaded <- err
+				}()
+				select {
+				case err := <-loaded:
+					wantError(t, err, test.want+"reading the file that it names failed: it is no regular file of up to 1048576 bytes")
+				case <-time.After(patience):
+					t.Fatalf("got nothing in %v, want an error", patience)
+				}
+			})
+		}
 	}
 }
 
@@ -339,7 +378,7 @@ func TestNothingResolvedIsWrittenBack(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := transport.fallback.endpoint.id; got != "resolved-value" {
+	if got := transport.fallback.endpoint.credentials.ClientID; got != "resolved-value" {
 		t.Fatalf("got client_id %q, want that it was resolved", got)
 	}
 

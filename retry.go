@@ -106,7 +106,7 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 			out = expectContinue(out, body)
 		}
 	}
-	res, err = t.send(out)
+	res, err = t.send(out, cl, tok)
 	if body != nil && body.ignored.Load() {
 		cl.expectsNothing.Store(true)
 	}
@@ -144,7 +144,7 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 		t.setBody(out, body.again(), trailer)
 	}
 	go discard(res.Body)
-	res, err = t.send(out)
+	res, err = t.send(out, cl, next)
 	if err != nil {
 		return nil, conceal(sentBefore(err, body), next)
 	}

@@ -220,6 +220,66 @@ func readFile(t *testing.T, name string) string {
 	return string(content)
 }
 
+// An answer may have a megabyte. Of a code and a description no more is searched
+// for secrets than may be shown, and of a token nothing: to search takes many
+// times the memory of the text.
+func TestHugeAnswerIsCutBeforeItIsSearched(t *testing.T) {
+	const size = 500 << 10
+	huge := strings.Repeat("x ", size/2)
+	const hidden, beside = "the server's description repeats the client's credentials, and is not shown", "the server's description stands beside a token, and is not shown"
+	for _, test := range []struct {
+		name                    string
+		answer                  map[string]string
+		code, description, hint string
+	}{
+		{"description", map[string]string{"error": "invalid_scope", "error_description": huge}, "invalid_scope", huge[:400] + "…", "check scopes"},
+		{"secret where the description is shown", map[string]string{"error": "invalid_scope", "error_description": huge[:300] + canarySecret + huge}, "invalid_scope", hidden, "check scopes"},
+		{"secret where it is cut", map[string]string{"error": "invalid_scope", "error_description": huge[:396] + canarySecret + huge}, "invalid_scope", hidden, "check scopes"},
+		// That nothing is said of a secret there tells that nobody looked.
+		{"secret far behind", map[string]string{"error": "invalid_scope", "error_description": huge + canarySecret}, "invalid_scope", huge[:400] + "…", "check scopes"},
+		{"code", map[string]string{"error": huge}, strings.Repeat("x ", 32) + "…", "", ""},
+		{"code with a secret far behind", map[string]string{"error": huge + canarySecret}, strings.Repeat("x ", 32) + "…", "", ""},
+		{"code with a secret", map[string]string{"error": huge[:60] + canarySecret + huge}, codeHTTPStatus, "", ""},
+		{"token", map[string]string{"error": "invalid_scope", "error_description": "x", "access_token": huge}, "invalid_scope", beside, "check scopes"},
+		{"token with a secret", map[string]string{"error": "invalid_scope", "access_token": huge + canarySecret}, "invalid_scope", beside, "check scopes"},
+		{"all", map[string]string{"error": huge[:size/2], "error_description": huge[:size/2], "access_token": huge[:size/2]}, strings.Repeat("x ", 32) + "…", beside, ""},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			server := answering(http.StatusBadRequest, string(encode(t, test.answer)))
+			_, err := newTestClient(t, canaryCredentials(testTokenURL), server).endpoint.request(t.Context())
+			got := wantTokenError(t, err, test.code, true)
+			if got.Description != test.description || got.Hint != test.hint {
+				t.Errorf("got the description %q and the hint %q, want %q and %q", got.Description, got.Hint, test.description, test.hint)
+			}
+			wantNoCanary(t, err)
+		})
+	}
+}
+
+// The time goes where the memory goes, but memory can be counted.
+func TestHugeAnswerCostsNoMoreToSearch(t *testing.T) {
+	e := &endpoint{credentials: canaryCredentials(testTokenURL)}
+	allocations := func(member string, size int) float64 {
+		var text strings.Builder
+		for i := 0; text.Len() < size; i++ { // nothing in it repeats itself
+			fmt.Fprintf(&text, "%x-", i*i)
+		}
+		body := encode(t, map[string]string{"error": "invalid_scope", member: text.String()})
+		return testing.AllocsPerRun(5, func() {
+			a := &serverAnswer{status: http.StatusBadRequest, header: http.Header{}, body: body}
+			if _, err := e.read(mustParse(testTokenURL), a, confidential{canarySecret}); err == nil {
+				t.Errorf("%s: got a token, want an error", member)
+			}
+		})
+	}
+	for _, member := range []string{"error", "error_description", "access_token"} {
+		small, large := allocations(member, 8<<10), allocations(member, 500<<10)
+		if large > 2*small {
+			t.Errorf("%s: got %v allocations for 500 KiB, want about the %v for 8 KiB", member, large, small)
+		}
+	}
+}
+
 // A secret that stands in the config is the admin's to see there, and nobody
 // else's anywhere else.
 func TestLiteralSecretIsNotLogged(t *testing.T) {

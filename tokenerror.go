@@ -62,24 +62,14 @@ func (e *tokenError) Permanent() bool { return e.permanent }
 // RetryAfter is how long the server asked to be left alone; 0 if it did not.
 func (e *tokenError) RetryAfter() time.Duration { return e.retryAfter }
 
-// hints says for the codes of RFC 6749 §5.2 and RFC 8707 §2 what to change.
-var hints = map[string]string{
-	"invalid_client":         "check client_id, client_secret and auth_method",
-	"unauthorized_client":    "allow this client the client_credentials grant at the authorization server",
-	"invalid_scope":          "check scopes",
-	"invalid_target":         "check audience",
-	"invalid_request":        "check param and auth_method",
-	"unsupported_grant_type": "check token_url: the server does not offer the client_credentials grant there",
-}
-
 // transientCodes are those that a server sends with a status in the 400s
 // although it means its own state, not the request.
 var transientCodes = []string{"temporarily_unavailable", "server_error", "slow_down"}
 
 // classify decides whether an answer other than a token is permanent. A status
 // in the 500s, 408, 425 and 429 pass by themselves; what else the server
-// rejects, it will reject again.
-func (e *tokenError) classify() *tokenError {
+// rejects, it will reject again. c is what was rejected.
+func (e *tokenError) classify(c *Credentials) *tokenError {
 	switch {
 	case e.Status >= 500, e.Status == http.StatusRequestTimeout, e.Status == http.StatusTooEarly,
 		e.Status == http.StatusTooManyRequests:
@@ -88,7 +78,7 @@ func (e *tokenError) classify() *tokenError {
 		e.permanent = !slices.Contains(transientCodes, e.Code)
 	}
 	if e.permanent && e.Hint == "" {
-		e.Hint = hints[e.Code]
+		e.Hint = c.hint(e.Code)
 	}
 	return e
 }

@@ -113,8 +113,8 @@ var refusals = []struct {
 }{
 	{name: "moved", status: 301, body: canaryToken, code: codeHTTPStatus, permanent: true, want: "set token_url to the final address"},
 
-	{name: "invalid_request", status: 400, body: `{"error":"invalid_request"}`, code: "invalid_request", permanent: true, want: "(check param and auth_method)"},
-	{name: "invalid_client", status: 400, body: `{"error":"invalid_client"}`, code: "invalid_client", permanent: true, want: "(check client_id, client_secret and auth_method)"},
+	{name: "invalid_request", status: 400, body: `{"error":"invalid_request"}`, code: "invalid_request", permanent: true, want: "(check auth_method and scopes)"},
+	{name: "invalid_client", status: 400, body: `{"error":"invalid_client"}`, code: "invalid_client", permanent: true, want: "(check client_id, client_secret, auth_method and basic_encoding)"},
 	{name: "invalid_grant", status: 400, body: `{"error":"invalid_grant"}`, code: "invalid_grant", permanent: true},
 	{name: "unauthorized_client", status: 400, body: `{"error":"unauthorized_client"}`, code: "unauthorized_client", permanent: true, want: "(allow this client the client_credentials grant"},
 	{name: "unsupported_grant_type", status: 400, body: `{"error":"unsupported_grant_type"}`, code: "unsupported_grant_type", permanent: true, want: "(check token_url"},

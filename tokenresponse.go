@@ -69,7 +69,8 @@ func (r tokenResponse) grant() (grant, error) {
 	if err != nil {
 		return grant{}, err
 	}
-	return grant{accessToken: accessToken, lifetime: lifetime}, nil
+	scope, _ := r.str("scope") // is only shown
+	return grant{accessToken: accessToken, lifetime: lifetime, scope: clean(scope, 1000)}, nil
 }
 
 // lifetime reads expires_in, in seconds. The RFC means an integer; servers
@@ -119,6 +120,16 @@ func (r tokenResponse) str(name string) (string, error) {
 		return "", nil
 	}
 	return *s, nil
+}
+
+// hasToken tells whether an answer has a token, which an error has not.
+func (r tokenResponse) hasToken() bool {
+	for _, name := range []string{"access_token", "refresh_token", "id_token"} {
+		if _, ok := r[name]; ok {
+			return true
+		}
+	}
+	return false
 }
 
 // refusal reads the error members (RFC 6749 §5.2) and the other names under

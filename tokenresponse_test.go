@@ -8,6 +8,11 @@ import (
 	"unicode"
 )
 
+// granted is a grant without a scope.
+func granted(token string, lifetime time.Duration) grant {
+	return grant{accessToken: token, lifetime: lifetime}
+}
+
 // answers are bodies of answers with status 200. An error code marks the bad
 // ones; they are all transient, as nothing was refused, except those with an
 // error of the server's own.
@@ -18,39 +23,39 @@ var answers = []struct {
 	permanent  bool
 }{
 	// Good ones.
-	{name: "minimal", body: `{"access_token":"a"}`, want: grant{"a", 0}},
-	{name: "complete", body: goodAnswer, want: grant{"t0ken", time.Hour}},
-	{name: "white space around", body: "\r\n\t " + goodAnswer + "\n", want: grant{"t0ken", time.Hour}},
-	{name: "all characters of a token", body: `{"access_token":"!#$%&'()*+,-./:;<=>?@[]^_{|}~\"\\09AZaz"}`, want: grant{"!#$%&'()*+,-./:;<=>?@[]^_{|}~\"\\09AZaz", 0}},
-	{name: "escaped token", body: `{"access_token":"\u0061\/b"}`, want: grant{"a/b", 0}},
-	{name: "long token", body: `{"access_token":"` + strings.Repeat("x", 64<<10) + `"}`, want: grant{strings.Repeat("x", 64<<10), 0}},
-	{name: "unknown members", body: `{"access_token":"a","x":{"y":[1]},"refresh_token":1,"scope":null,"expires":-1}`, want: grant{"a", 0}},
-	{name: "type in lower case", body: `{"access_token":"a","token_type":"bearer"}`, want: grant{"a", 0}},
-	{name: "type in upper case", body: `{"access_token":"a","token_type":"BEARER"}`, want: grant{"a", 0}},
-	{name: "type null", body: `{"access_token":"a","token_type":null}`, want: grant{"a", 0}},
-	{name: "type empty", body: `{"access_token":"a","token_type":""}`, want: grant{"a", 0}},
-	{name: "error null", body: `{"access_token":"a","error":null,"error_description":null}`, want: grant{"a", 0}},
-	{name: "error empty", body: `{"access_token":"a","error":""}`, want: grant{"a", 0}},
+	{name: "minimal", body: `{"access_token":"a"}`, want: granted("a", 0)},
+	{name: "complete", body: goodAnswer, want: granted("t0ken", time.Hour)},
+	{name: "white space around", body: "\r\n\t " + goodAnswer + "\n", want: granted("t0ken", time.Hour)},
+	{name: "all characters of a token", body: `{"access_token":"!#$%&'()*+,-./:;<=>?@[]^_{|}~\"\\09AZaz"}`, want: granted("!#$%&'()*+,-./:;<=>?@[]^_{|}~\"\\09AZaz", 0)},
+	{name: "escaped token", body: `{"access_token":"\u0061\/b"}`, want: granted("a/b", 0)},
+	{name: "long token", body: `{"access_token":"` + strings.Repeat("x", 64<<10) + `"}`, want: granted(strings.Repeat("x", 64<<10), 0)},
+	{name: "unknown members", body: `{"access_token":"a","x":{"y":[1]},"refresh_token":1,"scope":null,"expires":-1}`, want: granted("a", 0)},
+	{name: "type in lower case", body: `{"access_token":"a","token_type":"bearer"}`, want: granted("a", 0)},
+	{name: "type in upper case", body: `{"access_token":"a","token_type":"BEARER"}`, want: granted("a", 0)},
+	{name: "type null", body: `{"access_token":"a","token_type":null}`, want: granted("a", 0)},
+	{name: "type empty", body: `{"access_token":"a","token_type":""}`, want: granted("a", 0)},
+	{name: "error null", body: `{"access_token":"a","error":null,"error_description":null}`, want: granted("a", 0)},
+	{name: "error empty", body: `{"access_token":"a","error":""}`, want: granted("a", 0)},
 	// The last one counts, as in encoding/json and most other decoders.
-	{name: "token twice", body: `{"access_token":"a","access_token":"b"}`, want: grant{"b", 0}},
-	{name: "lifetime twice", body: `{"access_token":"a","expires_in":1,"expires_in":2}`, want: grant{"a", 2 * time.Second}},
+	{name: "token twice", body: `{"access_token":"a","access_token":"b"}`, want: granted("b", 0)},
+	{name: "lifetime twice", body: `{"access_token":"a","expires_in":1,"expires_in":2}`, want: granted("a", 2*time.Second)},
 
-	{name: "lifetime float", body: `{"access_token":"a","expires_in":3600.0}`, want: grant{"a", time.Hour}},
-	{name: "lifetime with a fraction", body: `{"access_token":"a","expires_in":1.5}`, want: grant{"a", 1500 * time.Millisecond}},
-	{name: "lifetime with an exponent", body: `{"access_token":"a","expires_in":3.6e3}`, want: grant{"a", time.Hour}},
-	{name: "lifetime string", body: `{"access_token":"a","expires_in":"3600"}`, want: grant{"a", time.Hour}},
-	{name: "lifetime float in a string", body: `{"access_token":"a","expires_in":"3600.0"}`, want: grant{"a", time.Hour}},
-	{name: "lifetime string with spaces", body: `{"access_token":"a","expires_in":" 3600\n"}`, want: grant{"a", time.Hour}},
-	{name: "lifetime empty string", body: `{"access_token":"a","expires_in":""}`, want: grant{"a", 0}},
-	{name: "lifetime null", body: `{"access_token":"a","expires_in":null}`, want: grant{"a", 0}},
-	{name: "lifetime 0", body: `{"access_token":"a","expires_in":0}`, want: grant{"a", 0}},
-	{name: "lifetime -0", body: `{"access_token":"a","expires_in":-0.0}`, want: grant{"a", 0}},
-	{name: "lifetime too small to count", body: `{"access_token":"a","expires_in":1e-400}`, want: grant{"a", 0}},
-	{name: "lifetime above a float", body: `{"access_token":"a","expires_in":1e400}`, want: grant{"a", maxLifetime}},
-	{name: "lifetime above a float in a string", body: `{"access_token":"a","expires_in":"1e400"}`, want: grant{"a", maxLifetime}},
-	{name: "lifetime above an integer", body: `{"access_token":"a","expires_in":9223372036854775808}`, want: grant{"a", maxLifetime}},
-	{name: "lifetime of a thousand digits", body: `{"access_token":"a","expires_in":` + strings.Repeat("9", 1000) + `}`, want: grant{"a", maxLifetime}},
-	{name: "lifetime of 100 years", body: `{"access_token":"a","expires_in":3153600000}`, want: grant{"a", maxLifetime}},
+	{name: "lifetime float", body: `{"access_token":"a","expires_in":3600.0}`, want: granted("a", time.Hour)},
+	{name: "lifetime with a fraction", body: `{"access_token":"a","expires_in":1.5}`, want: granted("a", 1500*time.Millisecond)},
+	{name: "lifetime with an exponent", body: `{"access_token":"a","expires_in":3.6e3}`, want: granted("a", time.Hour)},
+	{name: "lifetime string", body: `{"access_token":"a","expires_in":"3600"}`, want: granted("a", time.Hour)},
+	{name: "lifetime float in a string", body: `{"access_token":"a","expires_in":"3600.0"}`, want: granted("a", time.Hour)},
+	{name: "lifetime string with spaces", body: `{"access_token":"a","expires_in":" 3600\n"}`, want: granted("a", time.Hour)},
+	{name: "lifetime empty string", body: `{"access_token":"a","expires_in":""}`, want: granted("a", 0)},
+	{name: "lifetime null", body: `{"access_token":"a","expires_in":null}`, want: granted("a", 0)},
+	{name: "lifetime 0", body: `{"access_token":"a","expires_in":0}`, want: granted("a", 0)},
+	{name: "lifetime -0", body: `{"access_token":"a","expires_in":-0.0}`, want: granted("a", 0)},
+	{name: "lifetime too small to count", body: `{"access_token":"a","expires_in":1e-400}`, want: granted("a", 0)},
+	{name: "lifetime above a float", body: `{"access_token":"a","expires_in":1e400}`, want: granted("a", maxLifetime)},
+	{name: "lifetime above a float in a string", body: `{"access_token":"a","expires_in":"1e400"}`, want: granted("a", maxLifetime)},
+	{name: "lifetime above an integer", body: `{"access_token":"a","expires_in":9223372036854775808}`, want: granted("a", maxLifetime)},
+	{name: "lifetime of a thousand digits", body: `{"access_token":"a","expires_in":` + strings.Repeat("9", 1000) + `}`, want: granted("a", maxLifetime)},
+	{name: "lifetime of 100 years", body: `{"access_token":"a","expires_in":3153600000}`, want: granted("a", maxLifetime)},
 
 	// Not an object.
 	{name: "nothing", body: "", code: codeInvalidResponse},
@@ -122,6 +127,7 @@ func TestTokenAnswerIsReadStrictly(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			cl := newTestClient(t, canaryCredentials("https://auth.example.com/token"), answering(http.StatusOK, test.body))
 			got, err := cl.endpoint.request(t.Context())
+			got.sent = time.Time{}
 			if got != test.want {
 				t.Errorf("request() = %v, want %v", got, test.want)
 			}
@@ -197,19 +203,19 @@ func FuzzTokenResponse(f *testing.F) {
 	for _, refusal := range refusals {
 		f.Add(refusal.status, refusal.header["Retry-After"], []byte(refusal.body))
 	}
-	e := &endpoint{url: mustParse("https://auth.example.com/token"), id: "id"}
-	sensitive := authenticate(authBasic, e.id, canarySecret, map[string][]string{}, http.Header{})
+	e := &endpoint{url: mustParse("https://auth.example.com/token")}
+	sensitive := authenticated(f, authBasic, "id", canarySecret, map[string][]string{}, http.Header{})
 
 	f.Fuzz(func(t *testing.T, status int, header string, body []byte) {
-		res := &http.Response{StatusCode: status, Header: http.Header{"Retry-After": {header}}}
-		got, err := e.read(res, body, sensitive)
+		a := &serverAnswer{status: status, header: http.Header{"Retry-After": {header}}, body: body}
+		got, err := e.read(e.url, a, sensitive)
 		if err != nil {
 			if got != (grant{}) {
 				t.Errorf("read() = %v beside an error, want none", got)
 			}
 			text := err.Error()
-			if len(text) > 600 {
-				t.Errorf("the error has %d bytes, want 600 at most", len(text))
+			if len(text) > 900 {
+				t.Errorf("the error has %d bytes, want 900 at most", len(text))
 			}
 			if strings.ContainsFunc(text, func(r rune) bool { return unicode.IsControl(r) || r == '\u2028' || r == '\u2029' }) {
 				t.Errorf("the error is %q, want no control characters", text)

@@ -2,6 +2,7 @@ package outboundauth
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -18,6 +19,8 @@ type token struct {
 	// Past refreshAt the token is replaced in the background, past usableTo
 	// it is not used any more: both leave the rest of its life as a reserve.
 	refreshAt, usableTo, expires time.Time
+
+	certificate *tls.Certificate // see grant
 }
 
 // Format keeps the token out of everything that prints values.
@@ -27,6 +30,11 @@ func (t *token) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("token")) }
 type grant struct {
 	accessToken string
 	lifetime    time.Duration // 0: the server named none
+	scope       string        // "": as asked for
+	sent        time.Time     // the request, if that was not at once
+
+	// What the token is bound to (RFC 8705 §3), or nil.
+	certificate *tls.Certificate
 }
 
 // requester makes the token requests of a source. A source is shared by all
@@ -185,6 +193,20 @@ func (s *tokenSource) Cached() *token {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.usable(time.Now())
+}
+
+// Ready is Token for those who can't wait: it returns nil if there is no token
+// at hand, and has it fetched in the background.
+func (s *tokenSource) Ready() *token {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	now := time.Now()
+	s.wanted = true
+	t := s.usable(now)
+	if (t == nil || !now.Before(t.refreshAt)) && !s.released && !s.backingOff(now) {
+		s.start(false)
+	}
+	return t
 }
 
 // Invalidate takes t, which an upstream refused, out of use. A token that has
@@ -361,6 +383,9 @@ func (s *tokenSource) request(ctx context.Context, a attempt) (grant, time.Time,
 			return err
 		})
 		if err == nil {
+			if !g.sent.IsZero() {
+				sent = g.sent
+			}
 			return g, sent, nil
 		}
 		if cause := context.Cause(ctx); errors.Is(cause, errReleased) {
@@ -445,6 +470,11 @@ func (s *tokenSource) newToken(g grant, sent, now time.Time) (*token, error) {
 		life = s.defaultLifetime
 	}
 	took := now.Sub(sent)
+	if g.certificate != nil { // nobody accepts the token without it
+		if left := g.certificate.Leaf.NotAfter.Sub(sent); left > 0 {
+			life = min(life, left)
+		}
+	}
 	usable := life - min(maxReserve, life/10)
 	if took >= usable {
 		return nil, fmt.Errorf("the token lives for %v, but took %v to get: nothing is left of it", life, took.Round(time.Millisecond))
@@ -470,5 +500,7 @@ func (s *tokenSource) newToken(g grant, sent, now time.Time) (*token, error) {
 		refreshAt: sent.Add(refresh),
 		usableTo:  sent.Add(usable),
 		expires:   sent.Add(life),
+
+		certificate: g.certificate,
 	}, nil
 }

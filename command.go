@@ -1,0 +1,373 @@
+package outboundauth
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"maps"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode"
+
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+)
+
+// exitNoToken is the exit status if the config is good, but a token was not
+// obtained.
+const exitNoToken = 2
+
+func init() {
+	caddycmd.RegisterCommand(caddycmd.Command{
+		Name:  "oauth2-token",
+		Usage: "[--config <path>] [--adapter <name>] [--upstream <address>] [--show-token] [--json]",
+		Short: "Obtains the access tokens of a config, and shows what comes back",
+		Long: `
+Loads the config like 'caddy validate', makes one token request for each OAuth
+client in it, exactly as the gateway would, and shows the endpoint, the client,
+the granted scopes and the lifetime, and header and claims of a token that is a
+JWT. If there is no token, it shows why, and what to change.
+
+The config is the Caddyfile of the current directory unless --config names
+another. --upstream picks the client of one upstream, written as in
+reverse_proxy. The token itself is shown only with --show-token.
+
+Placeholders are replaced in the environment of the command: {env.*} are its
+own variables, and files have to be readable by its user.
+
+The exit status is 0 if all tokens were obtained, 1 if the config can't be
+loaded, and 2 if a token was not obtained.`,
+		Flags: func() *flag.FlagSet {
+			fs := flag.NewFlagSet("oauth2-token", flag.ExitOnError)
+			fs.String("config", "", "Configuration file")
+			fs.String("adapter", "", "Name of the config adapter")
+			fs.String("upstream", "", "Only for the client of this upstream")
+			fs.Bool("show-token", false, "Show the token itself")
+			fs.Bool("json", false, "Write JSON")
+			return fs
+		}(),
+		Func: func(fl caddycmd.Flags) (int, error) {
+			config, err := readConfig(fl.String("config"), fl.String("adapter"))
+			if err != nil {
+				return caddy.ExitCodeFailedStartup, err
+			}
+			reports, err := requestTokens(config, fl.String("upstream"))
+			if err != nil {
+				return caddy.ExitCodeFailedStartup, err
+			}
+			return writeReports(os.Stdout, reports, fl.Bool("show-token"), fl.Bool("json"))
+		},
+	})
+}
+
+// readConfig reads a config file; by default the Caddyfile in the current
+// directory.
+func readConfig(file, adapter string) (*caddy.Config, error) {
+	if file == "" {
+		file = "Caddyfile"
+		if _, err := os.Stat(file); err != nil {
+			return nil, errors.New("there is no Caddyfile in the current directory; name the config with --config")
+		}
+	}
+	raw, _, _, err := caddycmd.LoadConfig(file, adapter)
+	if err != nil {
+		return nil, err
+	}
+	config := new(caddy.Config)
+	if err := caddy.StrictUnmarshalJSON(caddy.RemoveMetaFields(raw), config); err != nil {
+		return nil, fmt.Errorf("decoding config: %w", err)
+	}
+	return config, nil
+}
+
+// requestTokens provisions a config and requests the tokens of its clients, or
+// of the one of the upstream that is named.
+func requestTokens(config *caddy.Config, upstream string) ([]tokenReport, error) {
+	// Neither the config's own admin API nor its logs: the gateway may be running.
+	config.Admin = &caddy.AdminConfig{Disabled: true}
+	config.Logging = &caddy.Logging{Logs: map[string]*caddy.CustomLog{
+		caddy.DefaultLoggerName: {BaseLog: caddy.BaseLog{Level: "ERROR"}}, // the report says it all
+	}}
+	before := loadedTransports()
+	if _, err := caddy.ProvisionContext(config); err != nil {
+		return nil, err
+	}
+	var transports []*Transport
+	for _, t := range loadedTransports() {
+		if !slices.Contains(before, t) {
+			transports = append(transports, t)
+			defer t.Cleanup() //nolint:errcheck // the command ends
+		}
+	}
+	if len(transports) == 0 {
+		return nil, errors.New("the config has no transport oauth2")
+	}
+	clients, err := selectClients(transports, upstream)
+	if err != nil {
+		return nil, err
+	}
+	reports := make([]tokenReport, len(clients))
+	for i, c := range clients {
+		reports[i] = c.report()
+	}
+	return reports, nil
+}
+
+// upstreamClient is a client and the upstreams that get its token.
+type upstreamClient struct {
+	*client
+	upstreams []string
+}
+
+// selectClients returns the clients of all upstreams, or of one, in the order
+// of the config. Equal clients have one token, and are one.
+func selectClients(transports []*Transport, upstream string) ([]*upstreamClient, error) {
+	wanted, err := parseUpstream(upstream)
+	if err != nil {
+		return nil, err
+	}
+	var selected []*upstreamClient
+	byKey := make(map[sourceKey]*upstreamClient)
+	known := make(map[string]bool)
+	off := false
+	for _, t := range transports {
+		for _, dial := range t.addresses() {
+			known[dial.address] = true
+			cl, listed := t.clients[dial]
+			if !listed {
+				cl = t.fallback
+			}
+			if upstream != "" && dial != wanted {
+				continue
+			}
+			if cl == nil {
+				off = true
+				continue
+			}
+			if _, ok := byKey[cl.key]; !ok {
+				byKey[cl.key] = &upstreamClient{client: cl}
+				selected = append(selected, byKey[cl.key])
+			}
+			if c := byKey[cl.key]; !slices.Contains(c.upstreams, dial.address) {
+				c.upstreams = append(c.upstreams, dial.address)
+			}
+		}
+		// Upstreams that the config does not name get the token of this one.
+		if cl := t.fallback; cl != nil && !cl.spare && upstream == "" && byKey[cl.key] == nil {
+			byKey[cl.key] = &upstreamClient{client: cl}
+			selected = append(selected, byKey[cl.key])
+		}
+	}
+	switch {
+	case len(selected) > 0:
+		return selected, nil
+	case upstream == "":
+		return nil, errors.New("all upstreams are off: there is no token to obtain")
+	case off:
+		return nil, fmt.Errorf("--upstream %s: it is off, and gets no token", upstream)
+	case len(known) == 0:
+		return nil, fmt.Errorf("--upstream %s: all upstreams are dynamic; leave it out", upstream)
+	}
+	return nil, fmt.Errorf("--upstream %s: the config has no such upstream; it has %s",
+		upstream, strings.Join(slices.Sorted(maps.Keys(known)), ", "))
+}
+
+// parseUpstream reads an address as reverse_proxy does; "" is none.
+func parseUpstream(upstream string) (dialAddress, error) {
+	if upstream == "" {
+		return dialAddress{}, nil
+	}
+	tokens, err := caddyfile.Tokenize([]byte("reverse_proxy "+strconv.Quote(upstream)), "--upstream")
+	if err != nil {
+		return dialAddress{}, err
+	}
+	var proxy reverseproxy.Handler
+	if err := proxy.UnmarshalCaddyfile(caddyfile.NewDispenser(tokens)); err != nil {
+		return dialAddress{}, err
+	}
+	if len(proxy.Upstreams) != 1 {
+		return dialAddress{}, errors.New("--upstream: name a single upstream")
+	}
+	return parseDialAddress(caddy.NewReplacer(), proxy.Upstreams[0].Dial)
+}
+
+// tokenReport is what a token request of a client gave.
+type tokenReport struct {
+	Upstreams     []string `json:"upstreams,omitempty"`
+	TokenEndpoint string   `json:"token_endpoint"`
+	Issuer        string   `json:"issuer,omitempty"`
+	ClientID      string   `json:"client_id,omitempty"`
+	AuthMethod    string   `json:"auth_method,omitempty"`
+	GrantType     string   `json:"grant_type"`
+	Scopes        []string `json:"scopes,omitempty"` // asked for
+
+	Granted  string     `json:"granted_scope,omitempty"`
+	Lifetime float64    `json:"lifetime,omitempty"` // seconds
+	Expires  *time.Time `json:"expires,omitempty"`
+	Renewal  *time.Time `json:"renewal,omitempty"`
+
+	Token  string         `json:"token,omitempty"`
+	Header map[string]any `json:"header,omitempty"`
+	Claims map[string]any `json:"claims,omitempty"`
+
+	Error *reportedError `json:"error,omitempty"`
+
+	length int // of the token
+}
+
+type reportedError struct {
+	Code        string `json:"code"`
+	Description string `json:"description,omitempty"`
+	Status      int    `json:"status,omitempty"`
+	Hint        string `json:"hint,omitempty"`
+}
+
+// report requests a token as the source would, but once, and tells what came.
+func (c *upstreamClient) report() tokenReport {
+	credentials := &c.endpoint.credentials
+	r := tokenReport{
+		Upstreams:  c.upstreams,
+		Issuer:     credentials.Issuer,
+		ClientID:   credentials.ClientID,
+		AuthMethod: credentials.method(),
+		GrantType:  credentials.grant(),
+		Scopes:     credentials.Scopes,
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), c.source.fetchTimeout)
+	defer cancel()
+	sent := time.Now()
+	g, err := c.endpoint.request(ctx)
+	r.TokenEndpoint = c.endpoint.knownURL()
+	var t *token
+	if err == nil {
+		t, err = c.source.newToken(g, sent, time.Now())
+	}
+	if err != nil {
+		r.Error = reportError(err)
+		return r
+	}
+	r.Granted = cmp.Or(g.scope, strings.Join(credentials.Scopes, " "))
+	r.Lifetime = t.expires.Sub(sent).Round(time.Second).Seconds()
+	r.Expires, r.Renewal = &t.expires, &t.refreshAt
+	r.Token, r.length = t.value, len(t.value)
+	r.Header, r.Claims, _ = decodeJWT(t.value)
+	return r
+}
+
+func reportError(err error) *reportedError {
+	if failure, ok := errors.AsType[*tokenError](err); ok {
+		return &reportedError{failure.Code, failure.Description, failure.Status, failure.remedy()}
+	}
+	return &reportedError{Code: codeInvalidResponse, Description: err.Error()}
+}
+
+// writeReports writes the reports for people or, as JSON, for programs, and
+// returns the exit status.
+func writeReports(w io.Writer, reports []tokenReport, showToken, asJSON bool) (status int, err error) {
+	failed := 0
+	for i := range reports {
+		if reports[i].Error != nil {
+			failed++
+		}
+		if !showToken {
+			reports[i].Token = ""
+		}
+	}
+	if asJSON {
+		var b bytes.Buffer
+		encoder := json.NewEncoder(&b)
+		encoder.SetIndent("", "  ")
+		encoder.SetEscapeHTML(false)
+		if err = encoder.Encode(reports); err == nil {
+			_, err = w.Write(bytes.Map(printable, b.Bytes()))
+		}
+	} else {
+		for i := range reports {
+			if i > 0 && err == nil {
+				_, err = fmt.Fprintln(w)
+			}
+			if err == nil {
+				err = reports[i].write(w)
+			}
+		}
+	}
+	if err != nil {
+		return caddy.ExitCodeFailedStartup, err
+	}
+	if failed > 0 {
+		return exitNoToken, fmt.Errorf("no token for %d of %d clients", failed, len(reports))
+	}
+	return caddy.ExitCodeSuccess, nil
+}
+
+// printable replaces what a terminal may take for a command, or for nothing:
+// scopes and claims come from the server.
+func printable(r rune) rune {
+	if r != '\n' && !unicode.IsPrint(r) {
+		return unicode.ReplacementChar
+	}
+	return r
+}
+
+// write writes one report as lines of a name and a value.
+func (r *tokenReport) write(w io.Writer) error {
+	var b strings.Builder
+	line := func(name, value string) {
+		if value != "" {
+			fmt.Fprintf(&b, "%-16s %s\n", name, strings.Map(printable, value))
+		}
+	}
+	line("upstreams", strings.Join(r.Upstreams, ", "))
+	line("issuer", r.Issuer)
+	line("token endpoint", r.TokenEndpoint)
+	line("client", r.ClientID)
+	line("auth method", cmp.Or(r.AuthMethod, "the assertion alone"))
+	line("grant", r.GrantType)
+	line("scopes", strings.Join(r.Scopes, " "))
+	if e := r.Error; e != nil {
+		code := e.Code
+		if e.Status != 0 {
+			code += fmt.Sprintf(" (status %d)", e.Status)
+		}
+		line("error", code)
+		line("", e.Description)
+		line("what to change", e.Hint)
+	} else {
+		line("granted", r.Granted)
+		line("lifetime", fmt.Sprint(time.Duration(r.Lifetime)*time.Second))
+		line("expires", r.Expires.Local().Format(time.RFC3339))
+		line("renewal", r.Renewal.Local().Format(time.RFC3339))
+		kind := "opaque"
+		if r.Claims != nil {
+			kind = "a JWT"
+		}
+		line("token", fmt.Sprintf("%s, %d characters", kind, r.length))
+		line("", r.Token)
+		for _, part := range []struct {
+			name string
+			of   map[string]any
+		}{{"header", r.Header}, {"claims", r.Claims}} {
+			if part.of == nil {
+				continue
+			}
+			indented, err := json.MarshalIndent(part.of, strings.Repeat(" ", 17), "  ")
+			if err != nil {
+				return err
+			}
+			line(part.name, string(indented))
+		}
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}

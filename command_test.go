@@ -1,0 +1,202 @@
+package outboundauth
+
+import (
+	"bytes"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// runTokenCommand does what `caddy oauth2-token` does with a site.
+func runTokenCommand(t *testing.T, site, upstream string, showToken, asJSON bool) (output string, status int, err error) {
+	t.Helper()
+	config := adaptCaddyfile(t, "{\nauto_https off\n}\nhttp://127.0.0.1:1 {\n"+site+"\n}")
+	reports, err := requestTokens(config, upstream)
+	if err != nil {
+		return "", caddy.ExitCodeFailedStartup, err
+	}
+	var b bytes.Buffer
+	status, err = writeReports(&b, reports, showToken, asJSON)
+	return b.String(), status, err
+}
+
+// issuing answers with a token.
+func issuing(token string) func(http.ResponseWriter, tokenRequest) bool {
+	return func(w http.ResponseWriter, _ tokenRequest) bool {
+		fmt.Fprintf(w, `{"access_token":%q,"token_type":"Bearer","expires_in":3600,"scope":"read"}`, token)
+		return true
+	}
+}
+
+const threeOfTwoClients = `reverse_proxy 127.0.0.1:9000 127.0.0.1:9001 127.0.0.1:9002 127.0.0.1:9003 {
+	transport oauth2 {
+		token_url $AUTH/token?key=canary-query
+		client_id first
+		client_secret canary-secret
+		scopes read write
+		upstream 127.0.0.1:9001 {
+			client_id second
+		}
+		upstream 127.0.0.1:9003 off
+	}
+}`
+
+func TestTokenCommandShowsWhatTheGatewayGets(t *testing.T) {
+	auth := newAuthServer(t)
+	output, status, err := runTokenCommand(t, expand(threeOfTwoClients, "$AUTH", auth.URL), "", false, false)
+	if err != nil || status != caddy.ExitCodeSuccess {
+		t.Fatalf("got status %d, err %v, want 0", status, err)
+	}
+	for _, want := range []string{
+		"upstreams        127.0.0.1:9000, 127.0.0.1:9002\ntoken endpoint   " + auth.URL + "/token\nclient           first\n",
+		"upstreams        127.0.0.1:9001\n", "client           second\n",
+		"auth method      client_secret_basic\ngrant            client_credentials\nscopes           read write\ngranted          read write\nlifetime         1h0m0s\n",
+		"token            opaque, 2", // and something characters
+	} {
+		if !strings.Contains(output, want) {
+			t.Errorf("got\n%s\nwant %q in it", output, want)
+		}
+	}
+	if strings.Contains(output, "canary") {
+		t.Errorf("got\n%s\nwant neither token, secret nor query", output)
+	}
+	auth.wantAsked(t, 2)
+	if left := loadedTransports(); len(left) != 0 {
+		t.Errorf("got %d transports left, want none", len(left))
+	}
+}
+
+func TestTokenCommandDecodesJWTs(t *testing.T) {
+	segment := func(text string) string { return base64.RawURLEncoding.EncodeToString([]byte(text)) }
+	jwt := segment(`{"alg":"RS256","kid":"k1"}`) + "." + segment(`{"aud":"orders","exp":1}`) + ".c2lnbmF0dXJl"
+	for _, token := range []string{jwt, "opaque.but.dotted"} {
+		auth := newAuthServer(t)
+		auth.script(issuing(token))
+		site := expand(threeOfTwoClients, "$AUTH", auth.URL)
+		output, _, err := runTokenCommand(t, site, "127.0.0.1:9000", false, false)
+		if err != nil || strings.Contains(output, token) || !strings.Contains(output, "granted          read\n") {
+			t.Errorf("got %v and\n%s\nwant the granted scope, and no token", err, output)
+		}
+		if got := strings.Contains(output, `"aud": "orders"`) && strings.Contains(output, `"kid": "k1"`); got != (token == jwt) {
+			t.Errorf("got header and claims: %v, for %q\n%s", got, token, output)
+		}
+		if output, _, err = runTokenCommand(t, site, "127.0.0.1:9000", true, false); err != nil || !strings.Contains(output, " "+token+"\n") {
+			t.Errorf("got %v and\n%s\nwant the token", err, output)
+		}
+	}
+}
+
+func TestTokenCommandWritesJSON(t *testing.T) {
+	for _, show := range []bool{false, true} {
+		auth := newAuthServer(t)
+		auth.script(issuing("canary-token"))
+		output, _, err := runTokenCommand(t, expand(threeOfTwoClients, "$AUTH", auth.URL), "", show, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var reports []map[string]any
+		if err := json.Unmarshal([]byte(output), &reports); err != nil || len(reports) != 2 {
+			t.Fatalf("got %d reports, err %v, want 2", len(reports), err)
+		}
+		for field, want := range map[string]any{
+			"client_id": "first", "token_endpoint": auth.URL + "/token", "lifetime": 3600.0, "granted_scope": "read",
+			"auth_method": "client_secret_basic", "token": map[bool]any{true: "canary-token"}[show],
+		} {
+			if got := reports[0][field]; got != want {
+				t.Errorf("%s: got %v, want %v", field, got, want)
+			}
+		}
+	}
+}
+
+func TestTokenCommandSaysWhatToChange(t *testing.T) {
+	for _, test := range []struct {
+		name   string
+		answer func(http.ResponseWriter, tokenRequest) bool
+		want   string
+	}{
+		{"rejected", refusing(401, `{"error":"invalid_client","error_description":"no canary-secret"}`), "check client_id, client_secret, auth_method and basic_encoding"},
+		{"scope", refusing(400, `{"error":"invalid_scope"}`), "check scopes"},
+		{"empty 403", refusing(403, ``), "check client_id, client_secret"},
+		{"fault", refusing(503, ``), "who runs the authorization server"},
+		{"too many", refusing(429, ``), "limits the rate"},
+		{"no token", refusing(200, `<html>`), "check token_url"},
+		{"not mapped", refusing(400, `{"error":"account_locked"}`), "ask who runs"},
+		{"other type", refusing(200, `{"access_token":"a","token_type":"mac"}`), "check token_url"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			auth := newAuthServer(t)
+			auth.script(test.answer)
+			output, status, err := runTokenCommand(t, expand(threeOfTwoClients, "$AUTH", auth.URL), "127.0.0.1:9000", true, false)
+			if status != exitNoToken || err == nil {
+				t.Errorf("got status %d, err %v, want %d", status, err, exitNoToken)
+			}
+			if _, hint, _ := strings.Cut(output, "\nwhat to change   "); !strings.Contains(hint, test.want) {
+				t.Errorf("got\n%s\nwant %q to be changed", output, test.want)
+			}
+			if strings.Contains(output, "canary") {
+				t.Errorf("got\n%s\nwant nothing secret", output)
+			}
+			auth.wantAsked(t, 1)
+		})
+	}
+}
+
+func TestTokenCommandPicksAnUpstream(t *testing.T) {
+	auth := newAuthServer(t)
+	site := expand(threeOfTwoClients, "$AUTH", auth.URL)
+	for _, test := range []struct{ upstream, want, err string }{
+		{"127.0.0.1:9001", "second", ""},
+		{"http://127.0.0.1:9002", "first", ""},
+		{"127.0.0.1:9003", "", "it is off"},
+		{"127.0.0.1:9004", "", "has no such upstream; it has 127.0.0.1:9000, 127.0.0.1:9001, 127.0.0.1:9002, 127.0.0.1:9003"},
+		{"127.0.0.1:9000-9001", "", "single"},
+		{"https://127.0.0.1:9000/path", "", "path"},
+	} {
+		output, _, err := runTokenCommand(t, site, test.upstream, false, false)
+		wantError(t, err, test.err)
+		if test.want != "" && (!strings.Contains(output, "client           "+test.want+"\n") || strings.Count(output, "client  ") != 1) {
+			t.Errorf("%s: got\n%s\nwant the client %s only", test.upstream, output, test.want)
+		}
+	}
+}
+
+func TestTokenCommandWithoutAClient(t *testing.T) {
+	for _, test := range []struct{ site, want string }{
+		{"respond ok", "no transport oauth2"},
+		{"reverse_proxy 127.0.0.1:9000 {\ntransport oauth2 {\nupstream 127.0.0.1:9000 off\n}\n}", "all upstreams are off"},
+	} {
+		_, _, err := runTokenCommand(t, test.site, "", false, false)
+		wantError(t, err, test.want)
+	}
+}
+
+func TestTokenCommandReadsTheConfig(t *testing.T) {
+	t.Chdir(t.TempDir())
+	_, err := readConfig("", "")
+	wantError(t, err, "--config")
+	if err := os.WriteFile("Caddyfile", []byte(":80 {\nrespond ok\n}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if config, err := readConfig("", ""); err != nil || config.AppsRaw["http"] == nil {
+		t.Errorf("got %v, err %v, want the Caddyfile of the directory", config, err)
+	}
+	file := filepath.Join(t.TempDir(), "caddy.json")
+	if err := os.WriteFile(file, []byte(`{"@id": "mine", "apps": {}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err = readConfig(file, "")
+	wantError(t, err, "")
+	if err := os.WriteFile(file, []byte(`{"aps": {}}`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err = readConfig(file, "")
+	wantError(t, err, "decoding config")
+}

@@ -1,0 +1,227 @@
+package outboundauth
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// discovery finds the token endpoint of an issuer for one client. It is safe
+// for concurrent use.
+type discovery struct {
+	issuer      *url.URL
+	credentials *Credentials
+	transport   http.RoundTripper
+	permit      func(*url.URL) error // what may be sent secrets
+	logger      *zap.Logger
+
+	*issuerMetadata
+
+	found  atomic.Pointer[url.URL] // last
+	warned atomic.Pointer[string]  // of what the server does not list, last
+}
+
+// parseIssuer parses an issuer identifier (RFC 8414 §2).
+func parseIssuer(raw string) (*url.URL, error) {
+	u, err := url.Parse(raw)
+	switch {
+	case err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Hostname() == "":
+		return nil, errors.New("must be an absolute URL, such as https://auth.example.com")
+	case u.User != nil:
+		return nil, errors.New("must hold no user and password; use client_id and client_secret")
+	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.HasSuffix(raw, "#"):
+		return nil, errors.New("must have no query and no fragment (RFC 8414 section 2)")
+	}
+	return u, nil
+}
+
+// tokenEndpoint returns the URL of the token endpoint, for requests that
+// present what ctx says.
+func (d *discovery) tokenEndpoint(ctx context.Context) (*url.URL, error) {
+	m, err := d.get(ctx, d.lookUp, d.logger)
+	if err != nil && err == ctx.Err() { //nolint:errorlint // get returns it as it is
+		err = &tokenError{Endpoint: d.issuer.Host, Code: codeTimeout, Description: "looking up the token endpoint took too long"}
+	}
+	if err != nil {
+		return nil, err
+	}
+	u, err := d.read(m)
+	if err != nil {
+		d.expire()
+		return nil, err
+	}
+	d.found.Store(u)
+	d.check(m)
+	return u, nil
+}
+
+// wellKnown returns where the metadata may be: by RFC 8414 §3.1 between host
+// and path, by OpenID Connect Discovery §4 behind the path.
+func wellKnown(issuer *url.URL) []*url.URL {
+	oauth, openid := *issuer, *issuer
+	path := strings.TrimSuffix(issuer.EscapedPath(), "/")
+	set := func(u *url.URL, escaped string) {
+		u.RawPath = escaped
+		u.Path, _ = url.PathUnescape(escaped) // it was escaped by net/url
+	}
+	set(&oauth, "/.well-known/oauth-authorization-server"+path)
+	set(&openid, path+"/.well-known/openid-configuration")
+	return []*url.URL{&oauth, &openid}
+}
+
+// lookUp fetches the metadata. A server may publish it at one place only.
+func (d *discovery) lookUp(ctx context.Context) (*metadata, error) {
+	var told *tokenError
+	for _, u := range wellKnown(d.issuer) {
+		m, err := d.fetch(ctx, u)
+		if err == nil {
+			return m, nil
+		}
+		if told == nil || tellsMore(err, told) {
+			told = err
+		}
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, told
+}
+
+// tellsMore tells whether the error of the second place says more than that of
+// the first: metadata with a fault does, and then a fault that will pass. A
+// place without metadata says nothing if the other may have it.
+func tellsMore(second, first *tokenError) bool {
+	rank := func(e *tokenError) int {
+		switch {
+		case e.Status == http.StatusOK:
+			return 2
+		case !e.permanent:
+			return 1
+		}
+		return 0
+	}
+	return rank(second) > rank(first)
+}
+
+// fetch fetches the metadata from one place.
+func (d *discovery) fetch(ctx context.Context, u *url.URL) (*metadata, *tokenError) {
+	a, err := exchange(ctx, d.transport, newServerRequest(ctx, http.MethodGet, u, http.Header{}, ""))
+	if err != nil {
+		failure := networkError(ctx, u.Host, err)
+		failure.Description = "looking up the token endpoint: " + failure.Description
+		return nil, failure
+	}
+	failure := &tokenError{
+		Endpoint: u.Host, Status: a.status, Code: codeInvalidResponse,
+		Hint: "check issuer, or set token_url instead",
+	}
+	if a.status != http.StatusOK {
+		failure.Code = codeHTTPStatus
+		failure.Description = "there is no metadata of the issuer"
+		failure.retryAfter = parseRetryAfter(a.header, time.Now())
+		return nil, failure.classify(nil)
+	}
+	m := new(metadata)
+	switch {
+	case len(a.body) > maxTokenResponse || json.Unmarshal(a.body, m) != nil:
+		failure.Description = "the issuer's metadata is not a JSON object that can be read"
+	case m.Issuer == "":
+		failure.Description = "what is in the place of the issuer's metadata names no issuer"
+	case m.Issuer != d.credentials.Issuer:
+		// RFC 8414 §3.3: or the metadata of one issuer could be another's.
+		failure.Code, failure.permanent = codeConfiguration, true
+		failure.Description = fmt.Sprintf("the metadata is that of another issuer, %q", clean(m.Issuer, 200))
+		failure.Hint = "set issuer to exactly that, if it is the one that is meant"
+	default:
+		return m, nil
+	}
+	return nil, failure
+}
+
+// read returns the token endpoint for this client.
+func (d *discovery) read(m *metadata) (*url.URL, error) {
+	raw := m.TokenEndpoint
+	if (d.credentials.ClientCertificate != nil || d.credentials.presentsOther()) && m.MTLS.TokenEndpoint != "" {
+		raw = m.MTLS.TokenEndpoint // RFC 8705 §5
+	}
+	u, err := parseTokenURL(raw)
+	if err == nil {
+		err = d.permit(u)
+	}
+	if err == nil {
+		err = d.keepOut(u)
+	}
+	if err != nil {
+		return nil, &tokenError{
+			Endpoint: d.issuer.Host, Status: http.StatusOK, Code: codeInvalidResponse,
+			Description: "the token_endpoint in the issuer's metadata: " + clean(err.Error(), 200),
+			Hint:        "check issuer, or set token_url instead",
+		}
+	}
+	return u, nil
+}
+
+// keepOut refuses token endpoints that a server somewhere else has no reason
+// to name: the secrets would go unencrypted, or a service of this machine, such
+// as Caddy's admin API, would be sent requests.
+func (d *discovery) keepOut(u *url.URL) error {
+	switch {
+	case d.issuer.Scheme == "https" && u.Scheme != "https":
+		return errors.New("is not encrypted, though the issuer is")
+	case staysOnMachine("tcp", u.Hostname()) && !staysOnMachine("tcp", d.issuer.Hostname()):
+		return errors.New("is on this machine, though the issuer is not")
+	}
+	return nil
+}
+
+// check warns, once, of an authentication that the server says it does not
+// support. It is tried all the same: what servers publish is not always true.
+func (d *discovery) check(m *metadata) {
+	method, setting := d.credentials.method(), ""
+	var supported []string
+	switch {
+	case method != authByGrant && method != authNone && len(m.AuthMethods) > 0 && !supports(m.AuthMethods, method):
+		setting, supported = "auth_method", m.AuthMethods
+	case (method == authKeyJWT || method == authSecretJWT) && d.credentials.SigningAlg != "" &&
+		len(m.SigningAlgs) > 0 && !slices.Contains(m.SigningAlgs, d.credentials.SigningAlg):
+		setting, supported = "signing_alg", m.SigningAlgs
+	}
+	names := clean(strings.Join(supported, " "), 300)
+	now := setting + " " + names
+	before := d.warned.Swap(&now)
+	if setting == "" || (before != nil && *before == now) {
+		return
+	}
+	d.logger.Warn("the authorization server does not list what is configured; check "+setting,
+		zap.String("issuer", d.credentials.Issuer), zap.String("client_id", d.credentials.ClientID),
+		zap.String("auth_method", method), zap.String("supported", names))
+}
+
+// supports tells whether a list of methods has this one. Certificates that are
+// self-signed have a name of their own there (RFC 8705 §2.2).
+func supports(methods []string, method string) bool {
+	return slices.Contains(methods, method) || (method == authTLS && slices.Contains(methods, "self_signed_tls_client_auth"))
+}
+
+// mayHaveMoved tells whether a token request failed in a way that another
+// token endpoint would explain.
+func mayHaveMoved(err error) bool {
+	failure, ok := errors.AsType[*tokenError](err)
+	if !ok {
+		return false
+	}
+	switch failure.Status {
+	case 0, http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusGone, http.StatusMisdirectedRequest:
+		return failure.Code != codeConfiguration
+	}
+	return failure.Code == codeInvalidResponse || (failure.Status >= 300 && failure.Status < 400)
+}

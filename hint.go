@@ -1,0 +1,153 @@
+package outboundauth
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"time"
+)
+
+// hint says what to change when the authorization server answers with a code
+// (RFC 6749 §5.2, RFC 8707 §2, RFC 7523 §3.1); "" for one that is not known.
+func (c *Credentials) hint(code string) string {
+	if c == nil {
+		return ""
+	}
+	switch code {
+	case "invalid_client":
+		return "check " + c.clientSettings()
+	case "invalid_grant":
+		if c.grantsByJWT() {
+			return "check " + c.grantSettings()
+		}
+	case "unauthorized_client":
+		if c.grantsByJWT() {
+			return "allow this client the jwt-bearer grant for this subject at the authorization server"
+		}
+		return "allow this client the client_credentials grant at the authorization server"
+	case "unsupported_grant_type":
+		server := "token_url"
+		if c.Issuer != "" {
+			server = "issuer"
+		}
+		return fmt.Sprintf("check %s and grant_type: the server does not offer the %s grant there", server, c.grant())
+	case "invalid_scope":
+		return "check scopes"
+	case "invalid_target":
+		return "check audience and resource"
+	case "invalid_request":
+		return "check " + c.requestSettings()
+	case "use_dpop_nonce", "invalid_dpop_proof":
+		return "register the client without DPoP: the tokens here are bearer tokens"
+	}
+	return ""
+}
+
+// requestSettings names the settings that a request is made of.
+func (c *Credentials) requestSettings() string {
+	names := []string{"auth_method", "scopes"}
+	for _, setting := range []struct {
+		name string
+		set  bool
+	}{
+		{"audience", len(c.Audience) > 0},
+		{"resource", len(c.Resource) > 0},
+		{"param", len(c.Params) > 0},
+		{"private_key", c.usesKey()},
+		{"key_id", c.usesKey()},
+		{"assertion_file", c.AssertionFile != ""},
+	} {
+		if setting.set {
+			names = append(names, setting.name)
+		}
+	}
+	return strings.Join(names[:len(names)-1], ", ") + " and " + names[len(names)-1]
+}
+
+// clientSettings names the settings that tell who the client is.
+func (c *Credentials) clientSettings() string {
+	switch c.method() {
+	case authBasic:
+		return "client_id, client_secret, auth_method and basic_encoding"
+	case authSecretJWT:
+		return "client_id, client_secret, auth_method, signing_alg and " + c.assertionSettings()
+	case authKeyJWT:
+		if c.usesKey() {
+			return "client_id, private_key, key_id, auth_method, signing_alg and " + c.assertionSettings()
+		}
+		return "assertion_file (issuer, subject, audience and expiry of its JWT), client_id and auth_method"
+	case authTLS:
+		return "client_id, client_certificate and auth_method"
+	case authByGrant:
+		return c.grantSettings()
+	}
+	return "client_id, client_secret and auth_method"
+}
+
+// assertionSettings names what servers disagree about.
+func (c *Credentials) assertionSettings() string {
+	if c.Issuer != "" {
+		return "assertion_audience, or assertion_typ"
+	}
+	return "assertion_audience"
+}
+
+// grantSettings names the settings of the JWT that the token is granted for.
+func (c *Credentials) grantSettings() string {
+	if c.AssertionFile != "" {
+		return "assertion_file: issuer, subject, audience and expiry of its JWT"
+	}
+	return "client_id, subject, claim, private_key, key_id, signing_alg and assertion_audience"
+}
+
+// advise completes the hint of an error with what only this request knows.
+func (e *endpoint) advise(err error, r resolved, p *presented) error {
+	failure, ok := errors.AsType[*tokenError](err)
+	if !ok || failure.Status == 0 || failure.Code == codeConfiguration {
+		return err
+	}
+	rejected := failure.Code == "invalid_client" || failure.Code == "invalid_grant" ||
+		failure.Status == http.StatusUnauthorized || failure.Status == http.StatusForbidden
+	switch {
+	case expired(r.assertion): // some take that for a fault of their own
+		failure.Hint = "the JWT in assertion_file has expired; see that it is renewed"
+	case !rejected:
+	case e.credentials.method() == authTLS && p.certificate != nil && !p.asked.Load():
+		failure.Hint = "the server did not ask for the client_certificate: it may do so at another address; set token_url to that"
+	case failure.Hint == "":
+		// Some servers do not say what they reject.
+		failure.Hint = "check " + e.credentials.clientSettings() + ", and scopes"
+	}
+	return failure
+}
+
+// remedy returns the hint, or what to do about failures that are no matter of
+// the configuration as long as they pass by themselves.
+func (e *tokenError) remedy() string {
+	switch {
+	case e.Hint != "":
+		return e.Hint
+	case e.Code == codeNetwork:
+		return "check host and port of token_url or issuer, and whether this machine may reach them: by a firewall, or a network_proxy in token_transport"
+	case e.Code == codeInvalidResponse:
+		return "check token_url: what answers there does not seem to be a token endpoint"
+	case e.Code == codeConfiguration:
+		return "correct the setting that is named"
+	case e.Status == http.StatusTooManyRequests:
+		return "wait: the server limits the rate of token requests"
+	case e.Status >= 500:
+		return "wait, or ask who runs the authorization server: the fault is there"
+	}
+	return "ask who runs the authorization server what it rejects"
+}
+
+// expired tells whether a JWT says that it has expired.
+func expired(token string) bool {
+	_, claims, ok := decodeJWT(token)
+	if !ok {
+		return false
+	}
+	exp, ok := claims["exp"].(float64)
+	return ok && exp < float64(time.Now().Unix())
+}

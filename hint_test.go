@@ -1,0 +1,227 @@
+package outboundauth
+
+import (
+	"encoding/base64"
+	"fmt"
+	"net/http"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// hintedCodes are the errors for which there is a hint with every way to
+// authenticate.
+var hintedCodes = []string{
+	"invalid_client", "unauthorized_client", "unsupported_grant_type", "invalid_scope", "invalid_target",
+	"invalid_request", "use_dpop_nonce", "invalid_dpop_proof",
+}
+
+func TestHintNamesTheSettings(t *testing.T) {
+	for _, test := range []struct {
+		way, code string
+		want      string
+	}{
+		{"basic", "invalid_client", "check client_id, client_secret, auth_method and basic_encoding"},
+		{"post", "invalid_client", "check client_id, client_secret and auth_method"},
+		{"none", "invalid_client", "check client_id, client_secret and auth_method"},
+		{"client_secret_jwt", "invalid_client", "check client_id, client_secret, auth_method, signing_alg and assertion_audience"},
+		{"private_key_jwt", "invalid_client", "check client_id, private_key, key_id, auth_method, signing_alg and assertion_audience"},
+		{"assertion_file", "invalid_client", "check assertion_file (issuer, subject, audience and expiry of its JWT), client_id and auth_method"},
+		{"tls_client_auth", "invalid_client", "check client_id, client_certificate and auth_method"},
+		{"jwt_bearer, implied", "invalid_client", "check client_id, subject, claim, private_key, key_id, signing_alg and assertion_audience"},
+		{"jwt_bearer of a file, implied", "invalid_client", "check assertion_file: issuer, subject, audience and expiry of its JWT"},
+		{"jwt_bearer", "invalid_grant", "check client_id, subject, claim, private_key, key_id, signing_alg and assertion_audience"},
+		{"jwt_bearer of a file", "invalid_grant", "check assertion_file: issuer, subject, audience and expiry of its JWT"},
+		{"basic", "invalid_grant", ""},
+		{"basic", "unauthorized_client", "allow this client the client_credentials grant at the authorization server"},
+		{"jwt_bearer", "unauthorized_client", "allow this client the jwt-bearer grant for this subject at the authorization server"},
+		{"basic", "unsupported_grant_type", "check token_url and grant_type: the server does not offer the client_credentials grant there"},
+		{"jwt_bearer", "unsupported_grant_type", "check token_url and grant_type: the server does not offer the jwt_bearer grant there"},
+		{"basic", "invalid_scope", "check scopes"},
+		{"basic", "invalid_target", "check audience and resource"},
+		{"basic", "invalid_request", "check auth_method and scopes"},
+		{"private_key_jwt", "invalid_request", "check auth_method, scopes, private_key and key_id"},
+		{"assertion_file", "invalid_request", "check auth_method, scopes and assertion_file"},
+		{"basic", "use_dpop_nonce", "register the client without DPoP: the tokens here are bearer tokens"},
+		{"basic", "AADSTS7000215", ""},
+		{"basic", "", ""},
+	} {
+		c, ok := waysToAuthenticate()[test.way]
+		if !ok {
+			t.Fatalf("got no way to authenticate called %q", test.way)
+		}
+		c.TokenURL = testTokenURL
+		if got := c.hint(test.code); got != test.want {
+			t.Errorf("%s, %s: got %q, want %q", test.way, test.code, got, test.want)
+		}
+	}
+	for way, want := range map[string]string{ // a server with metadata may know the types of JWTs
+		"client_secret_jwt": "check client_id, client_secret, auth_method, signing_alg and assertion_audience, or assertion_typ",
+		"private_key_jwt":   "check client_id, private_key, key_id, auth_method, signing_alg and assertion_audience, or assertion_typ",
+		"basic":             "check client_id, client_secret, auth_method and basic_encoding",
+	} {
+		c := waysToAuthenticate()[way]
+		c.Issuer = "https://auth.example.com"
+		if got := c.hint("invalid_client"); got != want {
+			t.Errorf("%s with issuer: got %q, want %q", way, got, want)
+		}
+	}
+	all := Credentials{PrivateKey: "k", Audience: []string{"a"}, Resource: []string{"b"}, Params: map[string]string{"c": "d"}}
+	if got, want := all.hint("invalid_request"), "check auth_method, scopes, audience, resource, param, private_key and key_id"; got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	if got := (*Credentials)(nil).hint("invalid_client"); got != "" {
+		t.Errorf("got %q without credentials, want none", got)
+	}
+}
+
+// What the JWT in a file says is no setting.
+var inTheFile = regexp.MustCompile(`\(issuer, .*\)|: issuer, .*`)
+
+var settingName = regexp.MustCompile(`[a-z]+(_[a-z]+)+|\bissuer\b|\bscopes\b|\bparam\b|\bclaim\b|\bsubject\b|\bresource\b|\baudience\b`)
+
+// A hint that names a setting without an effect, or none that can be found,
+// leads nowhere.
+func TestHintsNameSettingsThatHaveAnEffect(t *testing.T) {
+	notSettings := []string{authKeyJWT, grantClientCredentials, grantJWTBearer}
+	for way, c := range waysToAuthenticate() {
+		c.ClientID = "id"
+		for server, set := range map[string]func(*Credentials){
+			"token_url": func(c *Credentials) { c.TokenURL = testTokenURL },
+			"issuer":    func(c *Credentials) { c.Issuer = "https://auth.example.com" },
+		} {
+			c := c
+			set(&c)
+			wantUsable(t, way, c)
+			for _, code := range append(slices.Clone(hintedCodes), "invalid_grant") {
+				hint := c.hint(code)
+				if slices.Contains(hintedCodes, code) && hint == "" {
+					t.Errorf("%s, %s: got no hint", way, code)
+				}
+				for _, name := range settingName.FindAllString(inTheFile.ReplaceAllString(hint, ""), -1) {
+					if slices.Contains(notSettings, name) {
+						continue
+					}
+					if _, ok := credentialsSettings[name]; !ok {
+						t.Errorf("%s, %s: got %q, which names %s, want settings only", way, code, hint, name)
+					}
+					if other := map[string]string{"token_url": "issuer", "issuer": "token_url"}[name]; other == server {
+						t.Errorf("%s with %s, %s: got %q, want what is set", way, server, code, hint)
+					}
+					if name == "client_secret" && !needsSecret(c.method()) && c.method() != authNone {
+						t.Errorf("%s, %s: got %q, want nothing about a secret that is not sent", way, code, hint)
+					}
+				}
+			}
+		}
+	}
+}
+
+// jwtWith returns a JWT with these claims that nobody has signed.
+func jwtWith(claims string) []byte {
+	return fmt.Appendf(nil, "%s.%s.c2ln", base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"RS256"}`)),
+		base64.RawURLEncoding.EncodeToString([]byte(claims)))
+}
+
+func TestAdviceOnARejection(t *testing.T) {
+	dir := t.TempDir()
+	key := newKey(t)
+	keyFile := writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, key))
+	certificate := &ClientCertificate{Certificate: writeFile(t, filepath.Join(dir, "crt"), certificatePEM(t, key)), Key: keyFile}
+	now := time.Now().Unix()
+	file := func(name, claims string) string {
+		return writeFile(t, filepath.Join(dir, name), jwtWith(claims))
+	}
+	expired := file("expired", fmt.Sprintf(`{"exp":%d}`, now-1))
+	living := file("living", fmt.Sprintf(`{"exp":%d}`, now+3600))
+	eternal := file("eternal", `{}`)
+	odd := file("odd", `{"exp":"yesterday"}`)
+	encrypted := writeFile(t, filepath.Join(dir, "encrypted"), []byte("aGVhZGVy.a2V5.aXY.dGV4dA.dGFn"))
+	const hasExpired = "(the JWT in assertion_file has expired; see that it is renewed)"
+	const notAsked = "(the server did not ask for the client_certificate: it may do so at another address; set token_url to that)"
+	const checkFile = "(check assertion_file (issuer, subject, audience and expiry of its JWT), client_id and auth_method"
+
+	secret := Credentials{ClientSecret: "s"}
+	signing := Credentials{PrivateKey: keyFile}
+	tls := Credentials{ClientCertificate: certificate}
+	for _, test := range []struct {
+		name   string
+		c      Credentials
+		status int
+		body   string
+		want   string // in the error; "": no hint
+	}{
+		{"secret, invalid_client", secret, 401, `{"error":"invalid_client"}`, "(check client_id, client_secret, auth_method and basic_encoding)"},
+		// Glewlwyd answers so when the client or its scope is not allowed.
+		{"secret, empty 403", secret, 403, "", "(check client_id, client_secret, auth_method and basic_encoding, and scopes)"},
+		{"secret, empty 401", secret, 401, "", "(check client_id, client_secret, auth_method and basic_encoding, and scopes)"},
+		{"secret, code of its own", secret, 401, `{"error":"E1"}`, "(check client_id, client_secret, auth_method and basic_encoding, and scopes)"},
+		{"secret, invalid_grant", secret, 400, `{"error":"invalid_grant"}`, "(check client_id, client_secret, auth_method and basic_encoding, and scopes)"},
+		{"secret, invalid_scope with 403", secret, 403, `{"error":"invalid_scope"}`, "(check scopes)"},
+		{"secret, empty 400", secret, 400, "", ""},
+		{"secret, empty 404", secret, 404, "", ""},
+		{"secret, code of its own with 400", secret, 400, `{"error":"E1"}`, ""},
+		{"secret, a passing failure", secret, 503, `{"error":"temporarily_unavailable"}`, ""},
+		{"secret, too many requests", secret, 429, "", ""},
+
+		{"key, empty 403", signing, 403, "", "(check client_id, private_key, key_id, auth_method, signing_alg and assertion_audience, and scopes)"},
+
+		{"expired assertion_file, invalid_client", Credentials{AssertionFile: expired}, 400, `{"error":"invalid_client"}`, hasExpired},
+		{"expired assertion_file, empty 401", Credentials{AssertionFile: expired}, 401, "", hasExpired},
+		{"expired assertion_file of the grant", Credentials{AssertionFile: expired, GrantType: grantJWTBearer}, 400, `{"error":"invalid_grant"}`, hasExpired},
+		{"expired assertion_file, and another reason", Credentials{AssertionFile: expired}, 400, `{"error":"invalid_scope"}`, hasExpired},
+		{"expired assertion_file that the server fails at", Credentials{AssertionFile: expired}, 500, "", hasExpired},
+		{"living assertion_file, a fault of the server", Credentials{AssertionFile: living}, 500, "", ""},
+		{"living assertion_file", Credentials{AssertionFile: living}, 400, `{"error":"invalid_client"}`, checkFile + ")"},
+		{"assertion_file that does not expire", Credentials{AssertionFile: eternal}, 401, "", checkFile + ", and scopes)"},
+		{"assertion_file with an odd expiry", Credentials{AssertionFile: odd}, 400, `{"error":"invalid_client"}`, checkFile + ")"},
+		{"assertion_file that can't be read", Credentials{AssertionFile: encrypted}, 400, `{"error":"invalid_client"}`, checkFile + ")"},
+
+		// The server of this test has no TLS, so it asks for no certificate.
+		{"certificate, invalid_client", tls, 401, `{"error":"invalid_client"}`, notAsked},
+		{"certificate, empty 403", tls, 403, "", notAsked},
+		{"certificate, and another reason", tls, 400, `{"error":"invalid_target"}`, "(check audience and resource)"},
+		{"certificate beside a secret", Credentials{ClientSecret: "s", ClientCertificate: certificate}, 401, `{"error":"invalid_client"}`, "(check client_id, client_secret, auth_method and basic_encoding)"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			test.c.TokenURL = testTokenURL
+			if test.c.AssertionFile == "" {
+				test.c.ClientID = "id"
+			}
+			cl := newTestClient(t, test.c, answering(test.status, test.body))
+			_, err := cl.endpoint.request(t.Context())
+			if test.want != "" {
+				wantError(t, err, test.want)
+			} else if err == nil || strings.HasSuffix(err.Error(), ")") {
+				t.Errorf("got %v, want an error without a hint", err)
+			}
+		})
+	}
+}
+
+func TestAdviceWhenTheServerAskedForTheCertificate(t *testing.T) {
+	dir := t.TempDir()
+	key := newKey(t)
+	c := Credentials{TokenURL: testTokenURL, ClientID: "id", ClientCertificate: &ClientCertificate{
+		Certificate: writeFile(t, filepath.Join(dir, "crt"), certificatePEM(t, key)),
+		Key:         writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, key)),
+	}}
+	refusing := answering(http.StatusUnauthorized, `{"error":"invalid_client"}`)
+	asking := roundTripFunc(func(req *http.Request) (*http.Response, error) {
+		p, ok := req.Context().Value(presentedKey{}).(*presented)
+		if !ok || p.certificate == nil {
+			t.Fatal("got a token request without the certificate, want it in the context")
+		}
+		p.asked.Store(true)
+		return refusing.RoundTrip(req)
+	})
+	_, err := newTestClient(t, c, asking).endpoint.request(t.Context())
+	wantError(t, err, "invalid_client (check client_id, client_certificate and auth_method)")
+
+	// Each request is asked anew.
+	_, err = newTestClient(t, c, refusing).endpoint.request(t.Context())
+	wantError(t, err, "(the server did not ask for the client_certificate")
+}
