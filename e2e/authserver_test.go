@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bufio"
+	"bytes"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -11,6 +12,8 @@ import (
 	"strconv"
 	"testing"
 	"time"
+
+	"github.com/go-jose/go-jose/v4"
 )
 
 const (
@@ -21,11 +24,17 @@ const (
 	resource = "https://api.example/"
 )
 
-// client is an OAuth client that the authorization server knows.
+// client is an OAuth client that an authorization server knows, as the server
+// is told of it (RFC 7591 §2).
 type client struct {
 	ID     string `json:"client_id"`
-	Secret string `json:"client_secret"`
+	Secret string `json:"client_secret,omitempty"`
 	Method string `json:"token_endpoint_auth_method"`
+
+	Algorithm string              `json:"token_endpoint_auth_signing_alg,omitempty"`
+	Keys      *jose.JSONWebKeySet `json:"jwks,omitempty"`
+	DNSName   string              `json:"tls_client_auth_san_dns,omitempty"`
+	Bound     bool                `json:"tls_client_certificate_bound_access_tokens,omitempty"`
 }
 
 // clients returns the clients of clients.json, which the server reads too.
@@ -52,14 +61,22 @@ func basicClient(t *testing.T) client {
 // that it counts its own token requests only.
 type authServer struct {
 	issuer string
+
+	// Over TLS, with a certificate of ca: an issuer, and the address where it
+	// asks for client certificates. ca is also whom it trusts to sign these.
+	https, mtls string
+	ca          *authority
 }
 
 // startAuthServer starts a server whose access tokens live for ttl.
 func startAuthServer(t *testing.T, ttl time.Duration) *authServer {
 	t.Helper()
+	as := &authServer{ca: newAuthority(t)}
 	cmd := exec.Command("node", "server.mjs")
 	cmd.Dir = authServerDir
-	cmd.Env = append(os.Environ(), "TTL="+strconv.Itoa(int(ttl.Seconds())))
+	cmd.Env = append(os.Environ(),
+		"TTL="+strconv.Itoa(int(ttl.Seconds())),
+		"TLS="+as.writeTLS(t))
 	// The server ends with its standard input, even if this test is killed.
 	if _, err := cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
@@ -70,19 +87,21 @@ func startAuthServer(t *testing.T, ttl time.Duration) *authServer {
 	}
 	p := startProcess(t, cmd)
 
-	issuer := make(chan string, 1)
+	type addresses struct{ Issuer, HTTPS, MTLS string }
+	ready := make(chan addresses, 1)
 	go func() {
 		// What else the server prints is read on, lest it blocks.
 		for lines := bufio.NewScanner(stdout); lines.Scan(); {
-			var ready struct{ Issuer string }
-			if json.Unmarshal(lines.Bytes(), &ready) == nil {
-				issuer <- ready.Issuer
+			var at addresses
+			if json.Unmarshal(lines.Bytes(), &at) == nil {
+				ready <- at
 			}
 		}
 	}()
 	select {
-	case iss := <-issuer:
-		return &authServer{issuer: iss}
+	case at := <-ready:
+		as.issuer, as.https, as.mtls = at.Issuer, at.HTTPS, at.MTLS
+		return as
 	case <-p.exited:
 		t.Fatal("the authorization server ended before it was ready")
 	case <-time.After(30 * time.Second):
@@ -91,14 +110,69 @@ func startAuthServer(t *testing.T, ttl time.Duration) *authServer {
 	return nil
 }
 
+// writeTLS writes what the server needs for TLS.
+func (as *authServer) writeTLS(t *testing.T) string {
+	t.Helper()
+	own := as.ca.issue(t, "127.0.0.1")
+	data, err := json.Marshal(map[string]string{
+		"key":       string(own.keyPEM(t)),
+		"cert":      string(own.certPEM()),
+		"client_ca": string(as.ca.certPEM()),
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return writeFile(t, "tls.json", data)
+}
+
+// serverStats is what the server has seen so far.
+type serverStats struct {
+	TokenRequests int                  `json:"token_requests"`
+	Paths         map[string]int       `json:"paths"`      // how often each was asked for
+	Granted       map[string]int       `json:"granted"`    // tokens, by client
+	Refused       map[string]int       `json:"refused"`    // token requests, by client
+	Assertions    map[string]assertion `json:"assertions"` // the last that was accepted, by client
+}
+
+// assertion is a JWT with which a client authenticated.
+type assertion struct {
+	Header struct {
+		Algorithm string `json:"alg"`
+		KeyID     string `json:"kid"`
+		Type      string `json:"typ"`
+	} `json:"header"`
+	Claims struct {
+		Audience any   `json:"aud"`
+		IssuedAt int64 `json:"iat"`
+		Expiry   int64 `json:"exp"`
+	} `json:"claims"`
+}
+
+func (as *authServer) stats(t *testing.T) serverStats {
+	t.Helper()
+	var stats serverStats
+	getJSON(t, as.issuer+"/__stats", &stats)
+	return stats
+}
+
 // tokenRequests returns how many token requests the server has had.
 func (as *authServer) tokenRequests(t *testing.T) int {
 	t.Helper()
-	var stats struct {
-		TokenRequests int `json:"token_requests"`
+	return as.stats(t).TokenRequests
+}
+
+// register makes a client known to the server, in place of what it knew under
+// its id.
+func (as *authServer) register(t *testing.T, c client) {
+	t.Helper()
+	data, err := json.Marshal(c)
+	if err != nil {
+		t.Fatal(err)
 	}
-	getJSON(t, as.issuer+"/__stats", &stats)
-	return stats.TokenRequests
+	resp := do(t, newRequest(t, "PUT", as.issuer+"/__client", bytes.NewReader(data)))
+	if resp.StatusCode != http.StatusOK {
+		t.Fatalf("PUT /__client = %s, want 200", resp.Status)
+	}
 }
 
 // delay makes the server answer token requests that much later.

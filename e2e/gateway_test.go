@@ -40,7 +40,7 @@ func (p proxy) String() string {
 		"		client_secret %s\n"+
 		"		auth_method %s\n"+
 		"		scopes %s\n"+
-		"		param resource %s\n"+
+		"		resource %s\n"+
 		"		tenant %s\n"+
 		"		%s\n"+
 		"	}\n"+

@@ -3,6 +3,7 @@ package e2e
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
 	"os"
 	"os/exec"
@@ -10,10 +11,16 @@ import (
 	"path/filepath"
 	"syscall"
 	"testing"
+	"time"
 )
 
-// caddyBinary is Caddy with the module, built from this checkout.
-var caddyBinary string
+var (
+	// caddyBinary is Caddy with the module, built from this checkout.
+	caddyBinary string
+
+	// Authorization servers, of the nested modules of the same names.
+	fositeBinary, zitadelBinary string
+)
 
 func TestMain(m *testing.M) {
 	os.Exit(run(m))
@@ -41,10 +48,19 @@ func run(m *testing.M) int {
 	}()
 	defer killProcesses()
 
-	caddyBinary = filepath.Join(dir, "caddy")
-	if err := buildCaddy(caddyBinary); err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
+	for _, program := range []struct {
+		path              *string
+		name, module, pkg string
+	}{
+		{&caddyBinary, "caddy", "..", "./cmd/caddy"},
+		{&fositeBinary, "fosite", "fosite", "."},
+		{&zitadelBinary, "zitadel", "zitadel", "."},
+	} {
+		*program.path = filepath.Join(dir, program.name)
+		if err := build(*program.path, program.module, program.pkg); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
 	}
 	if err := installAuthServer(); err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -53,11 +69,11 @@ func run(m *testing.M) int {
 	return m.Run()
 }
 
-func buildCaddy(to string) error {
-	cmd := exec.Command("go", "build", "-o", to, "./cmd/caddy")
-	cmd.Dir = ".."
+// build compiles a main package of a module.
+func build(to, module, pkg string) error {
+	cmd := exec.Command("go", "build", "-C", module, "-o", to, pkg)
 	if out, err := cmd.CombinedOutput(); err != nil {
-		return fmt.Errorf("building caddy: %w\n%s", err, out)
+		return fmt.Errorf("building %s: %w\n%s", filepath.Base(to), err, out)
 	}
 	return nil
 }
@@ -81,4 +97,36 @@ func installAuthServer() error {
 		return fmt.Errorf("installing the authorization server: %w\n%s", err, out)
 	}
 	return os.WriteFile(stamp, []byte(want), 0o600)
+}
+
+// startServer starts one of the servers built above. It knows the clients, and
+// ready is set to what it prints once it can be asked.
+func startServer(t *testing.T, binary string, clients, ready any) {
+	t.Helper()
+	text, err := json.Marshal(clients)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(binary)
+	cmd.Env = append(os.Environ(), "CLIENTS="+string(text))
+	// The server ends with its standard input, even if this test is killed.
+	if _, err := cmd.StdinPipe(); err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	startProcess(t, cmd)
+
+	decoded := make(chan error, 1)
+	go func() { decoded <- json.NewDecoder(stdout).Decode(ready) }()
+	select {
+	case err := <-decoded:
+		if err != nil {
+			t.Fatalf("%s ended before it was ready: %v", filepath.Base(binary), err)
+		}
+	case <-time.After(30 * time.Second):
+		t.Fatalf("%s isn't ready after 30 s", filepath.Base(binary))
+	}
 }

@@ -1,6 +1,9 @@
 package e2e
 
 import (
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"testing"
@@ -35,19 +38,34 @@ func newVerifier(t *testing.T, as *authServer, clientID string) *verifier {
 	return v
 }
 
-// verify returns when the token expires, if it is one to accept at that time.
-func (v *verifier) verify(token string, now time.Time) (time.Time, error) {
+// accessClaims are what a resource server looks at in an access token.
+type accessClaims struct {
+	jwt.Claims
+	ClientID     string `json:"client_id"`
+	Scope        string `json:"scope"`
+	Confirmation struct {
+		Thumbprint string `json:"x5t#S256"`
+	} `json:"cnf"`
+}
+
+// claims returns what the server has signed.
+func (v *verifier) claims(token string) (accessClaims, error) {
+	var claims accessClaims
 	parsed, err := jwt.ParseSigned(token, []jose.SignatureAlgorithm{jose.RS256})
 	if err != nil {
-		return time.Time{}, fmt.Errorf("not a signed JWT: %w", err)
-	}
-	var claims struct {
-		jwt.Claims
-		ClientID string `json:"client_id"`
-		Scope    string `json:"scope"`
+		return claims, fmt.Errorf("not a signed JWT: %w", err)
 	}
 	if err := parsed.Claims(&v.keys, &claims); err != nil {
-		return time.Time{}, fmt.Errorf("signature: %w", err)
+		return claims, fmt.Errorf("signature: %w", err)
+	}
+	return claims, nil
+}
+
+// verify returns when the token expires, if it is one to accept at that time.
+func (v *verifier) verify(token string, now time.Time) (time.Time, error) {
+	claims, err := v.claims(token)
+	if err != nil {
+		return time.Time{}, err
 	}
 	// Without exp, a token would pass the check of it.
 	if claims.Expiry == nil {
@@ -69,4 +87,19 @@ func (v *verifier) verify(token string, now time.Time) (time.Time, error) {
 		return exp, fmt.Errorf("scope = %q, want %q", claims.Scope, scopes)
 	}
 	return exp, nil
+}
+
+// verifyBound returns an error unless the token is bound to the certificate
+// (RFC 8705 §3.1). It doesn't check anything else but the signature.
+func (v *verifier) verifyBound(token string, certificate *x509.Certificate) error {
+	claims, err := v.claims(token)
+	if err != nil {
+		return err
+	}
+	sum := sha256.Sum256(certificate.Raw)
+	want := base64.RawURLEncoding.EncodeToString(sum[:])
+	if got := claims.Confirmation.Thumbprint; got != want {
+		return fmt.Errorf("cnf.x5t#S256 = %q, want %q, the certificate of the connection", got, want)
+	}
+	return nil
 }
