@@ -553,7 +553,6 @@ func TestReadSource(t *testing.T) {
 		{"unset", "{env.TEST_KEY_UNSET}", "", "private_key: evaluated placeholder {env.TEST_KEY_UNSET} is empty"},
 		{"no such file", filepath.Join(dir, "none"), "", "private_key: reading the file that it names failed: no such file or directory"},
 		{"a directory", dir, "", "private_key: reading the file that it names failed: it is no regular file of up to 1048576 bytes"},
-		{"a pipe", pipe(t, dir), "", "private_key: reading the file that it names failed: it is no regular file of up to 1048576 bytes"},
 		{"a file that is as large as it may be", writeFile(t, filepath.Join(dir, "large"), []byte(large)), large, ""},
 		{"a file that is too large", fileOfSize(t, dir, maxSecretFile+1), "", "private_key: reading the file that it names failed: it is no regular file of up to 1048576 bytes"},
 		{"a placeholder that is not known", "{en.TEST_KEY}", "", "private_key: is neither JSON nor a placeholder that is known; check its name"},

@@ -104,8 +104,8 @@ func startAuthServer(t *testing.T, ttl time.Duration) *authServer {
 		return as
 	case <-p.exited:
 		t.Fatal("the authorization server ended before it was ready")
-	case <-time.After(30 * time.Second):
-		t.Fatal("the authorization server isn't ready after 30 s")
+	case <-time.After(startTimeout):
+		t.Fatalf("the authorization server isn't ready after %v", startTimeout)
 	}
 	return nil
 }

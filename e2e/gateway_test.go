@@ -106,7 +106,7 @@ func startGateway(t *testing.T, cfg gatewayConfig) *gateway {
 	if cfg.https {
 		dial = func() (io.Closer, error) { return gw.dialTLS(addrs[0]) }
 	}
-	deadline := time.Now().Add(30 * time.Second)
+	deadline := time.Now().Add(startTimeout)
 	for {
 		conn, err := dial()
 		if err == nil {
@@ -114,7 +114,7 @@ func startGateway(t *testing.T, cfg gatewayConfig) *gateway {
 			return gw
 		}
 		if time.Now().After(deadline) {
-			t.Fatalf("gateway isn't ready after 30 s: %v", err)
+			t.Fatalf("gateway isn't ready after %v: %v", startTimeout, err)
 		}
 		select {
 		case <-gw.exited:

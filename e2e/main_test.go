@@ -14,6 +14,10 @@ import (
 	"time"
 )
 
+// startTimeout is how long a program may take to be ready, on a machine that is
+// busy with compiling the next.
+const startTimeout = 2 * time.Minute
+
 var (
 	// caddyBinary is Caddy with the module, built from this checkout.
 	caddyBinary string
@@ -126,7 +130,7 @@ func startServer(t *testing.T, binary string, clients, ready any) {
 		if err != nil {
 			t.Fatalf("%s ended before it was ready: %v", filepath.Base(binary), err)
 		}
-	case <-time.After(30 * time.Second):
-		t.Fatalf("%s isn't ready after 30 s", filepath.Base(binary))
+	case <-time.After(startTimeout):
+		t.Fatalf("%s isn't ready after %v", filepath.Base(binary), startTimeout)
 	}
 }
