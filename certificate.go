@@ -74,7 +74,7 @@ func withCertificate(ctx context.Context, certificate *tls.Certificate) (context
 // connection is the client whose certificate it was opened with.
 func presentCertificates(h *reverseproxy.HTTPTransport) error {
 	if err := checkVersions(h); err != nil {
-		return fmt.Errorf("client_certificate: %w", err)
+		return err
 	}
 	config := h.Transport.TLSClientConfig
 	if config == nil {
@@ -94,7 +94,7 @@ func presentCertificates(h *reverseproxy.HTTPTransport) error {
 // checkVersions refuses HTTP/3, which Caddy's transport configures for itself.
 func checkVersions(h *reverseproxy.HTTPTransport) error {
 	if slices.Contains(h.Versions, "3") {
-		return errors.New("can't be presented over HTTP/3; remove 3 from versions")
+		return errors.New("a certificate can't be presented over HTTP/3; remove 3 from versions")
 	}
 	return nil
 }

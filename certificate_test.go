@@ -813,7 +813,7 @@ func TestClientCertificateIsCheckedAtLoad(t *testing.T) {
 		{"bound to nothing", tls, "client_secret s\nbind_certificate", "bind_certificate: there is no client_certificate to bind tokens to; add one"},
 		{"bound over HTTP/3", tls, good + "bind_certificate\nversions 3", "can't be presented over HTTP/3; remove 3 from versions"},
 		{"HTTP/3 to the upstream", tls, good + "versions 3", ""},
-		{"HTTP/3 to the token endpoint", plain, good + "token_transport {\nversions 3\n}", "client_certificate: can't be presented over HTTP/3; remove 3 from versions"},
+		{"HTTP/3 to the token endpoint", plain, good + "token_transport {\nversions 3\n}", "client_certificate: a certificate can't be presented over HTTP/3; remove 3 from versions"},
 		{"bound beside another to the upstream", tls, good + "bind_certificate\ntls_client_auth $OTHER/client.crt $OTHER/client.key", "bind_certificate: the upstream is presented another certificate by tls_client_auth; remove one of the two"},
 		{"another to the upstream", tls, good + "tls_client_auth $OTHER/client.crt $OTHER/client.key", ""},
 		{"another to the token endpoint", plain, good + "token_transport {\ntls_client_auth $OTHER/client.crt $OTHER/client.key\n}", "client_certificate: token_transport has another one; remove one of the two"},
@@ -913,4 +913,61 @@ func TestNothingIsLeftOfConnectionsWithCertificates(t *testing.T) {
 		eventually(t, func() bool { return m.toUp.connections() == 0 }, "the end of the connections to the upstream")
 		wantNothingLeft(t)
 	})
+}
+
+// Of a request that has given up, net/http would keep the connection, and the
+// next token request be the client of an older certificate.
+func TestDialThatOutlivesItsRequest(t *testing.T) {
+	m := newMutual(t, false)
+	first, second := m.ca.issue(t, "first"), m.ca.issue(t, "second")
+	first.write(t, m.dir)
+	relay, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer relay.Close()
+	held := make(chan struct{})
+	release := sync.OnceFunc(func() { close(held) })
+	defer release()
+	go func() {
+		for n := 0; ; n++ {
+			conn, err := relay.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer conn.Close()
+				server, err := net.Dial("tcp", m.auth.Listener.Addr().String())
+				if err != nil {
+					return
+				}
+				defer server.Close()
+				if n == 0 {
+					<-held
+				}
+				go func() { _, _ = io.Copy(server, conn); _ = server.Close() }()
+				_, _ = io.Copy(conn, server)
+			}()
+		}
+	}()
+	cl := newTransport(t, fmt.Sprintf(`token_url https://%[1]s/token
+		client_id gateway
+		client_certificate %[2]s/client.crt %[2]s/client.key
+		token_transport {
+			tls_insecure_skip_verify
+		}`, relay.Addr(), m.dir)).fallback
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	_, err = cl.endpoint.request(ctx)
+	wantTokenError(t, err, codeTimeout, false)
+	second.write(t, m.dir)
+	release()
+	for range 50 { // the connection of the first may be ready before any
+		if _, err := cl.endpoint.request(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if got := m.toAuth.last(t).print; got != second.print() {
+			t.Fatalf("got the certificate %s, want %s", got, second.print())
+		}
+	}
 }

@@ -111,7 +111,11 @@ func (c *Credentials) missingAuth() string {
 	case method == authTLS && c.ClientCertificate == nil && !c.presentsOther():
 		return "client_certificate is missing: name the files of the certificate and its key"
 	case method != authByGrant && needsSecret(method) && c.ClientSecret == "":
-		return "client_secret is missing: set it, for example to {env.CLIENT_SECRET}, or set auth_method none"
+		missing := "client_secret is missing: set it, for example to {env.CLIENT_SECRET}"
+		if c.AuthMethod == "" {
+			missing += ", or set auth_method none"
+		}
+		return missing
 	}
 	return ""
 }

@@ -430,6 +430,7 @@ func TestSecretIsFoundInDisguise(t *testing.T) {
 		"URL-encoded twice":                twice,
 		"URL-encoded twice, in lower case": strings.ToLower(twice),
 		"URL-encoded, every character":     "%" + between(hexadecimal, "%", 2),
+		"URL-encoded twice, every one":     "%25" + between(hexadecimal, "%25", 2),
 		"split by zero-width spaces":       between(secret, "\u200b", 1),
 		"split by zero-width joiners":      between(secret, "\u200d", 3),
 		"split by byte order marks":        between(secret, "\ufeff", telltale-1),
@@ -448,10 +449,19 @@ func TestSecretIsFoundInDisguise(t *testing.T) {
 			}
 		}
 	}
+	echoes["hexadecimal with hyphens"] = between(hexadecimal, "-", 2)
 	secrets := confidential{secret}
 	for name, echo := range echoes {
-		if !secrets.in("wrong: '" + echo + "'!") {
+		if !secrets.in("100% wrong: '" + echo + "'!") {
 			t.Errorf("%s: %q may be shown, want not: it tells the secret", name, echo)
+		}
+	}
+	// Nothing of it need be longer than what makes a secret known.
+	for _, secret := range []string{"ab cd ef gh ij", "12:34:56:78:9a", "süßes öl für ärzte", "4d2a-7f6e-63f5"} {
+		for _, separator := range []string{"\u200b", "\n", " "} {
+			if echo := between(secret, separator, 1); !(confidential{secret}).in("wrong: " + echo) {
+				t.Errorf("%q may be shown, want not: it tells the secret %q", echo, secret)
+			}
 		}
 	}
 	for _, harmless := range []string{

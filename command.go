@@ -257,7 +257,7 @@ func (c *upstreamClient) report() tokenReport {
 		r.Error = reportError(err)
 		return r
 	}
-	r.Granted = cmp.Or(g.scope, strings.Join(credentials.Scopes, " "))
+	r.Granted = cmp.Or(clean(g.scope, 1000), strings.Join(credentials.Scopes, " "))
 	r.Lifetime = t.expires.Sub(sent).Round(time.Second).Seconds()
 	r.Expires, r.Renewal = &t.expires, &t.refreshAt
 	r.Token, r.length = t.value, len(t.value)

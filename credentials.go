@@ -299,22 +299,28 @@ func (c Credentials) inheritAuth(base *Credentials, sameServer bool) Credentials
 	if c.ClientCertificate == nil && !c.presentsOther() {
 		c.ClientCertificate = base.ClientCertificate
 		c.BindCertificate = c.BindCertificate || base.BindCertificate
+	} else if base.ClientCertificate == nil { // then it is said for all blocks
+		c.BindCertificate = c.BindCertificate || base.BindCertificate
 	}
 
 	if needsSecret(c.AuthMethod) && (c.AuthMethod != "" || !brought) {
 		c.ClientSecret = cmp.Or(c.ClientSecret, base.ClientSecret)
 	}
 	if method := c.AuthMethod; method == authKeyJWT || c.grantsByJWT() || (method == "" && !brought) {
-		if c.PrivateKey == "" && c.AssertionFile == "" {
-			c.PrivateKey, c.AssertionFile = base.PrivateKey, base.AssertionFile
-			c.KeyID = cmp.Or(c.KeyID, base.KeyID)
+		ownKey, ownFile := c.PrivateKey != "", c.AssertionFile != ""
+		both := method == authKeyJWT && c.grantsByJWT() // the key for the client, the file for the grant
+		if !ownKey && (!ownFile || both) {
+			c.PrivateKey, c.KeyID = base.PrivateKey, cmp.Or(c.KeyID, base.KeyID)
+		}
+		if !ownFile && (!ownKey || (both && base.grantsByJWT())) {
+			c.AssertionFile = base.AssertionFile
 		}
 	}
 	if c.method() == authBasic {
 		c.BasicEncoding = cmp.Or(c.BasicEncoding, base.BasicEncoding)
 	}
 	if c.signs() {
-		if strings.HasPrefix(base.SigningAlg, "HS") == (c.method() == authSecretJWT) {
+		if strings.HasPrefix(base.SigningAlg, "HS") != c.usesKey() {
 			c.SigningAlg = cmp.Or(c.SigningAlg, base.SigningAlg)
 		}
 		if sameServer { // or this one got what is valid at the other

@@ -39,7 +39,7 @@ func (c *Credentials) check() error {
 	}
 	for _, scope := range c.Scopes {
 		if !validScope(scope) && !hasPlaceholder(scope) {
-			return fmt.Errorf("scopes: '%s' is not a scope (RFC 6749 section 3.3: printable ASCII without spaces, quotes and backslashes)", scope)
+			return scopeError(scope)
 		}
 	}
 	if slices.Contains(c.Audience, "") {
@@ -191,6 +191,11 @@ func (c Credentials) resolve(repl *caddy.Replacer) (Credentials, error) {
 	if c.Scopes != nil {
 		c.Scopes = strings.Fields(strings.Join(c.Scopes, " "))
 	}
+	for _, scope := range c.Scopes {
+		if !validScope(scope) { // whatever placeholder it comes from
+			return c, scopeError(scope)
+		}
+	}
 
 	if err := c.checkTemplates(); err != nil {
 		return c, err
@@ -283,6 +288,10 @@ func validScope(s string) bool {
 	return s != "" && strings.IndexFunc(s, func(r rune) bool {
 		return r <= ' ' || r > '~' || r == '"' || r == '\\'
 	}) < 0
+}
+
+func scopeError(scope string) error {
+	return fmt.Errorf("scopes: '%s' is not a scope (RFC 6749 section 3.3: printable ASCII without spaces, quotes and backslashes)", scope)
 }
 
 // validResource tells whether s may be the value of a resource parameter

@@ -2,7 +2,6 @@ package outboundauth
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -57,6 +56,10 @@ func (d *discovery) tokenEndpoint(ctx context.Context) (*url.URL, error) {
 	u, err := d.read(m)
 	if err != nil {
 		d.expire()
+		if known := d.found.Load(); known != nil {
+			d.logger.Warn("looking up the token endpoint failed; the one known before is used", zap.Error(err))
+			return known, nil
+		}
 		return nil, err
 	}
 	d.found.Store(u)
@@ -128,18 +131,25 @@ func (d *discovery) fetch(ctx context.Context, u *url.URL) (*metadata, *tokenErr
 		failure.Code = codeHTTPStatus
 		failure.Description = "there is no metadata of the issuer"
 		failure.retryAfter = parseRetryAfter(a.header, time.Now())
-		return nil, failure.classify(nil)
+		failure = failure.classify(nil)
+		switch {
+		case a.status >= 300 && a.status < 400:
+			failure.Description = "a redirect in the place of the issuer's metadata, which is not followed"
+		case !failure.permanent:
+			failure.Description, failure.Hint = "the issuer's metadata can't be had now", ""
+		}
+		return nil, failure
 	}
-	m := new(metadata)
+	m, err := parseMetadata(a.body)
 	switch {
-	case len(a.body) > maxTokenResponse || json.Unmarshal(a.body, m) != nil:
+	case err != nil:
 		failure.Description = "the issuer's metadata is not a JSON object that can be read"
-	case m.Issuer == "":
+	case m.issuer == "":
 		failure.Description = "what is in the place of the issuer's metadata names no issuer"
-	case m.Issuer != d.credentials.Issuer:
+	case m.issuer != d.credentials.Issuer:
 		// RFC 8414 §3.3: or the metadata of one issuer could be another's.
 		failure.Code, failure.permanent = codeConfiguration, true
-		failure.Description = fmt.Sprintf("the metadata is that of another issuer, %q", clean(m.Issuer, 200))
+		failure.Description = fmt.Sprintf("the metadata is that of another issuer, %q", clean(m.issuer, 200))
 		failure.Hint = "set issuer to exactly that, if it is the one that is meant"
 	default:
 		return m, nil
@@ -149,9 +159,9 @@ func (d *discovery) fetch(ctx context.Context, u *url.URL) (*metadata, *tokenErr
 
 // read returns the token endpoint for this client.
 func (d *discovery) read(m *metadata) (*url.URL, error) {
-	raw := m.TokenEndpoint
-	if (d.credentials.ClientCertificate != nil || d.credentials.presentsOther()) && m.MTLS.TokenEndpoint != "" {
-		raw = m.MTLS.TokenEndpoint // RFC 8705 §5
+	raw := m.tokenEndpoint
+	if (d.credentials.ClientCertificate != nil || d.credentials.presentsOther()) && m.mtlsTokenEndpoint != "" {
+		raw = m.mtlsTokenEndpoint
 	}
 	u, err := parseTokenURL(raw)
 	if err == nil {
@@ -189,11 +199,11 @@ func (d *discovery) check(m *metadata) {
 	method, setting := d.credentials.method(), ""
 	var supported []string
 	switch {
-	case method != authByGrant && method != authNone && len(m.AuthMethods) > 0 && !supports(m.AuthMethods, method):
-		setting, supported = "auth_method", m.AuthMethods
+	case method != authByGrant && method != authNone && len(m.authMethods) > 0 && !supports(m.authMethods, method):
+		setting, supported = "auth_method", m.authMethods
 	case (method == authKeyJWT || method == authSecretJWT) && d.credentials.SigningAlg != "" &&
-		len(m.SigningAlgs) > 0 && !slices.Contains(m.SigningAlgs, d.credentials.SigningAlg):
-		setting, supported = "signing_alg", m.SigningAlgs
+		len(m.signingAlgs) > 0 && !slices.Contains(m.signingAlgs, d.credentials.SigningAlg):
+		setting, supported = "signing_alg", m.signingAlgs
 	}
 	names := clean(strings.Join(supported, " "), 300)
 	now := setting + " " + names

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"sync"
 	"time"
 
@@ -30,13 +31,38 @@ const (
 // metadata is what an authorization server publishes about itself (RFC 8414
 // §2, RFC 8705 §5), as far as it concerns a token request. Immutable.
 type metadata struct {
-	Issuer        string   `json:"issuer"`
-	TokenEndpoint string   `json:"token_endpoint"`
-	AuthMethods   []string `json:"token_endpoint_auth_methods_supported"`
-	SigningAlgs   []string `json:"token_endpoint_auth_signing_alg_values_supported"`
-	MTLS          struct {
-		TokenEndpoint string `json:"token_endpoint"`
-	} `json:"mtls_endpoint_aliases"`
+	issuer            string
+	tokenEndpoint     string
+	mtlsTokenEndpoint string // for those who present a certificate; may be empty
+
+	// token_endpoint_auth_methods_supported and
+	// token_endpoint_auth_signing_alg_values_supported; may be empty.
+	authMethods, signingAlgs []string
+}
+
+// parseMetadata reads a document. Whether what it says will do is for others
+// to judge; members that only a warning needs may be anything.
+func parseMetadata(body []byte) (*metadata, error) {
+	if len(body) > maxTokenResponse {
+		return nil, errors.New("the metadata is too large")
+	}
+	document, err := parseTokenResponse(body) // by name, not in any case
+	if err != nil {
+		return nil, err
+	}
+	m := new(metadata)
+	if m.issuer, err = document.str("issuer"); err != nil {
+		return nil, err
+	}
+	if m.tokenEndpoint, err = document.str("token_endpoint"); err != nil {
+		return nil, err
+	}
+	if aliases, err := parseTokenResponse(document["mtls_endpoint_aliases"]); err == nil {
+		m.mtlsTokenEndpoint, _ = aliases.str("token_endpoint")
+	}
+	_ = json.Unmarshal(document["token_endpoint_auth_methods_supported"], &m.authMethods)
+	_ = json.Unmarshal(document["token_endpoint_auth_signing_alg_values_supported"], &m.signingAlgs)
+	return m, nil
 }
 
 // issuers shares the metadata among all clients that look it up in the same

@@ -236,9 +236,12 @@ func readSource(repl *caddy.Replacer, setting, template string) ([]byte, error) 
 		return nil, err
 	}
 	switch content := strings.TrimSpace(value); {
-	case strings.HasPrefix(content, "-----BEGIN"), json.Valid([]byte(content)):
+	case strings.HasPrefix(content, "-----BEGIN"):
 		return []byte(content), nil
 	case strings.HasPrefix(content, "{"):
+		if json.Valid([]byte(content)) {
+			return []byte(content), nil
+		}
 		return nil, fmt.Errorf("%s: is neither JSON nor a placeholder that is known; check its name", setting)
 	}
 	return readSecretFile(setting, value)

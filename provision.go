@@ -198,9 +198,12 @@ func (t *Transport) provisionTokenTransport(ctx caddy.Context, c Credentials) (t
 	if err := h.Provision(ctx); err != nil {
 		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
 	}
+	// Of a dial that outlives its request, net/http would keep the connection,
+	// and the next one be the client with the certificate of that time.
+	h.Transport.DisableKeepAlives = true
 	if c.ClientCertificate != nil {
 		if err := presentCertificates(h); err != nil {
-			return tokenTransport{}, err
+			return tokenTransport{}, fmt.Errorf("client_certificate: %w", err)
 		}
 	}
 	return tokenTransport{h, config, proxied}, nil

@@ -94,6 +94,22 @@ func TestGrantedScopeIsCleanedForTheLog(t *testing.T) {
 	}
 }
 
+// That a long list is cut where it is shown is no reason to warn.
+func TestManyScopesAreAllGranted(t *testing.T) {
+	c := canaryCredentials("https://auth.example.com/token")
+	for i := range 100 {
+		c.Scopes = append(c.Scopes, fmt.Sprintf("https://api.example.com/orders.%d", i))
+	}
+	core, logs := observer.New(zapcore.WarnLevel)
+	cl := newLoggingClient(t, c, answering(http.StatusOK, grantOf(`"`+strings.Join(c.Scopes, " ")+`"`)), zap.New(core))
+	if _, err := cl.endpoint.request(t.Context()); err != nil {
+		t.Fatalf("request() = %v, want no error", err)
+	}
+	if got := logs.All(); len(got) != 0 {
+		t.Errorf("got %v in the log, want no warning", got)
+	}
+}
+
 // In the gateway, the warning comes with the token, and no request fails.
 func TestLessThanTheConfiguredScopesIsGoodEnoughToTry(t *testing.T) {
 	auth := newAuthServer(t)

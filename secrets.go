@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"html"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 
@@ -92,25 +93,33 @@ func (c confidential) in(text string) bool {
 	return false
 }
 
+// escape is a character in a URL. Others that a text has do not matter.
+var escape = regexp.MustCompile(`%[[:xdigit:]]{2}`)
+
 // readings returns what a text may be meant to say, in lower case.
 func readings(text string) []string {
 	unescaped := text
 	for range 2 {
-		if again, err := url.QueryUnescape(unescaped); err == nil {
-			unescaped = again
-		}
+		unescaped = escape.ReplaceAllStringFunc(unescaped, func(e string) string {
+			character, _ := url.PathUnescape(e)
+			return character
+		})
 	}
-	joined := strings.Map(func(r rune) rune { // without what may stand between the characters
-		if r <= ' ' || r >= 0x7f || r == ':' {
-			return -1
-		}
-		return r
-	}, text)
-	readings := []string{text, unescaped, html.UnescapeString(text), joined}
+	readings := []string{text, unescaped, html.UnescapeString(text), joined(text)}
 	for i := range readings {
 		readings[i] = strings.ToLower(readings[i])
 	}
 	return readings
+}
+
+// joined leaves out what may stand between characters, as in 61:62:63.
+func joined(text string) string {
+	return strings.Map(func(r rune) rune {
+		if (r >= 'a' && r <= 'z') || (r >= 'A' && r <= 'Z') || (r >= '0' && r <= '9') {
+			return r
+		}
+		return -1
+	}, text)
 }
 
 // spellings returns the ways to write a secret, in lower case. In base64, it
@@ -120,6 +129,11 @@ func spellings(secret string) []string {
 	for skipped := range min(3, len(secret)) {
 		if left := []byte(secret[skipped:]); skipped == 0 || len(left) >= telltale {
 			spellings = append(spellings, base64.StdEncoding.EncodeToString(left), base64.URLEncoding.EncodeToString(left))
+		}
+	}
+	for _, spelling := range spellings {
+		if short := joined(spelling); len(short) >= telltale && short != spelling { // less would be found by chance
+			spellings = append(spellings, short)
 		}
 	}
 	for i := range spellings {

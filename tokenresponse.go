@@ -70,7 +70,7 @@ func (r tokenResponse) grant() (grant, error) {
 		return grant{}, err
 	}
 	scope, _ := r.str("scope") // is only shown
-	return grant{accessToken: accessToken, lifetime: lifetime, scope: clean(scope, 1000)}, nil
+	return grant{accessToken: accessToken, lifetime: lifetime, scope: clean(scope, maxTokenResponse)}, nil
 }
 
 // lifetime reads expires_in, in seconds. The RFC means an integer; servers
