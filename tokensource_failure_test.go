@@ -293,7 +293,7 @@ func TestLongOutageWithinTheReserve(t *testing.T) {
 			}
 			inOutage, mended := 0, time.Duration(0)
 			for _, sent := range r.requests() {
-				switch at := sent.Sub(start); {
+				switch at := sent.Sub(start) + r.delay; { // when the server answered
 				case from <= at && at < to:
 					inOutage++
 				case at >= to && mended == 0:
