@@ -17,6 +17,7 @@ import (
 //
 //	transport oauth2 {
 //		# the OAuth client
+//		name                 <name>
 //		token_url            <url>
 //		issuer               <url>
 //		client_id            <id>
@@ -276,6 +277,7 @@ var repeatableSettings = []string{"param", "claim", "token_request_header", "hea
 
 // credentialsSettings parses the settings of Credentials, by name.
 var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) error{
+	"name":          func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.Name) },
 	"token_url":     func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.TokenURL) },
 	"client_id":     func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.ClientID) },
 	"client_secret": func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.ClientSecret) },

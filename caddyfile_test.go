@@ -215,6 +215,7 @@ func TestSettingsHideNoneOfTheHTTPTransport(t *testing.T) {
 
 // settingSamples are valid arguments, as many as a setting takes.
 var settingSamples = map[string]string{
+	"name":                 "orders",
 	"token_url":            "https://auth.example.com/token",
 	"issuer":               "https://auth.example.com",
 	"client_id":            "gateway",

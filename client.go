@@ -40,10 +40,15 @@ type client struct {
 	retryOn     []int // statuses
 	replayLimit int   // bytes
 	renewals    renewals
+	checks      renewals // after health checks, which must not hold up those after requests
+
+	started atomic.Bool // the config runs
 
 	expectsNothing atomic.Bool // the upstream has failed an expectation
 
 	bound *boundTransport // bind_certificate; nil without it
+
+	metrics *clientMetrics
 
 	// The header of the latest token, made once for all requests. Its values
 	// are shared by them and never written to.
@@ -71,6 +76,8 @@ func newClient(e *endpoint, transportConfig []byte) (*client, error) {
 	}
 	cl := &client{key: sha256.Sum256(shape), endpoint: e}
 
+	e.metrics = newClientMetrics(c.name())
+	cl.metrics = e.metrics
 	field, scheme := c.BearerHeader.resolve()
 	cl.bearerField = http.CanonicalHeaderKey(field)
 	if scheme != "" {
@@ -113,7 +120,7 @@ func (c Credentials) shape(life lifecycle, transportConfig []byte) ([]byte, erro
 	c.BasicEncoding = cmp.Or(c.BasicEncoding, basicForm)
 	c.AssertionLifetime = cmp.Or(c.AssertionLifetime, caddy.Duration(defaultAssertionLifetime))
 	c.TokenTransport, c.TokenTimeout, c.RefreshBefore, c.DefaultLifetime = nil, 0, 0, 0
-	c.Tenant, c.Headers, c.BearerHeader, c.RetryOn, c.ReplayBody = nil, nil, nil, nil, 0
+	c.Name, c.Tenant, c.Headers, c.BearerHeader, c.RetryOn, c.ReplayBody = "", nil, nil, nil, nil, 0
 	// encoding/json sorts the maps, and keeps neighbouring values apart.
 	shape, err := json.Marshal([]any{
 		c, json.RawMessage(transportConfig), life.refreshBefore, life.defaultLifetime, life.fetchTimeout,

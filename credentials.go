@@ -3,6 +3,7 @@ package outboundauth
 import (
 	"cmp"
 	"maps"
+	"net/url"
 	"strings"
 	"time"
 
@@ -13,6 +14,11 @@ import (
 // Credentials are what an upstream is sent: the OAuth client that obtains its
 // access token, and the headers that identify the tenant.
 type Credentials struct {
+	// What the client is called in metrics, logs, the admin API and events. One
+	// that the config does not name is called by the host of its token
+	// endpoint and its client_id: `auth.example.com/gateway`.
+	Name string `json:"name,omitempty"`
+
 	// The authorization server's token endpoint: an absolute URL, with https
 	// unless it is on a loopback address. A query is kept. Redirects are not
 	// followed, because they would take the client's credentials elsewhere.
@@ -267,6 +273,9 @@ func (c Credentials) inherit(base *Credentials) Credentials {
 	if sameServer {
 		c.TokenURL, c.Issuer = base.TokenURL, base.Issuer
 	}
+	if c.ClientID == "" { // another client has another name
+		c.Name = cmp.Or(c.Name, base.Name)
+	}
 	c.ClientID = cmp.Or(c.ClientID, base.ClientID)
 	c = c.inheritAuth(base, sameServer)
 	c.Scopes = orList(c.Scopes, base.Scopes)
@@ -334,6 +343,18 @@ func (c Credentials) inheritAuth(base *Credentials, sameServer bool) Credentials
 		c.Claims = union(base.Claims, c.Claims)
 	}
 	return c
+}
+
+// name returns what the client is called.
+func (c *Credentials) name() string {
+	if c.Name != "" {
+		return c.Name
+	}
+	u, err := url.Parse(cmp.Or(c.TokenURL, c.Issuer))
+	if err != nil {
+		return c.ClientID
+	}
+	return u.Host + "/" + c.ClientID
 }
 
 func orList[T any](own, base []T) []T {

@@ -97,6 +97,8 @@ func settingChanges(t *testing.T) map[string]settingChange {
 	}
 
 	return map[string]settingChange{
+		"name": secret(func(c *Credentials) { c.Name = "orders" }, func(c *Credentials) { c.Name = "billing" }),
+
 		"token_url":     secret(nil, func(c *Credentials) { c.TokenURL = "https://login.example.com/token" }),
 		"client_id":     secret(nil, func(c *Credentials) { c.ClientID = "billing" }),
 		"client_secret": secret(nil, func(c *Credentials) { c.ClientSecret = "{env.BILLING_SECRET}" }),
@@ -463,7 +465,7 @@ func loadCredentials(t *testing.T, a, b Credentials) (first, second *client) {
 }
 
 func TestWhatShapesTheTokenRequestTellsSourcesApart(t *testing.T) {
-	onlyForTheUpstream := []string{"tenant", "header", "bearer_header", "retry_on", "replay_body"}
+	onlyForTheUpstream := []string{"name", "tenant", "header", "bearer_header", "retry_on", "replay_body"}
 	eachSetting(t, func(t *testing.T, _ int, base, _, changed Credentials) {
 		a, b := loadCredentials(t, base, changed)
 		_, setting, _ := strings.Cut(t.Name(), "/")

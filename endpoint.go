@@ -30,6 +30,8 @@ type endpoint struct {
 
 	transport    http.RoundTripper // token_transport
 	certificates certificateCache
+	metrics      *clientMetrics
+	events       *emitter
 	logger       *zap.Logger
 
 	narrowed atomic.Pointer[string] // the granted scopes of the last warning
@@ -59,6 +61,13 @@ func (e *endpoint) knownURL() string {
 
 // request implements requester.
 func (e *endpoint) request(ctx context.Context) (grant, error) {
+	start := time.Now()
+	g, err := e.requestOnce(ctx)
+	e.metrics.tokenRequested(time.Since(start), err)
+	return g, err
+}
+
+func (e *endpoint) requestOnce(ctx context.Context) (grant, error) {
 	r, err := e.resolve(ctx)
 	if err != nil {
 		return grant{}, err
@@ -76,6 +85,10 @@ func (e *endpoint) request(ctx context.Context) (grant, error) {
 		e.discovery.expire()
 		if moved, lookUpErr := e.discovery.tokenEndpoint(discovering); lookUpErr == nil && *moved != *u {
 			return e.requestAt(ctx, moved, e.credentials.Issuer, r)
+		}
+		// The issuer may be late to say so: what is not there is not refused.
+		if failure, ok := errors.AsType[*tokenError](err); ok {
+			failure.permanent = false
 		}
 	}
 	return g, err
@@ -260,7 +273,7 @@ func (e *endpoint) read(u *url.URL, a *serverAnswer, secrets confidential) (gran
 	failure.retryAfter = parseRetryAfter(a.header, time.Now())
 	// The raw texts are asked too: cleaning may join or cut a secret.
 	failure.Code = errorCode(code)
-	if secrets.in(code) || secrets.in(failure.Code) {
+	if secrets.in(code + "\n" + failure.Code) {
 		if e.credentials.hint(code) == "" {
 			failure.Code = codeHTTPStatus
 		}
@@ -269,7 +282,7 @@ func (e *endpoint) read(u *url.URL, a *serverAnswer, secrets confidential) (gran
 	if parsed.hasToken() {
 		failure.Description = "the server's description stands beside a token, and is not shown"
 	}
-	if secrets.in(description) || secrets.in(clean(description, len(description))) {
+	if secrets.in(description + "\n" + clean(description, len(description))) {
 		failure.Description = "the server's description repeats the client's credentials, and is not shown"
 	}
 	return grant{}, failure.classify(&e.credentials)
@@ -285,12 +298,20 @@ func (e *endpoint) unreadable(failure *tokenError, err error) *tokenError {
 // fetched implements requester: one line in the log for each fetch that fails,
 // and one when that is over.
 func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
+	if t != nil {
+		e.events.emit(eventObtained, map[string]any{"client": e.metrics.name, "expires": t.expires, "renewal": t.refreshAt})
+	}
 	client := []zap.Field{zap.String("token_endpoint", e.host()), zap.String("client_id", e.credentials.ClientID)}
 	switch {
 	case err != nil:
 		if errors.Is(err, errReleased) {
 			return
 		}
+		failed := reportError(err)
+		e.events.emit(eventFailed, map[string]any{
+			"client": e.metrics.name, "error": failed.Code, "error_description": failed.Description,
+			"status": failed.Status, "failures": failures + 1, "retry_at": err.retryAt,
+		})
 		e.logger.Warn("obtaining token failed", append(client,
 			zap.Error(err.err), zap.Int("failures", failures+1), zap.Time("retry_at", err.retryAt))...)
 	case failures > 0:

@@ -16,6 +16,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
@@ -53,18 +54,20 @@ type Transport struct {
 
 	*reverseproxy.HTTPTransport
 
-	clients    map[dialAddress]*client // of the addresses in Upstreams; nil: off
-	fallback   *client                 // for all other addresses; nil: refused
-	static     map[string][]*client    // of the proxy's upstreams, by host
-	dials      []dialAddress           // of the proxy's upstreams, as far as they are static
-	acquired   []*client               // to be released
-	transports []caddy.CleanerUpper    // that belong to the clients
-	reserved   fieldSet                // headers that only the transport sets
-	plaintext  bool                    // to upstreams, allowed
-	proxied    bool                    // by a network_proxy, so nothing stays on this machine
-	listedOnly bool                    // no fallback: see checkUpstreams
-	routed     bool                    // the handler has the route for failures
-	logger     *zap.Logger
+	clients      map[dialAddress]*client // of the addresses in Upstreams; nil: off
+	fallback     *client                 // for all other addresses; nil: refused
+	static       map[string][]*client    // of the proxy's upstreams, by host
+	dials        []dialAddress           // of the proxy's upstreams, as far as they are static
+	acquired     []*client               // to be released
+	transports   []caddy.CleanerUpper    // that belong to the clients
+	reserved     fieldSet                // headers that only the transport sets
+	plaintext    bool                    // to upstreams, allowed
+	proxied      bool                    // by a network_proxy, so nothing stays on this machine
+	listedOnly   bool                    // no fallback: see checkUpstreams
+	healthStatus int                     // that active health checks expect; 0: any of success
+	routed       bool                    // the handler has the route for failures
+	logger       *zap.Logger
+	events       *emitter
 }
 
 // Upstream has the credentials of one or more upstreams.
@@ -110,10 +113,18 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	t.reserved.add(defaultBearerField)
 	t.reserved.add(defaultTenantField)
 
+	if err := registerMetrics(ctx); err != nil {
+		return fmt.Errorf("registering metrics: %w", err)
+	}
 	t.proxied = usesProxy(t.HTTPTransport) // Provision forgets it
 	if err := t.HTTPTransport.Provision(ctx); err != nil {
 		return err
 	}
+	app, err := ctx.App("events")
+	if err != nil {
+		return fmt.Errorf("getting events app: %w", err)
+	}
+	t.events = &emitter{app.(*caddyevents.App), ctx}
 	if err := t.provisionClients(ctx); err != nil {
 		return err
 	}
@@ -126,7 +137,7 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 		}
 		t.routed = true
 	} // otherwise it is the transport of a handler of which nothing is known
-	if err := t.warmUp(ctx); err != nil {
+	if err := t.warmUp(); err != nil {
 		return err
 	}
 	t.load()
@@ -148,7 +159,8 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if off {
 		return t.send(req, nil, nil)
 	}
-	tok, err := cl.source.Token(ctx)
+	tok, got, err := cl.source.obtain(ctx)
+	cl.metrics.requested(ctx, got)
 	if err != nil {
 		if ctxErr := ctx.Err(); ctxErr != nil && errors.Is(err, context.Canceled) {
 			closeBody(req)

@@ -14,7 +14,6 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
@@ -111,7 +110,7 @@ func (t *Transport) provisionClient(ctx caddy.Context, repl *caddy.Replacer, c C
 	if err != nil {
 		return nil, err
 	}
-	e := &endpoint{credentials: c, logger: t.logger}
+	e := &endpoint{credentials: c, logger: t.logger, events: t.events}
 	transport, ok := transports[c.TokenTransport]
 	if !ok || c.ClientCertificate != nil { // which others must not use
 		if transport, err = t.provisionTokenTransport(ctx, c); err != nil {
@@ -228,6 +227,9 @@ func parentHandler(ctx caddy.Context) (*reverseproxy.Handler, bool) {
 // such an upstream therefore gets a token only if a block names it.
 func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 	t.warnHeaderUp(handler)
+	if checks := handler.HealthChecks; checks != nil && checks.Active != nil {
+		t.healthStatus = checks.Active.ExpectStatus
+	}
 
 	repl := caddy.NewReplacer()
 	static := make(map[dialAddress]string)
@@ -328,12 +330,8 @@ func parseDialAddress(repl *caddy.Replacer, address string) (dialAddress, error)
 // warmUp makes the tokens ready once the config runs, so that the first
 // requests need not wait. Caddy emits the event at the start and after each
 // reload, but not when a config is merely validated.
-func (t *Transport) warmUp(ctx caddy.Context) error {
-	app, err := ctx.App("events")
-	if err != nil {
-		return fmt.Errorf("getting events app: %w", err)
-	}
-	return app.(*caddyevents.App).On("started", onStarted(t.acquired))
+func (t *Transport) warmUp() error {
+	return t.events.app.On("started", onStarted(t.acquired))
 }
 
 // onStarted is the clients to warm up when the config has started.
@@ -344,6 +342,7 @@ type onStarted []*client
 // it does not keep the server from starting.
 func (clients onStarted) Handle(context.Context, caddy.Event) error {
 	for _, cl := range clients {
+		cl.started.Store(true)
 		if !cl.spare {
 			cl.source.Warm()
 		}

@@ -120,10 +120,12 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 		// While the new token is fetched, the first attempt must not go on
 		// reading the body, or too much of it would be gone.
 		if body != nil && !body.hold() {
+			cl.metrics.refused(req.Context(), rejectionNotRepeatable)
 			cl.replace(tok) // for the next request
 			return res, nil
 		}
 		if next = cl.renew(req.Context(), tok); next == nil {
+			cl.metrics.refused(req.Context(), rejectionNoToken)
 			return res, nil // as the upstream answered
 		}
 	case res.StatusCode == http.StatusExpectationFailed && body != nil && body.expected:
@@ -148,7 +150,12 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 	if err != nil {
 		return nil, conceal(sentBefore(err, body), next)
 	}
-	if next != tok && !slices.Contains(cl.retryOn, res.StatusCode) {
+	switch {
+	case next == tok:
+	case slices.Contains(cl.retryOn, res.StatusCode):
+		cl.metrics.refused(req.Context(), rejectionRefusedAgain)
+	default:
+		cl.metrics.refused(req.Context(), rejectionRecovered)
 		cl.renewals.help()
 	}
 	return res, nil
@@ -253,6 +260,9 @@ func (cl *client) drop(refused *token) bool {
 	if !cl.renewals.allow(refused) {
 		return false
 	}
-	cl.source.Invalidate(refused)
+	if cl.source.Invalidate(refused) {
+		cl.metrics.dropped.Inc()
+		cl.endpoint.events.emit(eventRejected, map[string]any{"client": cl.metrics.name})
+	}
 	return true
 }

@@ -20,6 +20,7 @@ type token struct {
 	// it is not used any more: both leave the rest of its life as a reserve.
 	refreshAt, usableTo, expires time.Time
 
+	obtained    time.Time
 	certificate *tls.Certificate // see grant
 }
 
@@ -136,19 +137,36 @@ func (s *tokenSource) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("token
 // and no longer than ctx lasts; the error is then ctx's own, otherwise a
 // *fetchError.
 func (s *tokenSource) Token(ctx context.Context) (*token, error) {
+	t, _, err := s.obtain(ctx)
+	return t, err
+}
+
+// acquisition is how a caller got a token, and how long that took; 0 from the
+// cache.
+type acquisition struct {
+	use  tokenUse
+	wait time.Duration
+}
+
+// obtain is Token, and tells how the caller got it.
+func (s *tokenSource) obtain(ctx context.Context) (*token, acquisition, error) {
 	now := time.Now()
 	s.mu.Lock()
 	s.wanted = true
 	if t := s.usable(now); t != nil {
-		if !now.Before(t.refreshAt) && !s.backingOff(now) {
-			s.start(false)
+		got := acquisition{use: tokenFresh}
+		if !now.Before(t.refreshAt) {
+			got.use = tokenStale
+			if !s.backingOff(now) {
+				s.start(false)
+			}
 		}
 		s.mu.Unlock()
-		return t, nil
+		return t, got, nil
 	}
 	if s.inflight == nil && s.backingOff(now) && !s.checkDue(now) {
 		defer s.mu.Unlock()
-		return s.lastResort(now, s.lastErr)
+		return s.lastResort(now, now, s.lastErr)
 	}
 	f := s.start(s.backingOff(now))
 	f.waiters++
@@ -160,11 +178,11 @@ func (s *tokenSource) Token(ctx context.Context) (*token, error) {
 		if f.err != nil {
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			return s.lastResort(time.Now(), f.err)
+			return s.lastResort(now, time.Now(), f.err)
 		}
-		return f.t, nil
+		return f.t, acquisition{tokenWaited, time.Since(now)}, nil
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return nil, acquisition{tokenNone, time.Since(now)}, ctx.Err()
 	}
 }
 
@@ -180,11 +198,13 @@ func (s *tokenSource) usable(now time.Time) *token {
 // lastResort returns the current token if it is valid, though refused: not
 // every upstream may refuse it, and it must not be lost to those who take it
 // when there is no other. mu is held.
-func (s *tokenSource) lastResort(now time.Time, err error) (*token, error) {
+func (s *tokenSource) lastResort(since, now time.Time, err error) (*token, acquisition, error) {
+	got := acquisition{tokenNone, now.Sub(since)}
 	if s.current != nil && now.Before(s.current.usableTo) {
-		return s.current, nil
+		got.use = tokenStale
+		return s.current, got, nil
 	}
-	return nil, err
+	return nil, got, err
 }
 
 // Cached returns the token if there is one that may be used now and was not
@@ -209,14 +229,41 @@ func (s *tokenSource) Ready() *token {
 	return t
 }
 
-// Invalidate takes t, which an upstream refused, out of use. A token that has
-// replaced t meanwhile stays: a late refusal says nothing about it.
-func (s *tokenSource) Invalidate(t *token) {
+// Renew requests a token now, even if the current one is good or the last
+// failure was just now, and waits for it as Token does.
+func (s *tokenSource) Renew(ctx context.Context) (*token, error) {
+	s.mu.Lock()
+	f := s.start(false)
+	f.waiters++
+	s.mu.Unlock()
+	defer s.leave(f)
+	select {
+	case <-f.done:
+		return f.t, f.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// Forget takes the current token out of use, and does not keep it as the last
+// resort.
+func (s *tokenSource) Forget() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.current == t {
-		s.refused = true
+	s.current = nil
+}
+
+// Invalidate takes t, which an upstream refused, out of use. A token that has
+// replaced t meanwhile stays: a late refusal says nothing about it. It returns
+// whether this was the first to take t out of use.
+func (s *tokenSource) Invalidate(t *token) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.current != t || s.refused {
+		return false
 	}
+	s.refused = true
+	return true
 }
 
 // Warm starts the first fetch in the background. A source that has a token,
@@ -501,6 +548,7 @@ func (s *tokenSource) newToken(g grant, sent, now time.Time) (*token, error) {
 		usableTo:  sent.Add(usable),
 		expires:   sent.Add(life),
 
+		obtained:    now,
 		certificate: g.certificate,
 	}, nil
 }

@@ -1,0 +1,201 @@
+package outboundauth
+
+import (
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+func init() {
+	caddy.RegisterModule(adminAPI{})
+}
+
+// adminClients is where the admin API has the clients.
+const adminClients = "/oauth2/clients"
+
+// adminAPI shows the state of the OAuth clients, and lets an operator have a
+// token replaced:
+//
+//	GET    /oauth2/clients             all clients
+//	GET    /oauth2/clients/<id>        one of them
+//	POST   /oauth2/clients/<id>/renew  request a token now, and wait for it
+//	DELETE /oauth2/clients/<id>/token  forget the token
+//
+// No answer holds a token or a secret.
+type adminAPI struct{}
+
+// CaddyModule returns the Caddy module information.
+func (adminAPI) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "admin.api.oauth2",
+		New: func() caddy.Module { return new(adminAPI) },
+	}
+}
+
+// Routes implements caddy.AdminRouter.
+func (a adminAPI) Routes() []caddy.AdminRoute {
+	return []caddy.AdminRoute{
+		{Pattern: adminClients, Handler: caddy.AdminHandlerFunc(a.serve)},
+		{Pattern: adminClients + "/", Handler: caddy.AdminHandlerFunc(a.serve)},
+	}
+}
+
+// clientStatus is a client as the admin API shows it.
+type clientStatus struct {
+	ID            string   `json:"id"`
+	Name          string   `json:"name"`
+	TokenEndpoint string   `json:"token_endpoint,omitempty"` // not known before it has been discovered
+	Issuer        string   `json:"issuer,omitempty"`
+	ClientID      string   `json:"client_id,omitempty"`
+	AuthMethod    string   `json:"auth_method,omitempty"`
+	GrantType     string   `json:"grant_type"`
+	Scopes        []string `json:"scopes,omitempty"`
+
+	State    string     `json:"state"`
+	Fetching bool       `json:"fetching"` // a token request is under way
+	Obtained *time.Time `json:"obtained,omitempty"`
+	Renewal  *time.Time `json:"renewal,omitempty"`
+	Expires  *time.Time `json:"expires,omitempty"`
+
+	// Since the last success.
+	Failures  int            `json:"failures"`
+	LastError *reportedError `json:"last_error,omitempty"`
+	RetryAt   *time.Time     `json:"retry_at,omitempty"`
+
+	// Of all clients that have this name, since the process started.
+	Requests      map[string]uint64 `json:"requests"`
+	TokenRequests map[string]uint64 `json:"token_requests"`
+	Rejections    map[string]uint64 `json:"rejections"`
+}
+
+// newClientStatus returns what the admin API shows of a source.
+func newClientStatus(s sourceStatus) clientStatus {
+	c := &s.endpoint.credentials
+	status := clientStatus{
+		ID:            s.key.id(),
+		Name:          s.name,
+		TokenEndpoint: s.endpoint.knownURL(),
+		Issuer:        c.Issuer,
+		ClientID:      c.ClientID,
+		AuthMethod:    c.method(),
+		GrantType:     c.grant(),
+		Scopes:        c.Scopes,
+		State:         s.state,
+		Fetching:      s.fetching,
+		Obtained:      instant(s.obtained),
+		Renewal:       instant(s.renewal),
+		Expires:       instant(s.expires),
+		Failures:      s.failures,
+		RetryAt:       instant(s.retryAt),
+	}
+	if s.err != nil {
+		status.LastError = reportError(s.err)
+	}
+	status.Requests, status.TokenRequests, status.Rejections = s.endpoint.metrics.counts()
+	return status
+}
+
+// instant returns t for JSON, which leaves out only nil.
+func instant(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
+	}
+	return &t
+}
+
+// id is short enough for a URL that somebody types, and tells nothing.
+func (k sourceKey) id() string { return hex.EncodeToString(k[:6]) }
+
+// clientStatuses returns the statuses of all clients, by name.
+func clientStatuses() []clientStatus {
+	sourceStatuses := sourceStatuses()
+	statuses := make([]clientStatus, len(sourceStatuses)) // [] in JSON, if there are none
+	for i, s := range sourceStatuses {
+		statuses[i] = newClientStatus(s)
+	}
+	slices.SortFunc(statuses, func(a, b clientStatus) int {
+		return strings.Compare(a.Name+"\x00"+a.ID, b.Name+"\x00"+b.ID)
+	})
+	return statuses
+}
+
+func (adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
+	path := strings.Trim(strings.TrimPrefix(r.URL.Path, adminClients), "/")
+	if path == "" {
+		if err := allow(r, http.MethodGet); err != nil {
+			return err
+		}
+		return answerJSON(w, clientStatuses())
+	}
+	id, action, _ := strings.Cut(path, "/")
+	source, ok := sourceByID(id)
+	if !ok {
+		return adminError(http.StatusNotFound, fmt.Errorf("there is no client %q; GET %s lists them", id, adminClients))
+	}
+	switch action {
+	case "":
+		if err := allow(r, http.MethodGet); err != nil {
+			return err
+		}
+	case "renew":
+		if err := allow(r, http.MethodPost); err != nil {
+			return err
+		}
+		if _, err := source.Renew(r.Context()); err != nil {
+			return adminError(http.StatusBadGateway, err)
+		}
+	case "token":
+		if err := allow(r, http.MethodDelete); err != nil {
+			return err
+		}
+		source.Forget()
+	default:
+		return adminError(http.StatusNotFound, errors.New("a client has renew and token only"))
+	}
+	for _, status := range clientStatuses() {
+		if status.ID == id {
+			return answerJSON(w, status)
+		}
+	}
+	return adminError(http.StatusNotFound, errors.New("the client has just been unloaded"))
+}
+
+// sourceByID finds the source of a client.
+func sourceByID(id string) (source *tokenSource, ok bool) {
+	sources.Range(func(key, value any) bool {
+		if key.(sourceKey).id() == id {
+			source, ok = value.(*tokenSource), true
+		}
+		return !ok
+	})
+	return source, ok
+}
+
+func allow(r *http.Request, method string) error {
+	if r.Method == method {
+		return nil
+	}
+	return adminError(http.StatusMethodNotAllowed, fmt.Errorf("use %s", method))
+}
+
+func adminError(status int, err error) error {
+	return caddy.APIError{HTTPStatus: status, Err: err}
+}
+
+func answerJSON(w http.ResponseWriter, v any) error {
+	w.Header().Set("Content-Type", "application/json")
+	return json.NewEncoder(w).Encode(v)
+}
+
+// Interface guards.
+var (
+	_ caddy.Module      = adminAPI{}
+	_ caddy.AdminRouter = adminAPI{}
+)

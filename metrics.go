@@ -1,0 +1,282 @@
+package outboundauth
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// How a request got its token.
+type tokenUse int
+
+const (
+	tokenFresh  tokenUse = iota // from the cache
+	tokenStale                  // from the cache, while it is being replaced
+	tokenWaited                 // fetched for this request
+	tokenNone                   // there was none
+)
+
+var tokenUses = [...]string{tokenFresh: "fresh", tokenStale: "stale", tokenWaited: "fetched", tokenNone: "none"}
+
+// How a request ended whose token the upstream refused.
+const (
+	rejectionRecovered     = "recovered"      // with a new token
+	rejectionRefusedAgain  = "refused_again"  // with a new token as well
+	rejectionNoToken       = "no_token"       // there was no other
+	rejectionNotRepeatable = "not_repeatable" // too much of the body was gone
+)
+
+var rejectionOutcomes = []string{rejectionRecovered, rejectionRefusedAgain, rejectionNoToken, rejectionNotRepeatable}
+
+// resultOK is the result of a token request that brought a token; others are
+// error codes.
+const resultOK = "ok"
+
+// knownCodes are the error codes that metrics tell apart. Others are of the
+// server's making, and their number is not bounded.
+var knownCodes = []string{
+	codeTimeout, codeNetwork, codeInvalidResponse, codeHTTPStatus, codeConfiguration,
+	"invalid_request", "invalid_client", "invalid_grant", "unauthorized_client", "unsupported_grant_type",
+	"invalid_scope", "invalid_target", "temporarily_unavailable", "server_error", "slow_down",
+}
+
+const codeOther = "other"
+
+// The metrics are those of the process: they count on when a config is
+// reloaded, of which each has a registry of its own. Clients that have the same
+// name share theirs.
+var (
+	tokenRequestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Namespace: "caddy", Subsystem: "oauth2", Name: "token_requests_total",
+		Help: "Token requests by their result: ok, or an error code.",
+	}, []string{"client", "result"})
+	tokenRequestDuration = prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Namespace: "caddy", Subsystem: "oauth2", Name: "token_request_duration_seconds",
+		Help: "How long token requests took.",
+	}, []string{"client"})
+	requestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Namespace: "caddy", Subsystem: "oauth2", Name: "requests_total",
+		Help: "Requests by how they got their token: fresh and stale ones from the cache, fetched, or none.",
+	}, []string{"client", "token"})
+	waitDuration = prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Namespace: "caddy", Subsystem: "oauth2", Name: "wait_duration_seconds",
+		Help: "How long requests waited for a token that was not in the cache.",
+	}, []string{"client"})
+	rejectionsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Namespace: "caddy", Subsystem: "oauth2", Name: "rejections_total",
+		Help: "Requests whose token the upstream refused, by how they ended.",
+	}, []string{"client", "outcome"})
+	invalidationsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Namespace: "caddy", Subsystem: "oauth2", Name: "invalidated_tokens_total",
+		Help: "Tokens taken out of use because an upstream refused them.",
+	}, []string{"client"})
+)
+
+// registerMetrics adds the metrics to the registry of a config, unless another
+// transport of it has done so.
+func registerMetrics(ctx caddy.Context) error {
+	registry := ctx.GetMetricsRegistry()
+	for _, collector := range []prometheus.Collector{
+		tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, rejectionsTotal, invalidationsTotal,
+		sourceCollector{},
+	} {
+		if err := registry.Register(collector); err != nil {
+			if _, ok := errors.AsType[prometheus.AlreadyRegisteredError](err); !ok {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// clientMetrics are the metrics of one client, looked up once. All series are
+// there from the beginning, at 0: a rate needs a value to start from.
+type clientMetrics struct {
+	name     string
+	client   any                 // name, as the value of a placeholder
+	values   [len(tokenUses)]any // of another
+	uses     [len(tokenUses)]prometheus.Counter
+	waits    prometheus.Observer
+	duration prometheus.Observer
+	rejected map[string]prometheus.Counter
+	dropped  prometheus.Counter
+
+	mu      sync.Mutex
+	results map[string]prometheus.Counter // guarded by mu
+}
+
+// result returns the counter of token requests with a result.
+func (m *clientMetrics) result(result string) prometheus.Counter {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	counter, ok := m.results[result]
+	if !ok {
+		counter = tokenRequestsTotal.WithLabelValues(m.name, result)
+		m.results[result] = counter
+	}
+	return counter
+}
+
+func newClientMetrics(name string) *clientMetrics {
+	m := &clientMetrics{
+		name:     name,
+		client:   name,
+		waits:    waitDuration.WithLabelValues(name),
+		duration: tokenRequestDuration.WithLabelValues(name),
+		rejected: make(map[string]prometheus.Counter),
+		results:  make(map[string]prometheus.Counter),
+		dropped:  invalidationsTotal.WithLabelValues(name),
+	}
+	for use, label := range tokenUses {
+		m.values[use] = label
+		m.uses[use] = requestsTotal.WithLabelValues(name, label)
+	}
+	for _, outcome := range rejectionOutcomes {
+		m.rejected[outcome] = rejectionsTotal.WithLabelValues(name, outcome)
+	}
+	m.result(resultOK)
+	return m
+}
+
+// requested counts a request by how it got its token, and tells the
+// placeholders.
+func (m *clientMetrics) requested(ctx context.Context, got acquisition) {
+	m.uses[got.use].Inc()
+	if got.use == tokenWaited || got.use == tokenNone {
+		m.waits.Observe(got.wait.Seconds())
+	}
+	if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+		repl.Set(phClient, m.client)
+		repl.Set(phToken, m.values[got.use])
+		repl.Set(phWait, got.wait.Milliseconds())
+		repl.Set(phRetried, false)
+	}
+}
+
+// refused counts a request whose token the upstream refused.
+func (m *clientMetrics) refused(ctx context.Context, outcome string) {
+	m.rejected[outcome].Inc()
+	if outcome == rejectionRecovered || outcome == rejectionRefusedAgain {
+		if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+			repl.Set(phRetried, true)
+		}
+	}
+}
+
+// counts returns the values of the counters, by label.
+func (m *clientMetrics) counts() (requests, tokenRequests, rejections map[string]uint64) {
+	requests, tokenRequests, rejections = make(map[string]uint64), make(map[string]uint64), make(map[string]uint64)
+	for use, counter := range m.uses {
+		requests[tokenUses[use]] = value(counter)
+	}
+	for outcome, counter := range m.rejected {
+		rejections[outcome] = value(counter)
+	}
+	for _, result := range append([]string{resultOK, codeOther}, knownCodes...) {
+		// Asking for a series would make it.
+		m.mu.Lock()
+		counter, ok := m.results[result]
+		m.mu.Unlock()
+		if ok {
+			tokenRequests[result] = value(counter)
+		}
+	}
+	return requests, tokenRequests, rejections
+}
+
+func value(c prometheus.Counter) uint64 {
+	var m dto.Metric
+	if err := c.Write(&m); err != nil {
+		return 0
+	}
+	return uint64(m.GetCounter().GetValue())
+}
+
+// tokenRequested counts a token request that ended in err.
+func (m *clientMetrics) tokenRequested(took time.Duration, err error) {
+	result := resultOK
+	if err != nil {
+		result = codeOther
+		if failure, ok := errors.AsType[*tokenError](err); ok && slices.Contains(knownCodes, failure.Code) {
+			result = failure.Code
+		}
+	}
+	m.result(result).Inc()
+	m.duration.Observe(took.Seconds())
+}
+
+// sourceCollector collects the states of the token sources when it is asked:
+// they change by the mere passing of time.
+type sourceCollector struct{}
+
+var (
+	sourcesDesc = prometheus.NewDesc("caddy_oauth2_sources",
+		"Token sources that are in use.", nil, nil)
+	stateDesc = prometheus.NewDesc("caddy_oauth2_token_state",
+		"1 for the state in which the client's token is: fresh, stale, expired or absent.", []string{"client", "state"}, nil)
+	expiryDesc = prometheus.NewDesc("caddy_oauth2_token_expiry_timestamp_seconds",
+		"When the client's token expires.", []string{"client"}, nil)
+	renewalDesc = prometheus.NewDesc("caddy_oauth2_token_renewal_timestamp_seconds",
+		"When the client's token is due to be replaced.", []string{"client"}, nil)
+	failuresDesc = prometheus.NewDesc("caddy_oauth2_consecutive_failures",
+		"Attempts to obtain a token that have failed since the last that did not.", []string{"client"}, nil)
+	permanentDesc = prometheus.NewDesc("caddy_oauth2_rejected_by_server",
+		"1 if the authorization server has rejected what is configured, so that somebody has to change it.", []string{"client"}, nil)
+	retryDesc = prometheus.NewDesc("caddy_oauth2_retry_timestamp_seconds",
+		"When a client that failed tries again; 0 if it did not fail.", []string{"client"}, nil)
+)
+
+// Describe implements prometheus.Collector.
+func (sourceCollector) Describe(descs chan<- *prometheus.Desc) {
+	for _, desc := range []*prometheus.Desc{sourcesDesc, stateDesc, expiryDesc, renewalDesc, failuresDesc, permanentDesc, retryDesc} {
+		descs <- desc
+	}
+}
+
+// Collect implements prometheus.Collector.
+func (sourceCollector) Collect(collected chan<- prometheus.Metric) {
+	gauge := func(desc *prometheus.Desc, value float64, labels ...string) {
+		collected <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value, labels...)
+	}
+	statuses := sourceStatuses()
+	gauge(sourcesDesc, float64(len(statuses)))
+	byName := make(map[string]sourceStatus)
+	for _, status := range statuses {
+		// Of clients that have the same name, the one that is worst off.
+		if other, ok := byName[status.name]; !ok || status.worseThan(other) {
+			byName[status.name] = status
+		}
+	}
+	for name, status := range byName {
+		for _, state := range tokenStates {
+			value := 0.0
+			if state == status.state {
+				value = 1
+			}
+			gauge(stateDesc, value, name, state)
+		}
+		gauge(expiryDesc, timestamp(status.expires), name)
+		gauge(renewalDesc, timestamp(status.renewal), name)
+		gauge(failuresDesc, float64(status.failures), name)
+		permanent := 0.0
+		if isPermanent(status.err) {
+			permanent = 1
+		}
+		gauge(permanentDesc, permanent, name)
+		gauge(retryDesc, timestamp(status.retryAt), name)
+	}
+}
+
+func timestamp(t time.Time) float64 {
+	if t.IsZero() {
+		return 0
+	}
+	return float64(t.UnixMilli()) / 1000
+}

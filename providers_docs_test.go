@@ -1,0 +1,578 @@
+package outboundauth
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/base64"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+)
+
+// documentedGrants are the token requests of docs/providers.md, in the order of
+// its blocks, and what the documentation named there says of them.
+var documentedGrants = []struct {
+	name string // its first word is in the heading above the block
+	env  map[string]string
+
+	metadata string // of the issuer, at OpenID Connect's place; discovery if set
+
+	url         string
+	basic       string            // id:secret as in the Authorization header
+	form        map[string]string // without the JWT
+	jwt         string            // the parameter that is a JWT
+	file        bool              // it is that of a file
+	header      map[string]any    // of the JWT
+	claims      map[string]any    // without jti and the times
+	thumbprint  bool              // the JWT names the certificate
+	certificate bool              // is presented
+
+	answer string
+	want   grant
+}{
+	{
+		name: "Auth0 with a secret",
+		env: map[string]string{
+			"AUTH0_DOMAIN": "tenant.eu.auth0.com", "AUTH0_CLIENT_ID": "id", "AUTH0_CLIENT_SECRET": "s-_cret",
+		},
+		url: "https://tenant.eu.auth0.com/oauth/token",
+		form: map[string]string{
+			"grant_type": "client_credentials", "client_id": "id", "client_secret": "s-_cret", "audience": "https://api.example.com",
+		},
+		answer: `{"access_token":"eyJz93a...k4laUWw","token_type":"Bearer","expires_in":86400}`,
+		want:   grant{accessToken: "eyJz93a...k4laUWw", lifetime: 24 * time.Hour},
+	},
+	{
+		name: "Auth0 with a key",
+		env: map[string]string{
+			"AUTH0_DOMAIN": "tenant.eu.auth0.com", "AUTH0_CLIENT_ID": "id", "AUTH0_KEY_ID": "my kid",
+		},
+		url: "https://tenant.eu.auth0.com/oauth/token",
+		form: map[string]string{
+			"grant_type": "client_credentials", "client_id": "id", "audience": "https://api.example.com",
+			"client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+		},
+		jwt:    "client_assertion",
+		header: map[string]any{"alg": "RS256", "typ": "JWT", "kid": "my kid"},
+		claims: map[string]any{"iss": "id", "sub": "id", "aud": "https://tenant.eu.auth0.com/"}, // with the slash
+		answer: `{"access_token":"eyJz93a...k4laUWw","scope":"read:orders","token_type":"Bearer","expires_in":86400}`,
+		want:   grant{accessToken: "eyJz93a...k4laUWw", lifetime: 24 * time.Hour, scope: "read:orders"},
+	},
+	{
+		name: "Microsoft Entra ID with a secret",
+		env: map[string]string{
+			"AZURE_TENANT_ID": "contoso.onmicrosoft.com", "AZURE_CLIENT_ID": "535fb089-9ff3-47b6-9bfb-4f1264799865", "AZURE_CLIENT_SECRET": "qW~g.Y&+%",
+		},
+		url: "https://login.microsoftonline.com/contoso.onmicrosoft.com/oauth2/v2.0/token",
+		form: map[string]string{
+			"grant_type": "client_credentials", "scope": "https://graph.microsoft.com/.default",
+			"client_id": "535fb089-9ff3-47b6-9bfb-4f1264799865", "client_secret": "qW~g.Y&+%",
+		},
+		answer: `{"token_type":"Bearer","expires_in":3599,"ext_expires_in":3599,"access_token":"eyJ0eXAiOiJKV1QiLCJhbGciOiJSUzI1NiIsIng1dCI6Ik1uQ19WWmNBVGZNNXBP..."}`,
+		want:   grant{accessToken: "eyJ0eXAiOiJKV1QiLCJhbGciOiJSUzI1NiIsIng1dCI6Ik1uQ19WWmNBVGZNNXBP...", lifetime: 3599 * time.Second},
+	},
+	{
+		name: "Microsoft Entra ID with a certificate",
+		env:  map[string]string{"AZURE_TENANT_ID": "contoso.onmicrosoft.com", "AZURE_CLIENT_ID": "97e0a5b7"},
+		url:  "https://login.microsoftonline.com/contoso.onmicrosoft.com/oauth2/v2.0/token",
+		form: map[string]string{
+			"grant_type": "client_credentials", "scope": "https://graph.microsoft.com/.default", "client_id": "97e0a5b7",
+			"client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+		},
+		jwt:         "client_assertion",
+		header:      map[string]any{"alg": "PS256", "typ": "JWT"},
+		claims:      map[string]any{"iss": "97e0a5b7", "sub": "97e0a5b7", "aud": "https://login.microsoftonline.com/contoso.onmicrosoft.com/oauth2/v2.0/token"},
+		thumbprint:  true,
+		certificate: true,
+		answer:      `{"token_type":"Bearer","expires_in":3599,"access_token":"eyJ0eXAiOiJK..."}`,
+		want:        grant{accessToken: "eyJ0eXAiOiJK...", lifetime: 3599 * time.Second},
+	},
+	{
+		name: "Microsoft Entra ID with workload identity federation",
+		env:  map[string]string{"AZURE_TENANT_ID": "contoso.onmicrosoft.com", "AZURE_CLIENT_ID": "97e0a5b7"},
+		url:  "https://login.microsoftonline.com/contoso.onmicrosoft.com/oauth2/v2.0/token",
+		form: map[string]string{
+			"grant_type": "client_credentials", "scope": "https://graph.microsoft.com/.default", "client_id": "97e0a5b7",
+			"client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+		},
+		jwt:  "client_assertion",
+		file: true,
+
+		answer: `{"token_type":"Bearer","expires_in":86399,"ext_expires_in":86399,"access_token":"eyJ0eXAiOiJK..."}`,
+		want:   grant{accessToken: "eyJ0eXAiOiJK...", lifetime: 86399 * time.Second},
+	},
+	{
+		name:   "Okta with a secret",
+		env:    map[string]string{"OKTA_DOMAIN": "example.okta.com", "OKTA_CLIENT_ID": "0oab8eb55Kb9jdMIr5d6", "OKTA_CLIENT_SECRET": "s-_cret"},
+		url:    "https://example.okta.com/oauth2/default/v1/token",
+		basic:  "0oab8eb55Kb9jdMIr5d6:s-_cret",
+		form:   map[string]string{"grant_type": "client_credentials", "scope": "orders.read"},
+		answer: `{"access_token":"eyJhbG[...]1LQ","token_type":"Bearer","expires_in":3600,"scope":"orders.read"}`,
+		want:   grant{accessToken: "eyJhbG[...]1LQ", lifetime: time.Hour, scope: "orders.read"},
+	},
+	{
+		name: "Okta with a key",
+		env:  map[string]string{"OKTA_DOMAIN": "example.okta.com", "OKTA_CLIENT_ID": "0oar95zt9zIpYuz6A0h7", "OKTA_KEY_ID": "my_key_id"},
+		url:  "https://example.okta.com/oauth2/v1/token",
+		form: map[string]string{
+			"grant_type": "client_credentials", "scope": "okta.users.read", "client_id": "0oar95zt9zIpYuz6A0h7",
+			"client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+		},
+		jwt:    "client_assertion",
+		header: map[string]any{"alg": "RS256", "typ": "JWT", "kid": "my_key_id"},
+		claims: map[string]any{"iss": "0oar95zt9zIpYuz6A0h7", "sub": "0oar95zt9zIpYuz6A0h7", "aud": "https://example.okta.com/oauth2/v1/token"},
+		answer: `{"token_type":"Bearer","expires_in":3600,"access_token":"eyJraWQiOiJ.....UfThlJ7w","scope":"okta.users.read"}`,
+		want:   grant{accessToken: "eyJraWQiOiJ.....UfThlJ7w", lifetime: time.Hour, scope: "okta.users.read"},
+	},
+	{
+		name: "Keycloak with a secret",
+		env: map[string]string{
+			"KEYCLOAK_DOMAIN": "sso.example.com", "KEYCLOAK_REALM": "demo", "KEYCLOAK_CLIENT_ID": "product-sa-client", "KEYCLOAK_CLIENT_SECRET": "password",
+		},
+		metadata: keycloakMetadata,
+		url:      "https://sso.example.com/realms/demo/protocol/openid-connect/token",
+		basic:    "product-sa-client:password",
+		form:     map[string]string{"grant_type": "client_credentials"},
+		answer:   `{"access_token":"eyJhbGciOiJSUzI1NiIs...","expires_in":60,"refresh_expires_in":0,"token_type":"Bearer","not-before-policy":0,"scope":"email profile"}`,
+		want:     grant{accessToken: "eyJhbGciOiJSUzI1NiIs...", lifetime: time.Minute, scope: "email profile"},
+	},
+	{
+		name:     "Keycloak with a key",
+		env:      map[string]string{"KEYCLOAK_DOMAIN": "sso.example.com", "KEYCLOAK_REALM": "demo", "KEYCLOAK_CLIENT_ID": "gateway"},
+		metadata: keycloakMetadata,
+		url:      "https://sso.example.com/realms/demo/protocol/openid-connect/token",
+		form: map[string]string{
+			"grant_type": "client_credentials", "client_id": "gateway",
+			"client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+		},
+		jwt:    "client_assertion",
+		header: map[string]any{"alg": "RS256", "typ": "client-authentication+jwt"},
+		claims: map[string]any{"iss": "gateway", "sub": "gateway", "aud": "https://sso.example.com/realms/demo"},
+		answer: `{"access_token":"eyJhbGciOiJSUzI1NiIs...","expires_in":60,"token_type":"Bearer","scope":"email profile"}`,
+		want:   grant{accessToken: "eyJhbGciOiJSUzI1NiIs...", lifetime: time.Minute, scope: "email profile"},
+	},
+	{
+		name:        "Keycloak with a certificate",
+		env:         map[string]string{"KEYCLOAK_DOMAIN": "sso.example.com", "KEYCLOAK_REALM": "demo", "KEYCLOAK_CLIENT_ID": "gateway"},
+		metadata:    keycloakMetadata,
+		url:         "https://mtls.sso.example.com/realms/demo/protocol/openid-connect/token",
+		form:        map[string]string{"grant_type": "client_credentials", "client_id": "gateway"},
+		certificate: true,
+		answer:      `{"access_token":"eyJhbGciOiJSUzI1NiIs...","expires_in":60,"token_type":"Bearer","scope":"email profile"}`,
+		want:        grant{accessToken: "eyJhbGciOiJSUzI1NiIs...", lifetime: time.Minute, scope: "email profile"},
+	},
+	{
+		name: "Amazon Cognito",
+		env: map[string]string{
+			"COGNITO_PREFIX": "mydomain", "AWS_REGION": "us-east-1",
+			"COGNITO_CLIENT_ID": "djc98u3jiedmi283eu928", "COGNITO_CLIENT_SECRET": "abcdef01234567890",
+		},
+		url:    "https://mydomain.auth.us-east-1.amazoncognito.com/oauth2/token",
+		basic:  "djc98u3jiedmi283eu928:abcdef01234567890",
+		form:   map[string]string{"grant_type": "client_credentials", "scope": "https://api.example.com/orders.read"},
+		answer: `{"access_token":"eyJra1example","token_type":"Bearer","expires_in":3600}`,
+		want:   grant{accessToken: "eyJra1example", lifetime: time.Hour},
+	},
+	{
+		name:   "Google service accounts",
+		env:    map[string]string{"GOOGLE_CLIENT_EMAIL": "gateway@project.iam.gserviceaccount.com"},
+		url:    "https://oauth2.googleapis.com/token",
+		form:   map[string]string{"grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer"},
+		jwt:    "assertion",
+		header: map[string]any{"alg": "RS256", "typ": "JWT", "kid": "370ab79b4513eb9bad7c9bd16a95cb76b5b2a56a"},
+		claims: map[string]any{
+			"iss":   "gateway@project.iam.gserviceaccount.com",
+			"sub":   "gateway@project.iam.gserviceaccount.com", // RFC 7523 §3; optional here
+			"scope": "https://www.googleapis.com/auth/devstorage.read_only",
+			"aud":   "https://oauth2.googleapis.com/token",
+		},
+		// Tokens end in dots.
+		answer: `{"access_token":"ya29.c.c0ASRK0GZ........","expires_in":3599,"token_type":"Bearer"}`,
+		want:   grant{accessToken: "ya29.c.c0ASRK0GZ........", lifetime: 3599 * time.Second},
+	},
+	{
+		name:   "Salesforce with a key",
+		env:    map[string]string{"SALESFORCE_CONSUMER_KEY": "3MVG99OxTyEMCQ3g_.", "SALESFORCE_USERNAME": "my@email.com"},
+		url:    "https://login.salesforce.com/services/oauth2/token",
+		form:   map[string]string{"grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer"},
+		jwt:    "assertion",
+		header: map[string]any{"alg": "RS256", "typ": "JWT"},
+		claims: map[string]any{"iss": "3MVG99OxTyEMCQ3g_.", "sub": "my@email.com", "aud": "https://login.salesforce.com"},
+		answer: `{"access_token":"00Dxx0000001gPL!AR8AQJXg5oj8jXSgxJfA0lBog.39AsX.LVpxezPwuX5VAIrrbbHMuol7GQxnMeYMN7cj8EoWr78nt1u44zU31IbYNNJguseu",
+			"scope":"web openid api id","instance_url":"https://example.my.salesforce.com",
+			"id":"https://login.salesforce.com/id/00Dxx0000001gPLEAY/005xx000001SwiUAAS","token_type":"Bearer"}`,
+		want: grant{
+			accessToken: "00Dxx0000001gPL!AR8AQJXg5oj8jXSgxJfA0lBog.39AsX.LVpxezPwuX5VAIrrbbHMuol7GQxnMeYMN7cj8EoWr78nt1u44zU31IbYNNJguseu",
+			scope:       "web openid api id",
+		},
+	},
+	{
+		name: "Salesforce with client credentials",
+		env: map[string]string{
+			"SALESFORCE_DOMAIN": "example.my.salesforce.com", "SALESFORCE_CONSUMER_KEY": "3MVG99OxTyEMCQ3g_.", "SALESFORCE_CONSUMER_SECRET": "1955279925675241571",
+		},
+		url: "https://example.my.salesforce.com/services/oauth2/token",
+		form: map[string]string{
+			"grant_type": "client_credentials", "client_id": "3MVG99OxTyEMCQ3g_.", "client_secret": "1955279925675241571",
+		},
+		answer: `{"access_token":"your_access_token","signature":"your_signature","scope":"cdp_query_api api","instance_url":"instance_url",
+			"id":"https://org_domain/id/00fdg000000dfgfgs/00gfd000000fsdghjr","token_type":"Bearer","issued_at":"4564564565767"}`,
+		want: grant{accessToken: "your_access_token", scope: "cdp_query_api api"},
+	},
+	{
+		name:  "PayPal",
+		env:   map[string]string{"PAYPAL_CLIENT_ID": "AYSq3RDGsmBLJE-otTkBtM_jBRd", "PAYPAL_CLIENT_SECRET": "EGnHDxD_qRPdaLdZz8iCr8N7_MzF-YHPTkjs6NKYQvQSBngp4PTTVWkPZRbL"},
+		url:   "https://api-m.sandbox.paypal.com/v1/oauth2/token",
+		basic: "AYSq3RDGsmBLJE-otTkBtM_jBRd:EGnHDxD_qRPdaLdZz8iCr8N7_MzF-YHPTkjs6NKYQvQSBngp4PTTVWkPZRbL",
+		form:  map[string]string{"grant_type": "client_credentials"},
+		answer: `{"scope":"https://uri.paypal.com/services/invoicing https://api-m.paypal.com/v1/payments/.* openid",
+			"access_token":"A21AAFEpH4PsADK7qSS7pSRsgzfENtu-Q1ysgEDVDESseMHBYXVJYE8ovjj68elIDy8nF26AwPhfXTIeWAZHSLIsQkSYz9ifg",
+			"token_type":"Bearer","app_id":"APP-80W284485P519543T","expires_in":31668,"nonce":"2020-04-03T15:35:36ZaYZlGvEkV4yVSz8g6bAKFoGSEzuy3CQcz3ljhibkOHg"}`,
+		want: grant{
+			accessToken: "A21AAFEpH4PsADK7qSS7pSRsgzfENtu-Q1ysgEDVDESseMHBYXVJYE8ovjj68elIDy8nF26AwPhfXTIeWAZHSLIsQkSYz9ifg",
+			lifetime:    31668 * time.Second,
+			scope:       "https://uri.paypal.com/services/invoicing https://api-m.paypal.com/v1/payments/.* openid",
+		},
+	},
+	{
+		name: "SAP with a secret",
+		env: map[string]string{
+			"XSUAA_SUBDOMAIN": "test-me", "XSUAA_LANDSCAPE": "eu20.hana.ondemand.com",
+			"XSUAA_CLIENT_ID": "sb-orders!t12345|app!b1", "XSUAA_CLIENT_SECRET": "riH+a/b$c=",
+		},
+		url: "https://test-me.authentication.eu20.hana.ondemand.com/oauth/token",
+		form: map[string]string{
+			"grant_type": "client_credentials", "client_id": "sb-orders!t12345|app!b1", "client_secret": "riH+a/b$c=",
+		},
+		answer: `{"access_token":"eyJ...mh0d","token_type":"bearer","expires_in":43199,"scope":"uaa.resource","jti":"df6cb84439a541fab33d5b7c298debe1"}`,
+		want:   grant{accessToken: "eyJ...mh0d", lifetime: 43199 * time.Second, scope: "uaa.resource"},
+	},
+	{
+		name: "SAP with a certificate",
+		env: map[string]string{
+			"XSUAA_SUBDOMAIN": "test-me", "XSUAA_LANDSCAPE": "eu20.hana.ondemand.com",
+			"XSUAA_CLIENT_ID": "sb-na-edb111d1-2c22-3eca-444-869fde307ac7!a5017",
+		},
+		url:         "https://test-me.authentication.cert.eu20.hana.ondemand.com/oauth/token",
+		form:        map[string]string{"grant_type": "client_credentials", "client_id": "sb-na-edb111d1-2c22-3eca-444-869fde307ac7!a5017"},
+		certificate: true,
+		answer:      `{"access_token":"eyJ...mh0d","token_type":"bearer","expires_in":43199,"scope":"uaa.resource","jti":"df6cb84439a541fab33d5b7c298debe1"}`,
+		want:        grant{accessToken: "eyJ...mh0d", lifetime: 43199 * time.Second, scope: "uaa.resource"},
+	},
+}
+
+// keycloakMetadata has another host for certificates, which a server may have.
+const keycloakMetadata = `{"issuer":"https://sso.example.com/realms/demo",
+	"token_endpoint":"https://sso.example.com/realms/demo/protocol/openid-connect/token",
+	"token_endpoint_auth_methods_supported":["private_key_jwt","client_secret_basic","client_secret_post","tls_client_auth","client_secret_jwt"],
+	"token_endpoint_auth_signing_alg_values_supported":["PS256","RS256","ES256"],
+	"mtls_endpoint_aliases":{"token_endpoint":"https://mtls.sso.example.com/realms/demo/protocol/openid-connect/token"}}`
+
+// providerBlocks returns the blocks of docs/providers.md, and the heading above
+// each.
+func providerBlocks(t *testing.T) (blocks []fencedBlock, headings []string) {
+	t.Helper()
+	page, err := os.ReadFile("docs/providers.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	blocks = fencedBlocks(string(page), "caddyfile")
+	lines := strings.Split(string(page), "\n")
+	for _, block := range blocks {
+		heading := ""
+		for _, line := range lines[:block.line] {
+			if strings.HasPrefix(line, "## ") {
+				heading = line
+			}
+		}
+		headings = append(headings, heading)
+	}
+	if len(blocks) != len(documentedGrants) {
+		t.Fatalf("got %d blocks in docs/providers.md, want one for each of the %d token requests of this test", len(blocks), len(documentedGrants))
+	}
+	return blocks, headings
+}
+
+// providerFiles writes what the providers want in the place of /run/secrets,
+// with an RSA key: several take no other.
+func providerFiles(t *testing.T) (dir string, certificate []byte) {
+	t.Helper()
+	dir = t.TempDir()
+	key := testKeys["RSA"]()
+	keyPEM := pkcs8PEM(t, key)
+	certificate = certificateOf(t, key)
+	for name, content := range map[string][]byte{
+		"private_key.pem": keyPEM,
+		"client.key":      keyPEM,
+		"client.crt":      pemOf("CERTIFICATE", certificate),
+		// As it is downloaded: client_id is a number, and not what is asked for.
+		"service_account.json": encode(t, map[string]string{
+			"type": "service_account", "project_id": "project", "private_key": string(keyPEM),
+			"private_key_id": "370ab79b4513eb9bad7c9bd16a95cb76b5b2a56a",
+			"client_email":   "gateway@project.iam.gserviceaccount.com", "client_id": "113258942105700140798",
+			"token_uri": "https://oauth2.googleapis.com/token",
+		}),
+	} {
+		writeFile(t, filepath.Join(dir, name), content)
+	}
+	return dir, certificate
+}
+
+// federatedToken is what a platform writes into the assertion_file.
+const federatedToken = "eyJhbGciOiJSUzI1NiJ9.eyJpc3MiOiJodHRwczovL2lzc3Vlci5leGFtcGxlIn0.c2lnbmF0dXJl"
+
+// TestProviderDocumentWorks loads each block as it stands there.
+func TestProviderDocumentWorks(t *testing.T) {
+	blocks, headings := providerBlocks(t)
+	for i, block := range blocks {
+		t.Run(documentedGrants[i].name, func(t *testing.T) {
+			name, _, _ := strings.Cut(documentedGrants[i].name, " ")
+			if !strings.Contains(headings[i], name) {
+				t.Fatalf("line %d stands below %q, want the block of %s there", block.line, headings[i], name)
+			}
+			if got := caddyfile.Format([]byte(block.text)); string(got) != block.text {
+				t.Errorf("line %d: got a block that is not formatted, want\n%s", block.line, got)
+			}
+			setPlaceholders(t, []byte(block.text))
+			dir, _ := providerFiles(t)
+			t.Setenv("AZURE_FEDERATED_TOKEN_FILE", writeFile(t, filepath.Join(dir, "token"), []byte(federatedToken)))
+			source := strings.ReplaceAll(completeCaddyfile(block.text), " /run/secrets/", " "+dir+"/")
+			wantError(t, validateCaddyfile(t, source), "")
+		})
+	}
+}
+
+// TestProviderLinksToExamples finds files that were moved.
+func TestProviderLinksToExamples(t *testing.T) {
+	page, err := os.ReadFile("docs/providers.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	examples, err := filepath.Glob("examples/*.Caddyfile")
+	if err != nil || len(examples) == 0 {
+		t.Fatalf("got %d examples, err %v, want some", len(examples), err)
+	}
+	links := make(map[string]bool)
+	for _, match := range regexp.MustCompile(`\]\((\.\.[^)]*)\)`).FindAllStringSubmatch(string(page), -1) {
+		file := filepath.Join("docs", match[1])
+		links[file] = true
+		if _, err := os.Stat(file); err != nil {
+			t.Errorf("got a link to %s, want a file there: %v", match[1], err)
+		}
+	}
+	for _, example := range examples {
+		if !links[example] {
+			t.Errorf("got no link to %s, want one", example)
+		}
+	}
+}
+
+// TestProviderTokenRequests compares the token request that each block makes
+// with what the provider documents, and reads the provider's answer.
+func TestProviderTokenRequests(t *testing.T) {
+	blocks, _ := providerBlocks(t)
+	for i, p := range documentedGrants {
+		t.Run(p.name, func(t *testing.T) {
+			dir, certificate := providerFiles(t)
+			t.Setenv("AZURE_FEDERATED_TOKEN_FILE", writeFile(t, filepath.Join(dir, "token"), []byte(federatedToken)))
+			for name, value := range p.env {
+				t.Setenv(name, value)
+			}
+			tokens := answering(http.StatusOK, p.answer)
+			transport, dial, got := loadProvider(t, strings.ReplaceAll(blocks[i].text, " /run/secrets/", " "+dir+"/"), tokens, p.metadata)
+
+			g, err := transport.fallback.endpoint.request(t.Context())
+			g.sent = time.Time{}
+			if err != nil || g != p.want {
+				t.Fatalf("request() = %v, %v, want %v", g, err, p.want)
+			}
+			wantProviderRequest(t, tokens, p.url, p.basic, p.form, p.jwt, func(token string) {
+				if p.file {
+					if token != federatedToken {
+						t.Errorf("got the JWT %q, want that of the file", token)
+					}
+					return
+				}
+				header, claims := verified(t, token, testKeys["RSA"]().Public(), p.header["alg"].(string))
+				want := maps.Clone(p.header)
+				if p.thumbprint {
+					sum := sha256.Sum256(certificate)
+					want["x5t#S256"] = base64.RawURLEncoding.EncodeToString(sum[:])
+				}
+				wantMembers(t, "header", header, want)
+				takeTimes(t, claims, time.Minute)
+				wantMembers(t, "claims", claims, p.claims)
+			})
+			presents, _ := tokens.contexts[0].Value(presentedKey{}).(*presented)
+			if has := presents != nil && presents.certificate != nil; has != p.certificate {
+				t.Errorf("a certificate is presented: %t, want %t", has, p.certificate)
+			} else if has && string(presents.certificate.Certificate[0]) != string(certificate) {
+				t.Error("got another certificate, want that of the config")
+			}
+
+			res, err := transport.RoundTrip(proxied(t, dial, "/"))
+			if err != nil {
+				t.Fatalf("RoundTrip() = %v, want no error", err)
+			}
+			_ = res.Body.Close()
+			if sent := (*got).Get("Authorization"); sent != "Bearer "+p.want.accessToken {
+				t.Errorf("the upstream was sent Authorization %q, want the provider's token", sent)
+			}
+			wantLifetime := p.want.lifetime
+			if wantLifetime == 0 {
+				wantLifetime = 15 * time.Minute // default_lifetime of the block
+			}
+			tok, err := transport.fallback.source.Token(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			if left := time.Until(tok.expires); left > wantLifetime || left < wantLifetime-patience {
+				t.Errorf("the token is used for %v, want about %v", left, wantLifetime)
+			}
+		})
+	}
+}
+
+// wantProviderRequest fails the test unless exactly this was sent first.
+func wantProviderRequest(t *testing.T, tokens *wire, target, basic string, form map[string]string, jwt string, check func(string)) {
+	t.Helper()
+	u, err := url.Parse(target)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, body, _ := strings.Cut(tokens.requests()[0], "\r\n\r\n")
+	sent, err := url.ParseQuery(body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if jwt != "" {
+		check(sent.Get(jwt))
+		sent.Del(jwt)
+	}
+	want := url.Values{}
+	for name, value := range form {
+		want.Set(name, value)
+	}
+	if sent.Encode() != want.Encode() {
+		t.Errorf("sent the form %s, want %s", sent.Encode(), want.Encode())
+	}
+	authorization := ""
+	if basic != "" {
+		authorization = "Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte(basic)) + "\r\n"
+	}
+	if got, want := tokens.requests()[0], documentedRequest(u.Host, u.Path, authorization, body); got != want {
+		t.Errorf("sent\n%q, want\n%q", got, want)
+	}
+}
+
+// loadProvider loads the transport of a block. Its token requests go to the
+// token server, its look-ups get the metadata, and what it proxies goes to an
+// upstream that notes the headers.
+func loadProvider(t *testing.T, block string, tokens *wire, metadata string) (transport *Transport, dial string, got *http.Header) {
+	t.Helper()
+	proxies := findModules(t, encode(t, adaptCaddyfile(t, completeCaddyfile(block))), "handler", "reverse_proxy")
+	if len(proxies) != 1 {
+		t.Fatalf("the block has %d reverse proxies, want 1", len(proxies))
+	}
+	dial = proxies[0]["upstreams"].([]any)[0].(map[string]any)["dial"].(string)
+	transport, _, err := loadTransport(t, dial, proxies[0]["transport"])
+	if err != nil {
+		t.Fatalf("the block does not load: %v", err)
+	}
+	endpoint := transport.fallback.endpoint
+	endpoint.transport = tokens
+	if (endpoint.discovery != nil) != (metadata != "") {
+		t.Fatalf("there is a look-up: %t, want %t", endpoint.discovery != nil, metadata != "")
+	}
+	if endpoint.discovery != nil {
+		endpoint.discovery.transport = roundTripFunc(func(req *http.Request) (*http.Response, error) {
+			rec := httptest.NewRecorder()
+			// Not at the place of RFC 8414: older servers have no metadata there.
+			if req.Method != http.MethodGet || req.URL.String() != "https://sso.example.com/realms/demo/.well-known/openid-configuration" {
+				rec.WriteHeader(http.StatusNotFound)
+				return rec.Result(), nil
+			}
+			_, _ = io.WriteString(rec, metadata)
+			return rec.Result(), nil
+		})
+	}
+
+	got = new(http.Header)
+	server := httptest.NewServer(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) { *got = r.Header }))
+	t.Cleanup(server.Close)
+	transport.HTTPTransport.Transport = &http.Transport{
+		// What the transport takes for TLS, as in loadExample.
+		DialTLSContext: func(ctx context.Context, network, _ string) (net.Conn, error) {
+			return new(net.Dialer).DialContext(ctx, network, server.Listener.Addr().String())
+		},
+	}
+	t.Cleanup(transport.HTTPTransport.Transport.CloseIdleConnections)
+	return transport, dial, got
+}
+
+// TestProviderReadsEncodedBasic has what the page says of SAP instead of
+// client_secret_post: form-encoded, and announced as such.
+func TestProviderReadsEncodedBasic(t *testing.T) {
+	tokens := answering(http.StatusOK, goodAnswer)
+	cl := newTestClient(t, Credentials{
+		TokenURL: testTokenURL, ClientID: "sb-orders!t12345", ClientSecret: "riH+c=", AuthMethod: authBasic,
+		TokenRequestHeaders: map[string]string{"X-CF-ENCODED-CREDENTIALS": "true"},
+	}, tokens)
+	if _, err := cl.endpoint.request(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	basic := base64.StdEncoding.EncodeToString([]byte("sb-orders%21t12345:riH%2Bc%3D"))
+	sent := tokens.requests()[0]
+	for _, want := range []string{"\r\nAuthorization: Basic " + basic + "\r\n", "\r\nX-Cf-Encoded-Credentials: true\r\n"} {
+		if !strings.Contains(sent, want) {
+			t.Errorf("sent\n%q, want %q in it", sent, want)
+		}
+	}
+}
+
+// TestProviderRefusalsAreUnderstood has errors as the providers document them,
+// with members of their own.
+func TestProviderRefusalsAreUnderstood(t *testing.T) {
+	for _, test := range []struct {
+		provider, body string
+		status         int
+		wantCode       string
+		wantIn         string
+	}{
+		{
+			"Microsoft Entra ID",
+			`{"error":"invalid_scope","error_description":"AADSTS70011: The provided value for the input parameter 'scope' is not valid.\r\nTrace ID: 255d1aef","error_codes":[70011],"timestamp":"2016-01-09 02:02:12Z","trace_id":"255d1aef"}`,
+			http.StatusBadRequest, "invalid_scope", "AADSTS70011",
+		},
+		{
+			"Okta", `{"error":"invalid_dpop_proof","error_description":"The DPoP proof JWT header is missing."}`,
+			http.StatusBadRequest, "invalid_dpop_proof", "DPoP proof",
+		},
+		{
+			"Salesforce", `{"error":"invalid_grant","error_description":"audience is invalid"}`,
+			http.StatusBadRequest, "invalid_grant", "audience is invalid",
+		},
+	} {
+		t.Run(test.provider, func(t *testing.T) {
+			c := Credentials{TokenURL: testTokenURL, ClientID: "id", ClientSecret: "secret"}
+			cl := newTestClient(t, c, answering(test.status, test.body))
+			_, err := cl.endpoint.request(t.Context())
+			failure := wantTokenError(t, err, test.wantCode, true)
+			if !strings.Contains(failure.Description, test.wantIn) || strings.ContainsAny(fmt.Sprint(err), "\r\n") {
+				t.Errorf("request() = %q, want %q in one line", err, test.wantIn)
+			}
+		})
+	}
+}

@@ -1,0 +1,138 @@
+package outboundauth
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/signal"
+	"strconv"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// watchInterval is how often --watch asks.
+const watchInterval = time.Second
+
+func init() {
+	caddycmd.RegisterCommand(caddycmd.Command{
+		Name:  "oauth2-status",
+		Usage: "[--address <admin address>] [--config <path> [--adapter <name>]] [--watch] [--json]",
+		Short: "Shows the state of the OAuth clients of a running Caddy",
+		Long: `
+Asks the admin API of a running Caddy for its OAuth clients, and shows for each
+the state of its token, how long it lives, and what went wrong last.
+
+The admin API is expected at its default address, unless --address names
+another, or --config a config that does. --watch repeats it every second, until
+interrupted; --json writes what the admin API answers.`,
+		Flags: func() *flag.FlagSet {
+			fs := flag.NewFlagSet("oauth2-status", flag.ExitOnError)
+			fs.String("address", "", "Address of the admin API")
+			fs.String("config", "", "Configuration file that names the address")
+			fs.String("adapter", "", "Name of the config adapter")
+			fs.Bool("watch", false, "Repeat until interrupted")
+			fs.Bool("json", false, "Write JSON")
+			return fs
+		}(),
+		Func: func(fl caddycmd.Flags) (int, error) {
+			address, err := caddycmd.DetermineAdminAPIAddress(fl.String("address"), nil, fl.String("config"), fl.String("adapter"))
+			if err != nil {
+				return caddy.ExitCodeFailedStartup, err
+			}
+			ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+			defer stop()
+			if err := showStatus(ctx, os.Stdout, address, fl.Bool("watch"), fl.Bool("json")); err != nil {
+				return caddy.ExitCodeFailedStartup, err
+			}
+			return caddy.ExitCodeSuccess, nil
+		},
+	})
+}
+
+// showStatus writes the clients of the Caddy whose admin API is at address; if
+// watch, again and again until ctx ends.
+func showStatus(ctx context.Context, w io.Writer, address string, watch, asJSON bool) error {
+	for {
+		body, err := askAdmin(address, adminClients)
+		if err != nil {
+			return err
+		}
+		if watch && !asJSON {
+			_, _ = io.WriteString(w, "\x1b[H\x1b[2J") // to the top of an empty screen
+		}
+		if asJSON {
+			_, err = w.Write(body)
+		} else {
+			var statuses []clientStatus
+			if err := json.Unmarshal(body, &statuses); err != nil {
+				return fmt.Errorf("the admin API at %s answered with something else: %w", address, err)
+			}
+			_, err = io.WriteString(w, statusTable(statuses, time.Now()))
+		}
+		if err != nil || !watch {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(watchInterval):
+		}
+	}
+}
+
+func askAdmin(address, path string) ([]byte, error) {
+	res, err := caddycmd.AdminAPIRequest(address, http.MethodGet, path, nil, nil)
+	if err != nil {
+		return nil, fmt.Errorf("asking the admin API: %w", err)
+	}
+	defer res.Body.Close()
+	return io.ReadAll(res.Body)
+}
+
+// statusTable returns one line for each client.
+func statusTable(statuses []clientStatus, now time.Time) string {
+	if len(statuses) == 0 {
+		return "no OAuth clients\n"
+	}
+	var b strings.Builder
+	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(table, "ID\tCLIENT\tTOKEN\tEXPIRES\tRENEWAL\tFAILURES\tRETRY\tLAST ERROR")
+	for _, s := range statuses {
+		lastError := ""
+		if e := s.LastError; e != nil {
+			lastError = e.Code
+			if e.Hint != "" {
+				lastError += ": " + e.Hint
+			}
+		}
+		state := s.State
+		if s.Fetching {
+			state += ", fetching"
+		}
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, strings.Map(printable, s.Name), state,
+			until(s.Expires, now), until(s.Renewal, now), strconv.Itoa(s.Failures), until(s.RetryAt, now),
+			strings.Map(printable, lastError))
+	}
+	_ = table.Flush() // to memory
+	return b.String()
+}
+
+// until tells how far an instant is away.
+func until(t *time.Time, now time.Time) string {
+	switch {
+	case t == nil:
+		return "-"
+	case !t.After(now):
+		return "now"
+	}
+	return "in " + t.Sub(now).Round(time.Second).String()
+}
