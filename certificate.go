@@ -25,6 +25,15 @@ type certificateCache struct {
 }
 
 func (cache *certificateCache) load(repl *caddy.Replacer, c *ClientCertificate) (*tls.Certificate, error) {
+	current, err := cache.loadOnce(repl, c)
+	if err != nil {
+		// Between the two files, both may have been replaced.
+		current, err = cache.loadOnce(repl, c)
+	}
+	return current, err
+}
+
+func (cache *certificateCache) loadOnce(repl *caddy.Replacer, c *ClientCertificate) (*tls.Certificate, error) {
 	certificate, err := readSource(repl, "client_certificate, the certificate", c.Certificate)
 	if err != nil {
 		return nil, err

@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unicode"
 
@@ -58,6 +59,9 @@ loaded, and 2 if a token was not obtained.`,
 			return fs
 		}(),
 		Func: func(fl caddycmd.Flags) (int, error) {
+			if len(fl.Args()) > 0 {
+				return caddy.ExitCodeFailedStartup, errors.New("oauth2-token takes no arguments; name the config with --config")
+			}
 			config, err := readConfig(fl.String("config"), fl.String("adapter"))
 			if err != nil {
 				return caddy.ExitCodeFailedStartup, err
@@ -118,9 +122,11 @@ func requestTokens(config *caddy.Config, upstream string) ([]tokenReport, error)
 		return nil, err
 	}
 	reports := make([]tokenReport, len(clients))
+	var wg sync.WaitGroup
 	for i, c := range clients {
-		reports[i] = c.report()
+		wg.Go(func() { reports[i] = c.report() })
 	}
+	wg.Wait()
 	return reports, nil
 }
 

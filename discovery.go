@@ -1,10 +1,12 @@
 package outboundauth
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
@@ -85,15 +87,15 @@ func wellKnown(issuer *url.URL) []*url.URL {
 func (d *discovery) lookUp(ctx context.Context) (*metadata, error) {
 	var told *tokenError
 	for _, u := range wellKnown(d.issuer) {
+		// Each has its share of the time: one may hang.
+		ctx, cancel := context.WithTimeout(ctx, metadataTimeout/2)
 		m, err := d.fetch(ctx, u)
+		cancel()
 		if err == nil {
 			return m, nil
 		}
 		if told == nil || tellsMore(err, told) {
 			told = err
-		}
-		if ctx.Err() != nil {
-			break
 		}
 	}
 	return nil, told
@@ -121,6 +123,9 @@ func (d *discovery) fetch(ctx context.Context, u *url.URL) (*metadata, *tokenErr
 	if err != nil {
 		failure := networkError(ctx, u.Host, err)
 		failure.Description = "looking up the token endpoint: " + failure.Description
+		if failure.Code == codeTimeout {
+			failure.Hint = "see whether the issuer answers, or set token_url instead"
+		}
 		return nil, failure
 	}
 	failure := &tokenError{
@@ -152,9 +157,27 @@ func (d *discovery) fetch(ctx context.Context, u *url.URL) (*metadata, *tokenErr
 		failure.Description = fmt.Sprintf("the metadata is that of another issuer, %q", clean(m.issuer, 200))
 		failure.Hint = "set issuer to exactly that, if it is the one that is meant"
 	default:
+		// For others to permit, but it has to be a place to go to: metadata
+		// that is broken must not take the place of metadata that is not.
+		if err := d.usable(m); err != nil {
+			failure.Description = err.Error()
+			break
+		}
 		return m, nil
 	}
 	return nil, failure
+}
+
+// usable tells what is wrong with the token endpoint in the metadata.
+func (d *discovery) usable(m *metadata) error {
+	u, err := parseTokenURL(cmp.Or(m.tokenEndpoint, m.mtlsTokenEndpoint))
+	if err == nil {
+		err = d.keepOut(u)
+	}
+	if err != nil {
+		return errors.New("the token_endpoint in the issuer's metadata: " + clean(err.Error(), 200))
+	}
+	return nil
 }
 
 // read returns the token endpoint for this client.
@@ -187,10 +210,18 @@ func (d *discovery) keepOut(u *url.URL) error {
 	switch {
 	case d.issuer.Scheme == "https" && u.Scheme != "https":
 		return errors.New("is not encrypted, though the issuer is")
-	case staysOnMachine("tcp", u.Hostname()) && !staysOnMachine("tcp", d.issuer.Hostname()):
+	case isThisMachine(u.Hostname()) && !isThisMachine(d.issuer.Hostname()):
 		return errors.New("is on this machine, though the issuer is not")
 	}
 	return nil
+}
+
+// isThisMachine tells whether a host may be another name of this machine, in a
+// wider sense than staysOnMachine: here, to know one too many does no harm.
+func isThisMachine(host string) bool {
+	host = strings.ToLower(strings.TrimSuffix(host, "."))
+	addr, err := netip.ParseAddr(host)
+	return staysOnMachine("tcp", host) || strings.HasSuffix(host, ".localhost") || (err == nil && addr.IsUnspecified())
 }
 
 // check warns, once, of an authentication that the server says it does not

@@ -381,7 +381,7 @@ func TestFailingEndpointIsNotLookedUpAllTheTime(t *testing.T) {
 				time.Sleep(metadataPause)
 			}
 			_, err := cl.endpoint.request(t.Context())
-			wantTokenError(t, err, codeHTTPStatus, true)
+			wantTokenError(t, err, codeHTTPStatus, false) // the issuer may be late to say where it is
 			p.wantAsked(t, want...)
 		}
 	})
@@ -401,7 +401,7 @@ func TestLookupOfAMovedEndpointThatHangs(t *testing.T) {
 		p.publish(oauthPlace, hangs)
 		started := time.Now()
 		_, err := cl.endpoint.request(t.Context())
-		wantTokenError(t, err, codeHTTPStatus, true)
+		wantTokenError(t, err, codeHTTPStatus, false)
 		if took := time.Since(started); took != metadataPatience {
 			t.Errorf("request() took %v, want %v", took, metadataPatience)
 		}
@@ -499,6 +499,24 @@ func TestKnownEndpointIsKeptWhenLookingUpFails(t *testing.T) {
 	}
 }
 
+// A place that hangs leaves time for the other.
+func TestFirstPlaceThatHangs(t *testing.T) {
+	p := newPublisher("")
+	p.publish(oauthPlace, hangs)
+	p.publish(openidPlace, page(http.StatusOK, document(testIssuer, tokenPlace)))
+	cl, _ := discovering(t, issuerSecret, p)
+	synctest.Test(t, func(t *testing.T) {
+		started := time.Now()
+		if _, err := cl.endpoint.request(t.Context()); err != nil {
+			t.Errorf("request() = %v, want a token", err)
+		}
+		if took := time.Since(started); took != metadataTimeout/2 {
+			t.Errorf("request() took %v, want %v", took, metadataTimeout/2)
+		}
+		p.wantAsked(t, "GET "+oauthPlace, "GET "+openidPlace, "POST "+tokenPlace)
+	})
+}
+
 // Without metadata, a token request waits as long as it may, and the look-up
 // goes on for the next.
 func TestFirstLookupThatHangs(t *testing.T) {
@@ -509,6 +527,7 @@ func TestFirstLookupThatHangs(t *testing.T) {
 		t.Run(test.timeout.String(), func(t *testing.T) {
 			p := newPublisher("")
 			p.publish(oauthPlace, hangs)
+			p.publish(openidPlace, hangs)
 			cl, _ := discovering(t, issuerSecret, p)
 			synctest.Test(t, func(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), test.timeout)
@@ -520,9 +539,39 @@ func TestFirstLookupThatHangs(t *testing.T) {
 					t.Errorf("request() = %v after %v, want that as.example.com gave no answer in %v", err, took, test.took)
 				}
 				time.Sleep(metadataTimeout)
-				p.wantAsked(t, "GET "+oauthPlace) // for the other place, no time was left
+				p.wantAsked(t, "GET "+oauthPlace, "GET "+openidPlace)
 			})
 		})
+	}
+}
+
+// Many clients may ask at once; one look-up that failed answers for all.
+func TestFailedLookupAnswersForAMoment(t *testing.T) {
+	p := newPublisher("")
+	cl, _ := discovering(t, issuerSecret, p)
+	synctest.Test(t, func(t *testing.T) {
+		for range 10 {
+			_, err := cl.endpoint.request(t.Context())
+			wantTokenError(t, err, codeInvalidResponse, false)
+		}
+		p.wantAsked(t, "GET "+oauthPlace, "GET "+openidPlace)
+		time.Sleep(metadataErrorLifetime)
+		p.publish(oauthPlace, page(http.StatusOK, document(testIssuer, tokenPlace)))
+		if _, err := cl.endpoint.request(t.Context()); err != nil {
+			t.Errorf("request() = %v, want a token", err)
+		}
+	})
+}
+
+// Names of this machine are not for issuers elsewhere to give.
+func TestIssuerCannotLeadToThisMachine(t *testing.T) {
+	for _, host := range []string{"localhost", "LOCALHOST.", "api.localhost", "127.0.0.1", "127.9.9.9", "[::1]", "0.0.0.0", "[::]", "[::ffff:127.0.0.1]"} {
+		p := newPublisher(document(testIssuer, "https://"+host+":2019/stop"))
+		cl, _ := discovering(t, issuerSecret, p)
+		_, err := cl.endpoint.request(t.Context())
+		if got := wantTokenError(t, err, codeInvalidResponse, false); !strings.Contains(got.Description, "on this machine") {
+			t.Errorf("%s: got %v, want that it is on this machine", host, err)
+		}
 	}
 }
 
@@ -606,7 +655,7 @@ func TestUnusableMetadata(t *testing.T) {
 		{"endpoint empty", page(200, document(testIssuer, "")), nil, codeInvalidResponse, false, endpoint},
 		{"endpoint relative", page(200, document(testIssuer, "/token")), nil, codeInvalidResponse, false, endpoint + "must be an absolute URL"},
 		{"endpoint without a scheme", page(200, document(testIssuer, "//as.example.com/token")), nil, codeInvalidResponse, false, endpoint + "must be an absolute URL"},
-		{"endpoint without TLS", page(200, document(testIssuer, "http://as.example.com/token")), nil, codeInvalidResponse, false, endpoint + "the client's credentials would go to as.example.com unencrypted"},
+		{"endpoint without TLS", page(200, document(testIssuer, "http://as.example.com/token")), nil, codeInvalidResponse, false, endpoint + "is not encrypted, though the issuer is"},
 		{"endpoint with a password", page(200, document(testIssuer, "https://id:"+canarySecret+"@as.example.com/token")), nil, codeInvalidResponse, false, endpoint + "must hold no user and password"},
 		{"endpoint with a fragment", page(200, document(testIssuer, tokenPlace+"#x")), nil, codeInvalidResponse, false, endpoint + "must have no fragment"},
 		{"endpoint of another kind", page(200, document(testIssuer, "ftp://as.example.com/token")), nil, codeInvalidResponse, false, endpoint},

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 // healthy counts health checks and answers them all with status.
@@ -169,4 +171,53 @@ func TestHealthChecksKeepATokenAtHand(t *testing.T) {
 	g := startGateway(t, expand(checkedSite, "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", ""))
 	eventually(t, func() bool { return len(auth.asked()) >= 4 }, "tokens that no client has asked for")
 	eventually(t, func() bool { return g.get().status == http.StatusOK }, "an upstream that is up")
+}
+
+// A token that the upstream has forgotten makes it look down, and no request
+// gets through by which the token would be replaced.
+func TestRefusedHealthCheckReplacesTheToken(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	g := startGateway(t, expand(checkedSite, "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", ""))
+	eventually(t, func() bool { return g.get().status == http.StatusOK }, "an upstream that is up")
+	auth.revoke()
+	eventually(t, func() bool { return len(auth.asked()) == 2 }, "another token")
+	eventually(t, func() bool { return g.get().status == http.StatusOK }, "an upstream that is up again")
+	auth.wantAsked(t, 2)
+}
+
+// An upstream that refuses every check must not cause a token request for each.
+func TestChecksThatAreAlwaysRefusedCauseFewTokenRequests(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	n := up.checked(http.StatusUnauthorized)
+	startGateway(t, expand(checkedSite, "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", ""))
+	eventually(t, func() bool { return n.Load() >= 40 }, "health checks")
+	if got := len(auth.asked()); got > 2 {
+		t.Errorf("got %d token requests after %d checks, want 2 at most", got, n.Load())
+	}
+}
+
+// Caddy starts the checks of a config that it only validates.
+func TestHealthChecksOfAConfigThatDoesNotRun(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUpstream(t, nil)
+	n := up.checked(http.StatusOK)
+	base, err := caddy.ProvisionContext(new(caddy.Config))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := caddy.NewContext(base)
+	defer cancel()
+	if _, err := ctx.LoadModuleByID("http.handlers.reverse_proxy", encode(t, map[string]any{
+		"upstreams":     []any{map[string]any{"dial": up.addr}},
+		"health_checks": map[string]any{"active": map[string]any{"uri": "/health", "interval": "20ms"}},
+		"transport": map[string]any{"protocol": "oauth2", "credentials": map[string]any{
+			"token_url": auth.URL + "/token", "client_id": "c", "client_secret": "s",
+		}},
+	})); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() bool { return n.Load() >= 3 }, "health checks")
+	auth.wantAsked(t, 0)
 }

@@ -3,6 +3,7 @@ package outboundauth
 import (
 	"context"
 	"net/http"
+	"slices"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
@@ -28,12 +29,29 @@ func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 	if cl == nil || redirectedElsewhere(req) || t.exposes(req, dial) {
 		return t.send(req, nil, nil)
 	}
-	tok := cl.source.Ready()
+	tok := cl.source.Cached()
+	if cl.started.Load() { // and not just being validated: Caddy checks before it runs a config
+		tok = cl.source.Ready()
+	}
 	out, err := t.outbound(req, cl, tok)
 	if err != nil {
 		return t.refuse(req, http.StatusBadGateway, err)
 	}
-	return t.send(out, cl, tok)
+	res, err := t.send(out, cl, tok)
+	if err == nil && tok != nil && t.refusesCheck(cl, res.StatusCode) && cl.checks.allow(tok) {
+		cl.source.Invalidate(tok)
+		cl.source.Warm()
+	}
+	return res, err
+}
+
+// refusesCheck tells whether a check was answered as a request is whose token
+// the upstream does not accept. It is down then, so that there will be no
+// request by which the token is replaced. A check that expects this answer
+// says nothing about the token.
+func (t *Transport) refusesCheck(cl *client, status int) bool {
+	expected := t.healthStatus != 0 && caddyhttp.StatusCodeMatches(status, t.healthStatus)
+	return slices.Contains(cl.retryOn, status) && !expected
 }
 
 // clientByHost returns the client of a check whose address is none of those in

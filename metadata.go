@@ -24,6 +24,10 @@ const (
 	metadataTimeout  = 10 * time.Second
 	metadataPatience = 2 * time.Second
 
+	// How long a look-up that failed answers for the next, which many clients
+	// may want.
+	metadataErrorLifetime = 100 * time.Millisecond
+
 	// A token endpoint that fails is looked up again no sooner than this.
 	metadataPause = 10 * time.Second
 )
@@ -82,6 +86,7 @@ type issuerMetadata struct {
 	until    time.Time // current is not looked up again before
 	doubtful bool      // current, by a token request that failed
 	tried    time.Time // the last look-up
+	err      error     // of it
 	inflight *metadataFetch
 }
 
@@ -127,6 +132,10 @@ func (i *issuerMetadata) get(ctx context.Context, fetch func(context.Context) (*
 		i.mu.Unlock()
 		return known, nil
 	}
+	if known == nil && i.err != nil && time.Since(i.tried) < metadataErrorLifetime {
+		defer i.mu.Unlock()
+		return nil, i.err
+	}
 	l := i.inflight
 	if l == nil {
 		l = &metadataFetch{done: make(chan struct{})}
@@ -144,8 +153,12 @@ func (i *issuerMetadata) get(ctx context.Context, fetch func(context.Context) (*
 		if !doubtful {
 			return known, nil
 		}
+		patience := metadataPatience
+		if deadline, ok := ctx.Deadline(); ok { // leave time for the token
+			patience = min(patience, time.Until(deadline)/2)
+		}
 		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, metadataPatience)
+		ctx, cancel = context.WithTimeout(ctx, patience)
 		defer cancel()
 	}
 	select {
@@ -170,7 +183,7 @@ func (i *issuerMetadata) run(ctx context.Context, l *metadataFetch, fetch func(c
 	})
 	i.mu.Lock()
 	defer i.mu.Unlock()
-	i.inflight, i.doubtful, i.tried = nil, false, time.Now()
+	i.inflight, i.doubtful, i.tried, i.err = nil, false, time.Now(), l.err
 	switch {
 	case l.err == nil:
 		i.current, i.until = l.m, time.Now().Add(metadataLifetime)

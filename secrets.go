@@ -46,7 +46,9 @@ func resolveSecret(repl *caddy.Replacer, setting, template string) (string, erro
 type confidential []string
 
 func (c *confidential) add(secret string) {
-	if secret != "" {
+	// What URLs begin with tells nothing, and shorter texts occur in any other.
+	secret = strings.TrimPrefix(strings.TrimPrefix(secret, "https://"), "http://")
+	if len(secret) >= minSecret {
 		*c = append(*c, secret)
 	}
 }
@@ -64,6 +66,10 @@ func (c *confidential) addReplaced(template, value string) {
 // telltale is how many characters of a secret in a row give it away. Less may
 // be chance: secrets and messages are made of words.
 const telltale = 8
+
+// minSecret is how many characters a value has at least to be looked for: 1 and
+// true are no secrets.
+const minSecret = 4
 
 // in tells whether a text holds something confidential, or enough of it, in
 // whatever spelling a server may repeat it.
