@@ -3,6 +3,8 @@ package e2e
 import (
 	"bufio"
 	"bytes"
+	"crypto/rand"
+	"crypto/rsa"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -10,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"testing"
 	"time"
 
@@ -72,11 +75,39 @@ type authServer struct {
 func startAuthServer(t *testing.T, ttl time.Duration) *authServer {
 	t.Helper()
 	as := &authServer{ca: newAuthority(t)}
+	env := append(os.Environ(),
+		"TTL="+strconv.Itoa(int(ttl.Seconds())),
+		"TLS="+as.writeTLS(t),
+		"SIGNING_KEY="+writeFile(t, "signing.pem", pkcs8(t, signingKey())))
+	const tries = 3
+	for range tries {
+		if as.start(t, env) {
+			return as
+		}
+	}
+	t.Fatalf("the authorization server isn't ready after %d times %v", tries, hangTimeout)
+	return nil
+}
+
+// signingKey is the key of all servers' tokens.
+var signingKey = sync.OnceValue(func() *rsa.PrivateKey {
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		panic(err)
+	}
+	return key
+})
+
+// hangTimeout is after what time a server that is not ready has to be taken for
+// one that never will be: now and then, Node hangs when it starts.
+const hangTimeout = 40 * time.Second
+
+// start starts the server's process and waits until it is ready.
+func (as *authServer) start(t *testing.T, env []string) bool {
+	t.Helper()
 	cmd := exec.Command("node", "server.mjs")
 	cmd.Dir = authServerDir
-	cmd.Env = append(os.Environ(),
-		"TTL="+strconv.Itoa(int(ttl.Seconds())),
-		"TLS="+as.writeTLS(t))
+	cmd.Env = env
 	// The server ends with its standard input, even if this test is killed.
 	if _, err := cmd.StdinPipe(); err != nil {
 		t.Fatal(err)
@@ -101,13 +132,13 @@ func startAuthServer(t *testing.T, ttl time.Duration) *authServer {
 	select {
 	case at := <-ready:
 		as.issuer, as.https, as.mtls = at.Issuer, at.HTTPS, at.MTLS
-		return as
+		return true
 	case <-p.exited:
 		t.Fatal("the authorization server ended before it was ready")
-	case <-time.After(startTimeout):
-		t.Fatalf("the authorization server isn't ready after %v", startTimeout)
+	case <-time.After(hangTimeout):
+		p.stop()
 	}
-	return nil
+	return false
 }
 
 // writeTLS writes what the server needs for TLS.

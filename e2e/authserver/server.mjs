@@ -4,6 +4,7 @@
 //
 //   TTL   lifetime of an access token in seconds; default 5
 //   TLS   a JSON file with key, cert and client_ca in PEM; default: no TLS
+//   SIGNING_KEY   a PEM file with the RSA key that signs tokens
 //
 //   GET  /__stats          what it was asked for, see below
 //   POST /__delay?ms=500   answer token requests this much later
@@ -31,7 +32,8 @@ const ttl = Number(process.env.TTL ?? 5)
 const scope = 'api:read api:write'
 const asymmetric = ['RS', 'PS', 'ES'].flatMap((family) => ['256', '384', '512'].map((bits) => family + bits))
 
-const { privateKey } = crypto.generateKeyPairSync('rsa', { modulusLength: 2048 })
+// Not generated here: Node 20 hangs in one of a hundred times that it does so.
+const privateKey = crypto.createPrivateKey(fs.readFileSync(process.env.SIGNING_KEY))
 
 const clients = new Map()
 function register (client) {
