@@ -171,7 +171,8 @@ func (adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 func sourceByID(id string) (source *tokenSource, ok bool) {
 	sources.Range(func(key, value any) bool {
 		if key.(sourceKey).id() == id {
-			source, ok = value.(*tokenSource), true
+			source = value.(*tokenSource)
+			_, ok = source.status(time.Now()) // or nobody is attached to it yet
 		}
 		return !ok
 	})

@@ -345,16 +345,14 @@ func (c Credentials) inheritAuth(base *Credentials, sameServer bool) Credentials
 	return c
 }
 
-// name returns what the client is called.
+// name returns what the client is called. In UTF-8, as labels have to be: a
+// placeholder can bring anything.
 func (c *Credentials) name() string {
-	if c.Name != "" {
-		return c.Name
+	name := c.ClientID
+	if u, err := url.Parse(cmp.Or(c.TokenURL, c.Issuer)); err == nil {
+		name = u.Host + "/" + name
 	}
-	u, err := url.Parse(cmp.Or(c.TokenURL, c.Issuer))
-	if err != nil {
-		return c.ClientID
-	}
-	return u.Host + "/" + c.ClientID
+	return strings.ToValidUTF8(cmp.Or(c.Name, name), "\uFFFD")
 }
 
 func orList[T any](own, base []T) []T {

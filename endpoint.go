@@ -63,7 +63,9 @@ func (e *endpoint) knownURL() string {
 func (e *endpoint) request(ctx context.Context) (grant, error) {
 	start := time.Now()
 	g, err := e.requestOnce(ctx)
-	e.metrics.tokenRequested(time.Since(start), err)
+	if !errors.Is(context.Cause(ctx), errReleased) { // which says nothing about the server
+		e.metrics.tokenRequested(time.Since(start), err)
+	}
 	return g, err
 }
 
@@ -298,29 +300,28 @@ func (e *endpoint) unreadable(failure *tokenError, err error) *tokenError {
 // fetched implements requester: one line in the log for each fetch that fails,
 // and one when that is over.
 func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
-	if t != nil {
-		e.events.emit(eventObtained, map[string]any{"client": e.metrics.name, "expires": t.expires, "renewal": t.refreshAt})
-	}
 	client := []zap.Field{zap.String("token_endpoint", e.host()), zap.String("client_id", e.credentials.ClientID)}
-	switch {
-	case err != nil:
+	if err != nil {
 		if errors.Is(err, errReleased) {
 			return
 		}
+		e.logger.Warn("obtaining token failed", append(client,
+			zap.Error(err.err), zap.Int("failures", failures+1), zap.Time("retry_at", err.retryAt))...)
 		failed := reportError(err)
 		e.events.emit(eventFailed, map[string]any{
 			"client": e.metrics.name, "error": failed.Code, "error_description": failed.Description,
 			"status": failed.Status, "failures": failures + 1, "retry_at": err.retryAt,
 		})
-		e.logger.Warn("obtaining token failed", append(client,
-			zap.Error(err.err), zap.Int("failures", failures+1), zap.Time("retry_at", err.retryAt))...)
-	case failures > 0:
+		return
+	}
+	if failures > 0 {
 		e.logger.Info("obtaining token succeeded again", append(client,
 			zap.Int("failures", failures), zap.Time("expires", t.expires))...)
-	default:
+	} else {
 		e.logger.Debug("obtained token", append(client,
 			zap.Time("expires", t.expires), zap.Time("renewal", t.refreshAt))...)
 	}
+	e.events.emit(eventObtained, map[string]any{"client": e.metrics.name, "expires": t.expires, "renewal": t.refreshAt})
 }
 
 // errorCode returns a code as RFC 6749 §5.2 permits it: it becomes part of

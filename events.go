@@ -21,7 +21,8 @@ type emitter struct {
 }
 
 func (e *emitter) emit(event string, data map[string]any) {
-	if e != nil && e.app.ShouldEmit(event) {
+	// Caddy takes it for an error if the config has ended.
+	if e != nil && e.ctx.Err() == nil && e.app.ShouldEmit(event) {
 		e.app.Emit(e.ctx, event, data)
 	}
 }

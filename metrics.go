@@ -63,7 +63,7 @@ var (
 	}, []string{"client"})
 	requestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "requests_total",
-		Help: "Requests by how they got their token: fresh and stale ones from the cache, fetched, or none.",
+		Help: "Requests to upstreams by how they got their token: fresh and stale ones from the cache, fetched, or none.",
 	}, []string{"client", "token"})
 	waitDuration = prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "wait_duration_seconds",
@@ -157,6 +157,16 @@ func (m *clientMetrics) requested(ctx context.Context, got acquisition) {
 		repl.Set(phToken, m.values[got.use])
 		repl.Set(phWait, got.wait.Milliseconds())
 		repl.Set(phRetried, false)
+	}
+}
+
+// forgetUse removes what an earlier try of the same request told the
+// placeholders.
+func forgetUse(ctx context.Context) {
+	if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+		for _, placeholder := range []string{phClient, phToken, phWait, phRetried} {
+			repl.Delete(placeholder)
+		}
 	}
 }
 

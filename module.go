@@ -157,6 +157,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return t.refuse(req, http.StatusBadGateway, err)
 	}
 	if off {
+		forgetUse(ctx) // of another upstream that was tried before
 		return t.send(req, nil, nil)
 	}
 	tok, got, err := cl.source.obtain(ctx)

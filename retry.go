@@ -262,7 +262,14 @@ func (cl *client) drop(refused *token) bool {
 	}
 	if cl.source.Invalidate(refused) {
 		cl.metrics.dropped.Inc()
-		cl.endpoint.events.emit(eventRejected, map[string]any{"client": cl.metrics.name})
+		// In a goroutine of its own: the request goes on, however slow the
+		// handlers are.
+		go func() {
+			_ = safely(func() error {
+				cl.endpoint.events.emit(eventRejected, map[string]any{"client": cl.metrics.name})
+				return nil
+			})
+		}()
 	}
 	return true
 }

@@ -1,6 +1,7 @@
 package outboundauth
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"flag"
@@ -21,6 +22,9 @@ import (
 
 // watchInterval is how often --watch asks.
 const watchInterval = time.Second
+
+// clearScreen makes a terminal begin at the top of an empty screen.
+const clearScreen = "\x1b[H\x1b[2J"
 
 func init() {
 	caddycmd.RegisterCommand(caddycmd.Command{
@@ -62,23 +66,25 @@ interrupted; --json writes what the admin API answers.`,
 // watch, again and again until ctx ends.
 func showStatus(ctx context.Context, w io.Writer, address string, watch, asJSON bool) error {
 	for {
-		body, err := askAdmin(address, adminClients)
+		body, err := askAdmin(ctx, address, adminClients)
 		if err != nil {
+			if ctx.Err() != nil {
+				return nil // interrupted
+			}
 			return err
 		}
-		if watch && !asJSON {
-			_, _ = io.WriteString(w, "\x1b[H\x1b[2J") // to the top of an empty screen
+		var statuses []clientStatus
+		if err := json.Unmarshal(body, &statuses); err != nil {
+			return fmt.Errorf("the admin API at %s answered with something else: %w", address, err)
 		}
-		if asJSON {
-			_, err = w.Write(body)
-		} else {
-			var statuses []clientStatus
-			if err := json.Unmarshal(body, &statuses); err != nil {
-				return fmt.Errorf("the admin API at %s answered with something else: %w", address, err)
+		text := string(bytes.Map(printable, body))
+		if !asJSON {
+			text = statusTable(statuses, time.Now())
+			if watch {
+				text = clearScreen + text
 			}
-			_, err = io.WriteString(w, statusTable(statuses, time.Now()))
 		}
-		if err != nil || !watch {
+		if _, err := io.WriteString(w, text); err != nil || !watch {
 			return err
 		}
 		select {
@@ -89,13 +95,30 @@ func showStatus(ctx context.Context, w io.Writer, address string, watch, asJSON 
 	}
 }
 
-func askAdmin(address, path string) ([]byte, error) {
-	res, err := caddycmd.AdminAPIRequest(address, http.MethodGet, path, nil, nil)
-	if err != nil {
-		return nil, fmt.Errorf("asking the admin API: %w", err)
+// askAdmin asks the admin API at address. Caddy's client can't be interrupted;
+// when ctx ends, it is left alone, as the command ends, too.
+func askAdmin(ctx context.Context, address, path string) ([]byte, error) {
+	type answer struct {
+		body []byte
+		err  error
 	}
-	defer res.Body.Close()
-	return io.ReadAll(res.Body)
+	answered := make(chan answer, 1)
+	go func() {
+		res, err := caddycmd.AdminAPIRequest(address, http.MethodGet, path, nil, nil)
+		if err != nil {
+			answered <- answer{err: fmt.Errorf("asking the admin API: %w", err)}
+			return
+		}
+		defer res.Body.Close()
+		body, err := io.ReadAll(res.Body)
+		answered <- answer{body, err}
+	}()
+	select {
+	case a := <-answered:
+		return a.body, a.err
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
 }
 
 // statusTable returns one line for each client.
@@ -118,12 +141,16 @@ func statusTable(statuses []clientStatus, now time.Time) string {
 		if s.Fetching {
 			state += ", fetching"
 		}
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", s.ID, strings.Map(printable, s.Name), state,
-			until(s.Expires, now), until(s.Renewal, now), strconv.Itoa(s.Failures), until(s.RetryAt, now),
-			strings.Map(printable, lastError))
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", oneLine(s.ID), oneLine(s.Name), oneLine(state),
+			until(s.Expires, now), until(s.Renewal, now), strconv.Itoa(s.Failures), until(s.RetryAt, now), oneLine(lastError))
 	}
 	_ = table.Flush() // to memory
 	return b.String()
+}
+
+// oneLine returns s as a cell of the table.
+func oneLine(s string) string {
+	return strings.Map(printable, strings.Join(strings.Fields(s), " "))
 }
 
 // until tells how far an instant is away.

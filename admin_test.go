@@ -1,0 +1,380 @@
+package outboundauth
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// clients are the clients that the admin API lists.
+func (g *gateway) clients() []clientStatus {
+	g.t.Helper()
+	r := g.ask(http.MethodGet, adminClients).want(g.t, http.StatusOK)
+	if strings.Contains(r.body, "canary") {
+		g.t.Errorf("got %s, want neither token nor secret", r.body)
+	}
+	var statuses []clientStatus
+	if err := json.Unmarshal([]byte(r.body), &statuses); err != nil || statuses == nil {
+		g.t.Fatalf("got %q, err %v, want a list", r.body, err)
+	}
+	return statuses
+}
+
+// only is the one client of the gateway.
+func (g *gateway) only() clientStatus {
+	g.t.Helper()
+	clients := g.clients()
+	if len(clients) != 1 {
+		g.t.Fatalf("got %d clients, want one", len(clients))
+	}
+	return clients[0]
+}
+
+// adminGateway starts a gateway with one client, and returns where the admin
+// API has it.
+func adminGateway(t *testing.T, settings string) (g *gateway, auth *authServer, up *upstream, path string) {
+	t.Helper()
+	wantNothingLeft(t)
+	auth = newAuthServer(t)
+	up = newUpstream(t, auth)
+	g = newOperableGateway(t)
+	site := proxySite(up, auth, settings)
+	g.load(strings.Replace(site, "/token\n", "/token?key=canary-query\n", 1))
+	g.get().want(t, http.StatusOK)
+	return g, auth, up, adminClients + "/" + g.only().ID
+}
+
+func TestAdminListsClients(t *testing.T) {
+	g, auth := statusGateway(t)
+	clients := g.clients()
+	if len(clients) != 2 {
+		t.Fatalf("got %d clients, want 2", len(clients))
+	}
+	good, failing := clients[0], clients[1] // by name
+	now := time.Now()
+	if good.Name != "a-good" || good.TokenEndpoint != auth.URL+"/token" || good.ClientID != "good" || good.Issuer != "" ||
+		good.AuthMethod != authBasic || good.GrantType != grantClientCredentials || good.State != stateFresh || good.Fetching {
+		t.Errorf("got %+v, want the client as it is configured", good)
+	}
+	if good.Obtained == nil || now.Sub(*good.Obtained) > time.Minute || good.Renewal == nil || good.Expires == nil ||
+		!good.Renewal.After(*good.Obtained) || !good.Expires.After(*good.Renewal) {
+		t.Errorf("got obtained %v, renewal %v, expires %v, want them one after the other", good.Obtained, good.Renewal, good.Expires)
+	}
+	if good.Failures != 0 || good.LastError != nil || good.RetryAt != nil {
+		t.Errorf("got %+v, want no failure", good)
+	}
+	if failing.State != stateAbsent || failing.Obtained != nil || failing.Renewal != nil || failing.Expires != nil {
+		t.Errorf("got %+v, want no token", failing)
+	}
+	if e := failing.LastError; failing.Failures != 1 || failing.RetryAt == nil || !failing.RetryAt.After(now.Add(time.Second)) ||
+		e == nil || e.Code != "invalid_client" || e.Status != http.StatusUnauthorized || e.Hint == "" {
+		t.Errorf("got %+v with the error %+v, want the failure", failing, failing.LastError)
+	}
+	for _, client := range clients {
+		r := g.ask(http.MethodGet, adminClients+"/"+client.ID).want(t, http.StatusOK)
+		var one clientStatus
+		if err := json.Unmarshal([]byte(r.body), &one); err != nil || one.ID != client.ID || one.Name != client.Name {
+			t.Errorf("got %s, err %v, want %s", r.body, err, client.Name)
+		}
+		if got := r.header.Get("Content-Type"); got != "application/json" {
+			t.Errorf("got the type %q, want JSON", got)
+		}
+	}
+	g.load("respond ok")
+	if got := g.clients(); len(got) != 0 {
+		t.Errorf("got %d clients, want none", len(got))
+	}
+}
+
+func TestAdminCountsWhatMetricsCount(t *testing.T) {
+	name := newName()
+	g, auth, up, _ := adminGateway(t, "scopes read write\nname "+name)
+	wantAll(t, g.burst(2), http.StatusOK)
+	auth.revoke()
+	g.get().want(t, http.StatusOK)
+	got := g.only()
+	for _, test := range []struct {
+		counts map[string]uint64
+		label  string
+		want   uint64
+	}{
+		{got.TokenRequests, "ok", 2},
+		{got.Rejections, "recovered", 1},
+		{got.Rejections, "no_token", 0},
+	} {
+		if test.counts[test.label] != test.want {
+			t.Errorf("%s: got %d, want %d", test.label, test.counts[test.label], test.want)
+		}
+	}
+	scraped := g.scrape().of(name)
+	total := uint64(0)
+	for use, count := range got.Requests {
+		total += count
+		if want := scraped[fmt.Sprintf("requests_total{token=%q}", use)]; float64(count) != want {
+			t.Errorf("%s: got %d, want %v as in the metrics", use, count, want)
+		}
+	}
+	if want := uint64(4); total != want || len(up.got()) != 5 {
+		t.Errorf("got %v for %d requests at the upstream, want %d", got.Requests, len(up.got()), want)
+	}
+	if !slices.Equal(got.Scopes, []string{"read", "write"}) {
+		t.Errorf("got scopes %v, want read and write", got.Scopes)
+	}
+}
+
+func TestAdminShowsAFetchInFlight(t *testing.T) {
+	auth := newAuthServer(t)
+	release := auth.hang()
+	defer release()
+	g := newOperableGateway(t)
+	g.load(proxySite(newUpstream(t, auth), auth, "name "+newName()))
+	eventually(t, func() bool { return len(auth.asked()) == 1 }, "the token request of the warm-up")
+	if got := g.only(); !got.Fetching || got.State != stateAbsent {
+		t.Errorf("got %+v, want a fetch and no token", got)
+	}
+}
+
+func TestAdminShowsADiscoveredEndpoint(t *testing.T) {
+	auth := newAuthServer(t)
+	mux := http.NewServeMux()
+	issuer := httptest.NewServer(mux)
+	t.Cleanup(issuer.Close)
+	found := make(chan struct{})
+	mux.HandleFunc("/.well-known/oauth-authorization-server", func(w http.ResponseWriter, _ *http.Request) {
+		<-found
+		fmt.Fprintf(w, `{"issuer":%q,"token_endpoint":%q}`, issuer.URL, auth.URL+"/token?key=canary-query")
+	})
+	release := sync.OnceFunc(func() { close(found) })
+	t.Cleanup(release) // before the server is closed
+	g := newOperableGateway(t)
+	g.load(strings.Replace(proxySite(newUpstream(t, auth), auth, ""), "token_url "+auth.URL+"/token", "issuer "+issuer.URL, 1))
+	if got := g.only(); got.TokenEndpoint != "" || got.Issuer != issuer.URL {
+		t.Errorf("got the endpoint %q of %q, want none yet", got.TokenEndpoint, got.Issuer)
+	}
+	release()
+	g.get().want(t, http.StatusOK)
+	if got := g.only(); got.TokenEndpoint != auth.URL+"/token" {
+		t.Errorf("got the endpoint %q, want what was discovered, without its query", got.TokenEndpoint)
+	}
+}
+
+func TestAdminRenews(t *testing.T) {
+	g, auth, up, path := adminGateway(t, "")
+	before := g.only()
+	r := g.ask(http.MethodPost, path+"/renew").want(t, http.StatusOK)
+	var after clientStatus
+	if err := json.Unmarshal([]byte(r.body), &after); err != nil || after.ID != before.ID || after.Obtained == nil || !after.Obtained.After(*before.Obtained) {
+		t.Errorf("got %s, err %v, want a newer token than of %v", r.body, err, before.Obtained)
+	}
+	auth.wantAsked(t, 2)
+	g.get().want(t, http.StatusOK)
+	up.last(t).wantHeader(t, "Authorization", "Bearer canary-token-2-of-gateway")
+	auth.wantAsked(t, 2)
+}
+
+// An operator has mended something, and need not wait for the back-off.
+func TestAdminRenewsDuringABackOff(t *testing.T) {
+	g, auth, _, path := adminGateway(t, "")
+	g.ask(http.MethodDelete, path+"/token").want(t, http.StatusOK)
+	for _, answer := range []struct {
+		status     int
+		body, code string
+	}{
+		{http.StatusUnauthorized, fmt.Sprintf(`{"error":"invalid_client","error_description":"canary-secret %s"}`, "is wrong"), "invalid_client"},
+		{http.StatusServiceUnavailable, `{"access_token":"canary-token"}`, "http_status"},
+		{http.StatusOK, `{"access_token":"canary-token","token_type":"mac"}`, "invalid_response"},
+	} {
+		auth.script(refusing(answer.status, answer.body))
+		r := g.ask(http.MethodPost, path+"/renew").want(t, http.StatusBadGateway)
+		if !strings.Contains(r.body, answer.code) || strings.Contains(r.body, "canary") {
+			t.Errorf("got %s, want %s and no secret", r.body, answer.code)
+		}
+		if got := g.only(); got.State != stateAbsent || got.LastError == nil || got.LastError.Code != answer.code || got.RetryAt == nil {
+			t.Errorf("got %+v, want a back-off after %s", got, answer.code)
+		}
+	}
+	if got := g.logged("canary-"); len(got) != 0 {
+		t.Errorf("got %q in the log, want no secret", got)
+	}
+	auth.script(nil)
+	g.ask(http.MethodPost, path+"/renew").want(t, http.StatusOK)
+	if got := g.only(); got.State != stateFresh || got.Failures != 0 || got.LastError != nil || got.RetryAt != nil {
+		t.Errorf("got %+v, want the end of the back-off", got)
+	}
+	g.get().want(t, http.StatusOK)
+}
+
+// A failed renewal leaves the token, which is still good, in use.
+func TestAdminRenewalThatFailsKeepsTheToken(t *testing.T) {
+	g, auth, up, path := adminGateway(t, "")
+	auth.script(refusing(http.StatusUnauthorized, `{"error":"invalid_client"}`))
+	g.ask(http.MethodPost, path+"/renew").want(t, http.StatusBadGateway)
+	if got := g.only(); got.State != stateFresh || got.Failures != 1 {
+		t.Errorf("got %+v, want the token and a failure", got)
+	}
+	g.get().want(t, http.StatusOK)
+	up.last(t).wantHeader(t, "Authorization", "Bearer canary-token-1-of-gateway")
+}
+
+// The renewal belongs to the source, and goes on when the operator has gone.
+func TestAdminRenewalOutlivesItsClient(t *testing.T) {
+	g, auth, _, path := adminGateway(t, "name "+newName())
+	release := auth.hang()
+	defer release()
+	ctx, giveUp := context.WithCancel(t.Context())
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+g.admin+path+"/renew", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error)
+	go func() {
+		res, err := g.client.Do(req)
+		if err == nil {
+			err = res.Body.Close()
+		}
+		ended <- err
+	}()
+	eventually(t, func() bool { return waiting() == 1 }, "the renewal to wait")
+	if got := g.only(); !got.Fetching || got.State != stateFresh {
+		t.Errorf("got %+v, want a fetch, and the token in use", got)
+	}
+	wantAll(t, g.burst(3), http.StatusOK) // need not wait
+	giveUp()
+	if err := <-ended; !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v, want that the client gave up", err)
+	}
+	eventually(t, func() bool { return waiting() == 0 }, "the handler to end")
+	release()
+	eventually(t, func() bool { c := g.only(); return !c.Fetching && c.TokenRequests["ok"] == 2 }, "the renewed token")
+}
+
+func TestAdminRenewalEndsWithTheTokenTimeout(t *testing.T) {
+	g, auth, _, path := adminGateway(t, "token_timeout 300ms")
+	defer auth.hang()()
+	if r := g.ask(http.MethodPost, path+"/renew").want(t, http.StatusBadGateway); !strings.Contains(r.body, "timeout") {
+		t.Errorf("got %s, want a timeout", r.body)
+	}
+}
+
+func TestAdminForgetsTheToken(t *testing.T) {
+	g, auth, up, path := adminGateway(t, "")
+	r := g.ask(http.MethodDelete, path+"/token").want(t, http.StatusOK)
+	var after clientStatus
+	if err := json.Unmarshal([]byte(r.body), &after); err != nil || after.State != stateAbsent || after.Expires != nil {
+		t.Errorf("got %s, err %v, want no token", r.body, err)
+	}
+	auth.wantAsked(t, 1) // none before it is needed
+	g.get().want(t, http.StatusOK)
+	up.last(t).wantHeader(t, "Authorization", "Bearer canary-token-2-of-gateway")
+	auth.wantAsked(t, 2)
+
+	// It is not a last resort either.
+	auth.script(refusing(http.StatusServiceUnavailable, ""))
+	g.ask(http.MethodDelete, path+"/token").want(t, http.StatusOK)
+	g.ask(http.MethodDelete, path+"/token").want(t, http.StatusOK) // again
+	g.get().want(t, http.StatusServiceUnavailable)
+}
+
+func TestAdminRefusesWhatIsNotThere(t *testing.T) {
+	g, auth, _, path := adminGateway(t, "")
+	for _, test := range []struct {
+		method, path string
+		status       int
+	}{
+		{http.MethodGet, adminClients + "/", http.StatusOK},
+		{http.MethodGet, path + "/", http.StatusOK},
+		{http.MethodPost, adminClients, http.StatusMethodNotAllowed},
+		{http.MethodDelete, adminClients, http.StatusMethodNotAllowed},
+		{http.MethodPost, path, http.StatusMethodNotAllowed},
+		{http.MethodDelete, path, http.StatusMethodNotAllowed},
+		{http.MethodGet, path + "/renew", http.StatusMethodNotAllowed},
+		{http.MethodDelete, path + "/renew", http.StatusMethodNotAllowed},
+		{http.MethodGet, path + "/token", http.StatusMethodNotAllowed},
+		{http.MethodPost, path + "/token", http.StatusMethodNotAllowed},
+		{http.MethodGet, adminClients + "/000000000000", http.StatusNotFound},
+		{http.MethodPost, adminClients + "/000000000000/renew", http.StatusNotFound},
+		{http.MethodGet, path[:len(path)-1], http.StatusNotFound},
+		{http.MethodGet, path + "/secret", http.StatusNotFound},
+		{http.MethodPost, path + "/renew/more", http.StatusNotFound},
+		{http.MethodGet, adminClients + "s", http.StatusNotFound},
+	} {
+		r := g.ask(test.method, test.path)
+		if r.err != nil || r.status != test.status {
+			t.Errorf("%s %s: got %d %q, err %v, want %d", test.method, test.path, r.status, r.body, r.err, test.status)
+		}
+	}
+	auth.wantAsked(t, 1)
+	if got := g.only().State; got != stateFresh {
+		t.Errorf("got the state %s, want that nothing happened", got)
+	}
+}
+
+// A client may be unloaded while its token is renewed.
+func TestAdminWhileTheClientIsUnloaded(t *testing.T) {
+	g, auth, _, path := adminGateway(t, "")
+	release := auth.hang()
+	defer release()
+	ended := make(chan error)
+	go func() { // not through Caddy, which waits for its requests
+		ended <- adminAPI{}.serve(httptest.NewRecorder(), httptest.NewRequest(http.MethodPost, path+"/renew", nil))
+	}()
+	eventually(t, func() bool { return waiting() == 1 }, "the renewal to wait")
+	g.load("respond gone")
+	if got := g.clients(); len(got) != 0 {
+		t.Errorf("got %d clients, want none", len(got))
+	}
+	release()
+	select {
+	case err := <-ended:
+		if failed, ok := errors.AsType[caddy.APIError](err); !ok || failed.HTTPStatus != http.StatusNotFound {
+			t.Errorf("got %v, want 404", err)
+		}
+	case <-time.After(patience):
+		t.Fatalf("got nothing in %v, want the end of the renewal", patience)
+	}
+	g.ask(http.MethodPost, path+"/renew").want(t, http.StatusNotFound)
+	wantNothingLeft(t)
+}
+
+// The race detector watches.
+func TestAdminConcurrently(t *testing.T) {
+	const rounds = 25
+	g, auth, up, path := adminGateway(t, "")
+	var wg sync.WaitGroup
+	loop := func(f func() reply, allowed ...int) {
+		wg.Go(func() {
+			for range rounds {
+				r := f()
+				// Caddy drops a connection now and then when it hands over a listener.
+				if r.err == nil && !slices.Contains(allowed, r.status) {
+					t.Errorf("got %d %q, want one of %v", r.status, r.body, allowed)
+				}
+				if strings.Contains(r.body, "canary") {
+					t.Errorf("got %q, want no secret", r.body)
+				}
+			}
+		})
+	}
+	loop(func() reply { return g.get() }, http.StatusOK)
+	loop(func() reply { return g.get() }, http.StatusOK)
+	loop(func() reply { return g.ask(http.MethodGet, adminClients) }, http.StatusOK)
+	loop(func() reply { return g.ask(http.MethodGet, path) }, http.StatusOK, http.StatusNotFound)
+	loop(func() reply { return g.ask(http.MethodPost, path+"/renew") }, http.StatusOK, http.StatusNotFound)
+	loop(func() reply { return g.ask(http.MethodDelete, path+"/token") }, http.StatusOK, http.StatusNotFound)
+	loop(func() reply { return g.ask(http.MethodGet, "/metrics") }, http.StatusOK)
+	for i := range 5 {
+		g.load(fmt.Sprintf("respond /version %d\n", i) + strings.Replace(proxySite(up, auth, ""), "/token\n", "/token?key=canary-query\n", 1))
+	}
+	wg.Wait()
+	g.get().want(t, http.StatusOK)
+}

@@ -1,0 +1,615 @@
+package outboundauth
+
+import (
+	"bufio"
+	"crypto/rand"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// newOperableGateway is newGateway with an admin API, which Caddy would leave
+// running when it stops.
+func newOperableGateway(t *testing.T) *gateway {
+	t.Helper()
+	g := newGateway(t)
+	g.admin = freeAddress(t)
+	t.Cleanup(func() {
+		if err := caddy.Load([]byte(`{"admin":{"disabled":true,"config":{"persist":false}}}`), true); err != nil {
+			t.Errorf("ending the admin API: got %v, want no error", err)
+		}
+	})
+	return g
+}
+
+// newName is a client that no test has used: the counters are those of the
+// process.
+func newName() string { return "client-" + strings.ToLower(rand.Text()[:8]) }
+
+// ask sends a request to the admin API.
+func (g *gateway) ask(method, path string) reply {
+	req, err := http.NewRequest(method, "http://"+g.admin+path, nil)
+	if err != nil {
+		return reply{err: err}
+	}
+	req.Close = true // each config has an admin API of its own
+	res, err := g.client.Do(req)
+	if err != nil {
+		return reply{err: err}
+	}
+	defer res.Body.Close()
+	body, err := io.ReadAll(res.Body)
+	return reply{res.StatusCode, res.Header, string(body), err}
+}
+
+// series are the values of the product's metrics, by name and labels.
+type series map[string]float64
+
+// scrape does what Prometheus does.
+func (g *gateway) scrape() series {
+	g.t.Helper()
+	body := g.ask(http.MethodGet, "/metrics").want(g.t, http.StatusOK).body
+	found := make(series)
+	for lines := bufio.NewScanner(strings.NewReader(body)); lines.Scan(); {
+		line := lines.Text()
+		if !strings.HasPrefix(line, "caddy_oauth2_") {
+			continue
+		}
+		i := strings.LastIndexByte(line, ' ')
+		value, err := strconv.ParseFloat(line[i+1:], 64)
+		if err != nil {
+			g.t.Fatalf("got the line %q, want a value at its end", line)
+		}
+		found[strings.TrimPrefix(line[:i], "caddy_oauth2_")] = value
+	}
+	return found
+}
+
+// of returns the series of one client without its label, but for the buckets.
+func (s series) of(client string) series {
+	found := make(series)
+	label := fmt.Sprintf("client=%q", client)
+	for name, value := range s {
+		if strings.Contains(name, label) && !strings.Contains(name, "_bucket{") {
+			name = strings.NewReplacer("{"+label+"}", "", label+",", "").Replace(name)
+			found[name] = value
+		}
+	}
+	return found
+}
+
+// want fails the test unless the series have these values.
+func (s series) want(t *testing.T, want series) {
+	t.Helper()
+	for _, name := range slices.Sorted(maps.Keys(want)) {
+		if got, ok := s[name]; !ok || got != want[name] {
+			t.Errorf("%s: got %v (there: %v), want %v", name, got, ok, want[name])
+		}
+	}
+}
+
+// sourceOf returns the source of a client.
+func sourceOf(t *testing.T, name string) *tokenSource {
+	t.Helper()
+	for _, status := range sourceStatuses() {
+		if source, ok := sourceByID(status.key.id()); ok && status.name == name {
+			return source
+		}
+	}
+	t.Fatalf("got no source of %s, want one", name)
+	return nil
+}
+
+// age gives the current token other instants.
+func (s *tokenSource) age(change func(*token)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	aged := *s.current
+	change(&aged)
+	s.current = &aged
+}
+
+func due(t *token)   { t.refreshAt = time.Now().Add(-time.Minute) }
+func spent(t *token) { due(t); t.usableTo = time.Now().Add(-time.Second) }
+
+func TestMetricsTellHowRequestsGotTheirTokens(t *testing.T) {
+	auth := newAuthServer(t)
+	release := auth.hang()
+	defer release()
+	up := newUpstream(t, auth)
+	g, name := newOperableGateway(t), newName()
+	g.load(proxySite(up, auth, "name "+name))
+	g.scrape().of(name).want(t, series{ // rates need a value to start from
+		`requests_total{token="fresh"}`: 0, `requests_total{token="stale"}`: 0,
+		`requests_total{token="fetched"}`: 0, `requests_total{token="none"}`: 0,
+		`token_requests_total{result="ok"}`: 0, "token_request_duration_seconds_count": 0,
+		"wait_duration_seconds_count": 0, "invalidated_tokens_total": 0,
+		`rejections_total{outcome="recovered"}`: 0, `rejections_total{outcome="refused_again"}`: 0,
+		`rejections_total{outcome="no_token"}`: 0, `rejections_total{outcome="not_repeatable"}`: 0,
+	})
+
+	answers := make(chan []reply)
+	go func() { answers <- g.burst(3) }()
+	eventually(t, func() bool { return waiting() == 3 }, "three requests to wait")
+	started := time.Now()
+	eventually(t, func() bool { return time.Since(started) > 20*time.Millisecond }, "some waiting")
+	release()
+	wantAll(t, <-answers, http.StatusOK)
+	wantAll(t, g.burst(2), http.StatusOK)
+
+	sourceOf(t, name).age(due)
+	g.get().want(t, http.StatusOK)
+	eventually(t, func() bool { return g.scrape().of(name)[`token_requests_total{result="ok"}`] == 2 }, "the renewal")
+
+	sourceOf(t, name).Forget()
+	auth.script(refusing(http.StatusUnauthorized, `{"error":"invalid_client"}`))
+	wantAll(t, g.burst(4), http.StatusServiceUnavailable)
+
+	got := g.scrape().of(name)
+	got.want(t, series{
+		`requests_total{token="fresh"}`: 2, `requests_total{token="stale"}`: 1,
+		`requests_total{token="fetched"}`: 3, `requests_total{token="none"}`: 4,
+		`token_requests_total{result="ok"}`: 2, `token_requests_total{result="invalid_client"}`: 1,
+		"token_request_duration_seconds_count": 3, "wait_duration_seconds_count": 7,
+	})
+	for name, least := range (series{"wait_duration_seconds_sum": 3 * 0.02, "token_request_duration_seconds_sum": 0.02}) {
+		if got[name] < least || got[name] > 60 {
+			t.Errorf("%s: got %v, want at least %v seconds", name, got[name], least)
+		}
+	}
+}
+
+// The code of an error becomes a label, if it is one of a fixed set.
+func TestMetricsTellResultsOfTokenRequestsApart(t *testing.T) {
+	for _, test := range []struct {
+		result, settings string
+		answer           func(http.ResponseWriter, tokenRequest) bool
+	}{
+		{"invalid_client", "", refusing(401, `{"error":"invalid_client"}`)},
+		{"invalid_grant", "", refusing(400, `{"error":"invalid_grant"}`)},
+		{"unauthorized_client", "", refusing(400, `{"error":"unauthorized_client"}`)},
+		{"invalid_scope", "", refusing(400, `{"error":"invalid_scope"}`)},
+		{"invalid_target", "", refusing(400, `{"error":"invalid_target"}`)},
+		{"server_error", "", refusing(500, `{"error":"server_error"}`)},
+		{"http_status", "", refusing(503, "")},
+		{"invalid_response", "", refusing(200, "<html>")},
+		{"other", "", refusing(400, `{"error":"account_locked"}`)},
+		{"other", "", refusing(400, `{"error":"ok"}`)}, // no success, whatever it says
+		{"other", "", refusing(400, `{"error":"other"}`)},
+		{"network", "", func(w http.ResponseWriter, _ tokenRequest) bool { panic(http.ErrAbortHandler) }},
+		{"timeout", "token_timeout 50ms", func(_ http.ResponseWriter, r tokenRequest) bool { <-r.ctx.Done(); return true }},
+		{"configuration", "client_secret {env.OUTBOUNDAUTH_TEST_UNSET}", nil},
+	} {
+		t.Run(test.result, func(t *testing.T) {
+			auth := newAuthServer(t)
+			auth.script(test.answer)
+			g, name := newOperableGateway(t), newName()
+			site := proxySite(newUpstream(t, nil), auth, "name "+name+"\n"+test.settings)
+			if strings.HasPrefix(test.settings, "client_secret") {
+				site = strings.Replace(site, "client_secret canary-secret\n", "", 1)
+			}
+			g.load(site)
+			source := sourceOf(t, name)
+			if _, err := source.Token(t.Context()); err == nil {
+				t.Fatal("got a token, want the error")
+			}
+			got := g.scrape().of(name)
+			results := 0.0
+			for series, value := range got {
+				if result, ok := strings.CutPrefix(series, "token_requests_total{result="); ok && result != `"ok"}` {
+					results += value
+				}
+			}
+			count := got[fmt.Sprintf("token_requests_total{result=%q}", test.result)]
+			if count == 0 || results != count || got["token_request_duration_seconds_count"] != count {
+				t.Errorf("got %v, want %s only", got, test.result)
+			}
+			got.want(t, series{`token_requests_total{result="ok"}`: 0})
+		})
+	}
+}
+
+func TestMetricsTellHowRefusedRequestsEnded(t *testing.T) {
+	refuseAll := func(w http.ResponseWriter, _ *http.Request) bool {
+		refuse(w, http.StatusUnauthorized)
+		return true
+	}
+	for _, test := range []struct {
+		outcome, settings string
+		answer            func(http.ResponseWriter, *http.Request) bool // of the upstream
+		reanswer          func(http.ResponseWriter, tokenRequest) bool  // of the authorization server
+		status            int
+		again             series // after another request
+	}{
+		{"recovered", "", nil, nil, http.StatusOK, series{`rejections_total{outcome="recovered"}`: 1, "invalidated_tokens_total": 1}},
+		// The second comes too soon for another token.
+		{"refused_again", "", refuseAll, nil, http.StatusUnauthorized, series{
+			`rejections_total{outcome="refused_again"}`: 1, `rejections_total{outcome="no_token"}`: 1, "invalidated_tokens_total": 1,
+		}},
+		{"no_token", "", nil, refusing(http.StatusBadRequest, ""), http.StatusUnauthorized, nil},
+		{"not_repeatable", "replay_body 0", nil, nil, http.StatusUnauthorized, series{
+			`rejections_total{outcome="not_repeatable"}`: 1, "invalidated_tokens_total": 1,
+		}},
+	} {
+		t.Run(test.outcome, func(t *testing.T) {
+			auth := newAuthServer(t)
+			up := newUpstream(t, auth)
+			g, name := newOperableGateway(t), newName()
+			g.load(proxySite(up, auth, "name "+name+"\n"+test.settings))
+			post := func() reply { return g.send(http.MethodPost, "/", strings.NewReader("body")) }
+			post().want(t, http.StatusOK)
+			auth.revoke()
+			auth.script(test.reanswer)
+			up.script(test.answer)
+			post().want(t, test.status)
+			want := series{"invalidated_tokens_total": 1}
+			for _, outcome := range rejectionOutcomes {
+				want[fmt.Sprintf("rejections_total{outcome=%q}", outcome)] = 0
+			}
+			want[fmt.Sprintf("rejections_total{outcome=%q}", test.outcome)] = 1
+			g.scrape().of(name).want(t, want)
+			if test.again != nil {
+				if r := post(); r.err != nil {
+					t.Fatal(r.err)
+				}
+				g.scrape().of(name).want(t, test.again)
+			}
+		})
+	}
+}
+
+func TestMetricsTellTheStateOfTheToken(t *testing.T) {
+	wantNothingLeft(t)
+	auth := newAuthServer(t)
+	g, name := newOperableGateway(t), newName()
+	g.load(proxySite(newUpstream(t, auth), auth, "name "+name))
+	g.get().want(t, http.StatusOK)
+	source := sourceOf(t, name)
+	wantState := func(state string, more series) {
+		t.Helper()
+		want := series{"consecutive_failures": 0, "rejected_by_server": 0, "retry_timestamp_seconds": 0}
+		for _, s := range tokenStates {
+			want[fmt.Sprintf("token_state{state=%q}", s)] = 0
+		}
+		want[fmt.Sprintf("token_state{state=%q}", state)] = 1
+		maps.Copy(want, more)
+		got := g.scrape()
+		got.of(name).want(t, want)
+		got.want(t, series{"sources": 1})
+	}
+
+	wantState(stateFresh, nil)
+	got := g.scrape().of(name)
+	expiry, renewal := got["token_expiry_timestamp_seconds"], got["token_renewal_timestamp_seconds"]
+	now := float64(time.Now().Unix())
+	if expiry < now+3500 || expiry > now+3601 || renewal < now+1800 || renewal > expiry-900 {
+		t.Errorf("got expiry %v and renewal %v at %v, want them in an hour and a while before", expiry, renewal, now)
+	}
+
+	renewed := time.Now().Add(-time.Minute)
+	source.age(func(t *token) { t.refreshAt = renewed })
+	wantState(stateStale, series{"token_renewal_timestamp_seconds": float64(renewed.UnixMilli()) / 1000})
+	source.age(spent)
+	wantState(stateExpired, nil)
+	if _, err := source.Renew(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantState(stateFresh, nil)
+	source.Invalidate(source.Cached())
+	wantState(stateExpired, nil)
+	source.Forget()
+	wantState(stateAbsent, series{"token_expiry_timestamp_seconds": 0, "token_renewal_timestamp_seconds": 0})
+
+	// What passes by itself, and what somebody has to change.
+	auth.script(refusing(http.StatusServiceUnavailable, ""))
+	if _, err := source.Renew(t.Context()); err == nil {
+		t.Fatal("got a token, want the error")
+	}
+	retry := g.scrape().of(name)["retry_timestamp_seconds"]
+	wantState(stateAbsent, series{"consecutive_failures": 1, "retry_timestamp_seconds": retry})
+	auth.script(refusing(http.StatusUnauthorized, `{"error":"invalid_client"}`))
+	for failures := range 2 {
+		before := time.Now()
+		if _, err := source.Renew(t.Context()); err == nil {
+			t.Fatal("got a token, want the error")
+		}
+		retry = g.scrape().of(name)["retry_timestamp_seconds"]
+		if wait := retry - float64(before.UnixMilli())/1000; wait < 5 || wait > 600 {
+			t.Errorf("got %v seconds to the next try, want some", wait)
+		}
+		wantState(stateAbsent, series{"consecutive_failures": float64(failures + 1), "rejected_by_server": 1, "retry_timestamp_seconds": retry})
+	}
+	auth.script(nil)
+	if _, err := source.Renew(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	wantState(stateFresh, nil)
+}
+
+// A new config has a new registry. What has been counted stays, also of
+// clients that are gone; but these have no state any more.
+func TestMetricsSurviveReloads(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	g, name, other := newOperableGateway(t), newName(), newName()
+	g.load(proxySite(up, auth, "name "+name))
+	g.get().want(t, http.StatusOK)
+	before := g.scrape().of(name)
+	for range 3 {
+		g.load("respond /new x\n" + proxySite(up, auth, "name "+name))
+		g.load(proxySite(up, auth, "name "+name))
+	}
+	if got := g.scrape().of(name); !maps.Equal(got, before) {
+		t.Errorf("got %v, want %v as before the reloads", got, before)
+	}
+
+	g.load(proxySite(up, auth, "scopes other\nname "+other))
+	g.get().want(t, http.StatusOK)
+	got := g.scrape()
+	got.want(t, series{"sources": 1})
+	for series, value := range got.of(name) {
+		if value != before[series] {
+			t.Errorf("%s: got %v, want %v as before", series, value, before[series])
+		}
+		if !strings.Contains(series, "_total") && !strings.Contains(series, "_duration_seconds") {
+			t.Errorf("got %s of a client that is gone, want its counters only", series)
+		}
+	}
+	if got.of(name)[`token_requests_total{result="ok"}`] != 1 {
+		t.Errorf("got %v, want one token request of the client that is gone", got.of(name))
+	}
+	got.of(other).want(t, series{`token_state{state="fresh"}`: 1, `token_requests_total{result="ok"}`: 1})
+}
+
+// An unload is no failure of the authorization server.
+func TestMetricsDoNotCountAbandonedTokenRequests(t *testing.T) {
+	auth := newAuthServer(t)
+	release := auth.hang()
+	defer release()
+	g, name := newOperableGateway(t), newName()
+	up := newUpstream(t, auth)
+	g.load(proxySite(up, auth, "name "+name))
+	eventually(t, func() bool { return len(auth.asked()) == 1 }, "the token request of the warm-up")
+	auth.script(nil)
+	g.load(proxySite(up, auth, "scopes other\nname "+newName())) // or there would be no metrics
+	eventually(t, func() bool { return len(goroutines()) == 0 }, "the end of the token request")
+	if len(g.scrape().of(name)) == 0 {
+		t.Error("got no metrics of the client, want its counters")
+	}
+	for series, value := range g.scrape().of(name) {
+		if value != 0 {
+			t.Errorf("%s: got %v, want nothing counted", series, value)
+		}
+	}
+}
+
+func TestClientsOfOneNameShareTheirMetrics(t *testing.T) {
+	auth := newAuthServer(t)
+	auth.script(func(w http.ResponseWriter, r tokenRequest) bool {
+		return r.client == "failing" && refusing(http.StatusUnauthorized, `{"error":"invalid_client"}`)(w, r)
+	})
+	a, b, c := newUpstream(t, auth), newUpstream(t, auth), newUpstream(t, auth)
+	g, name := newOperableGateway(t), newName()
+	g.load(expand(`route /a {
+			reverse_proxy $A {
+				transport oauth2 {
+					name $NAME
+					token_url $AUTH
+					client_id good
+					client_secret s
+				}
+			}
+		}
+		reverse_proxy $B $C {
+			lb_policy header X-To {
+				fallback first
+			}
+			transport oauth2 {
+				token_url $AUTH
+				client_secret s
+				upstream $B {
+					name $NAME
+					client_id failing
+				}
+				upstream $C {
+					name $NAME
+					client_id good
+					scopes more
+				}
+			}
+		}`, "$A", a.addr, "$B", b.addr, "$C", c.addr, "$NAME", name, "$AUTH", auth.URL))
+	g.send(http.MethodGet, "/a", nil).want(t, http.StatusOK)
+	g.get().want(t, http.StatusServiceUnavailable)
+	eventually(t, func() bool {
+		got := g.scrape().of(name)
+		return got[`token_requests_total{result="ok"}`] == 2 && got["consecutive_failures"] > 0
+	}, "tokens of two clients and the failure of the third")
+	for range 20 { // the order of sources is random
+		got := g.scrape()
+		got.of(name).want(t, series{
+			`token_state{state="fresh"}`: 0, `token_state{state="absent"}`: 1,
+			"consecutive_failures": 1, "rejected_by_server": 1, "token_expiry_timestamp_seconds": 0,
+			`requests_total{token="none"}`: 1, `token_requests_total{result="invalid_client"}`: 1,
+		})
+		got.want(t, series{"sources": 3})
+	}
+}
+
+func TestNamesOfClients(t *testing.T) {
+	transport := newTransport(t, `
+		token_url https://auth.example.com/token?key=secret
+		client_id gateway
+		client_secret s
+		upstream 127.0.0.1:9000 {
+			scopes other
+		}
+		upstream 127.0.0.1:9001 {
+			client_id billing
+		}
+		upstream 127.0.0.1:9002 {
+			issuer https://login.example.com:8443/realm
+		}
+		upstream 127.0.0.1:9003 {
+			name orders
+		}`)
+	for address, want := range map[string]string{
+		"127.0.0.1:9000": "auth.example.com/gateway",
+		"127.0.0.1:9001": "auth.example.com/billing",
+		"127.0.0.1:9002": "login.example.com:8443/gateway",
+		"127.0.0.1:9003": "orders",
+	} {
+		if got := transport.clients[dialAddress{"tcp", address}].metrics.name; got != want {
+			t.Errorf("%s: got the name %q, want %q", address, got, want)
+		}
+	}
+
+	// A name belongs to its client, and is not inherited by another.
+	transport = newTransport(t, `
+		name main
+		token_url https://auth.example.com/token
+		client_id gateway
+		client_secret s
+		upstream 127.0.0.1:9000 {
+			scopes other
+		}
+		upstream 127.0.0.1:9001 {
+			client_id billing
+		}`)
+	for address, want := range map[string]string{"127.0.0.1:9000": "main", "127.0.0.1:9001": "auth.example.com/billing"} {
+		if got := transport.clients[dialAddress{"tcp", address}].metrics.name; got != want {
+			t.Errorf("%s: got the name %q, want %q", address, got, want)
+		}
+	}
+}
+
+// Labels are UTF-8; a placeholder can bring anything.
+func TestNameThatIsNotUTF8(t *testing.T) {
+	t.Setenv("OUTBOUNDAUTH_TEST_ID", "gateway-\xff")
+	transport := newTransport(t, "token_url https://auth.example.com/token\nclient_id {env.OUTBOUNDAUTH_TEST_ID}\nclient_secret s")
+	registry := prometheus.NewPedanticRegistry()
+	registry.MustRegister(sourceCollector{}, requestsTotal)
+	if _, err := registry.Gather(); err != nil {
+		t.Errorf("got %v, want metrics of %q", err, transport.fallback.metrics.name)
+	}
+}
+
+// Nothing that a client of the proxy or a server sends makes a series.
+func TestHostileClientsAddNoSeries(t *testing.T) {
+	const clients, requests = 8, 10_000
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	up.script(func(w http.ResponseWriter, r *http.Request) bool {
+		switch {
+		case strings.HasSuffix(r.URL.Path, "00"):
+			refuse(w, http.StatusUnauthorized)
+		case strings.HasSuffix(r.URL.Path, "50"):
+			panic(http.ErrAbortHandler)
+		}
+		return true
+	})
+	g, name := newOperableGateway(t), newName()
+	g.load(proxySite(up, auth, "name "+name+"\nheader X-Caller {http.request.header.X-Caller}"))
+	g.get().want(t, http.StatusOK)
+	auth.script(func(w http.ResponseWriter, r tokenRequest) bool {
+		return refusing(http.StatusBadRequest, fmt.Sprintf(`{"error":"hostile-%s"}`, rand.Text()))(w, r)
+	})
+	source := sourceOf(t, name)
+	if _, err := source.Renew(t.Context()); err == nil {
+		t.Fatal("got a token, want the error")
+	}
+	before := g.scrape()
+
+	var wg sync.WaitGroup
+	for client := range clients {
+		wg.Go(func() {
+			for i := client; i < requests; i += clients {
+				x := fmt.Sprint("hostile-", rand.Text(), "-", i)
+				method := [...]string{http.MethodGet, http.MethodOptions, "HOSTILE" + rand.Text()[:8]}[i%3] // Caddy takes no longer ones
+				r := g.send(method, "/"+x, nil, "Host", x, x, x, "X-Caller", x, "Authorization", x, "User-Agent", x)
+				if r.err != nil {
+					t.Errorf("request %d: got %v, want an answer", i, r.err)
+					return
+				}
+				if i%1000 == 0 {
+					_, _ = source.Renew(t.Context()) // another code of the server's making
+				}
+			}
+		})
+	}
+	wg.Wait()
+
+	after := g.scrape()
+	if got := slices.Sorted(maps.Keys(after)); !slices.Equal(got, slices.Sorted(maps.Keys(before))) {
+		t.Errorf("got %d series, want the %d from before", len(got), len(before))
+	}
+	total := func(s series) (n float64) {
+		for _, use := range tokenUses {
+			n += s.of(name)[fmt.Sprintf("requests_total{token=%q}", use)]
+		}
+		return n
+	}
+	if got := total(after) - total(before); got < requests {
+		t.Errorf("got %v requests counted, want at least %d", got, requests)
+	}
+	if body := g.ask(http.MethodGet, "/metrics").body; strings.Contains(strings.ToLower(body), "hostile") {
+		t.Error("got what clients or the server sent in the metrics, want nothing of it")
+	}
+}
+
+func TestMetricsAreNamedByTheConventions(t *testing.T) {
+	newTransport(t, "token_url https://auth.example.com/token\nclient_id "+newName()+"\nclient_secret s")
+	registry := prometheus.NewPedanticRegistry()
+	registry.MustRegister(tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, rejectionsTotal, invalidationsTotal, sourceCollector{})
+	families, err := registry.Gather()
+	if err != nil || len(families) != 13 {
+		t.Fatalf("got %d metrics, err %v, want 13", len(families), err)
+	}
+	problems, err := promlint.NewWithMetricFamilies(families).Lint()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, problem := range problems {
+		t.Errorf("got %s: %s, want no problem", problem.Metric, problem.Text)
+	}
+}
+
+// What is counted and told to the access log costs a request no more than a
+// few allocations: the copies of the request and its header are most of them.
+func TestRoundTripAllocatesLittle(t *testing.T) {
+	dial := dialAddress{"tcp", "127.0.0.1:1"}
+	transport := benchTransport(t, 1, dial)
+	transport.HTTPTransport.Transport.RegisterProtocol("stub", &stubTransport{res: http.Response{StatusCode: 204, Body: http.NoBody}})
+	transport.plaintext = true
+	ctx := upstreamContext(t, dial.address)
+	req := benchRequest(ctx, "stub://127.0.0.1:1")
+	run := func(rt http.RoundTripper) float64 {
+		return testing.AllocsPerRun(1000, func() {
+			res, err := rt.RoundTrip(req)
+			if err != nil {
+				t.Fatal(err)
+			}
+			res.Body.Close()
+		})
+	}
+	bare, whole := run(transport.HTTPTransport), run(transport)
+	t.Logf("%v allocations, %v of them by the http transport", whole, bare)
+	if whole-bare > 5 {
+		t.Errorf("got %v allocations more than the http transport's %v, want at most 5", whole-bare, bare)
+	}
+	repl := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if got, _ := repl.GetString(phToken); got != "fresh" {
+		t.Errorf("got the placeholder %q, want fresh: or this test sees nothing", got)
+	}
+}
