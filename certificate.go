@@ -6,7 +6,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"net/http"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -82,8 +81,8 @@ func withCertificate(ctx context.Context, certificate *tls.Certificate) (context
 // requests. It must not be shared with clients that have other ones: a
 // connection is the client whose certificate it was opened with.
 func presentCertificates(h *reverseproxy.HTTPTransport) error {
-	if err := checkVersions(h); err != nil {
-		return err
+	if slices.Contains(h.Versions, "3") { // for which Caddy has configured another transport
+		return errors.New("a certificate can't be presented over HTTP/3; remove 3 from versions")
 	}
 	config := h.Transport.TLSClientConfig
 	if config == nil {
@@ -100,84 +99,8 @@ func presentCertificates(h *reverseproxy.HTTPTransport) error {
 	return nil
 }
 
-// checkVersions refuses HTTP/3, which Caddy's transport configures for itself.
-func checkVersions(h *reverseproxy.HTTPTransport) error {
-	if slices.Contains(h.Versions, "3") {
-		return errors.New("a certificate can't be presented over HTTP/3; remove 3 from versions")
-	}
-	return nil
-}
-
-// boundTransport reaches upstreams with the certificate that a token is bound
-// to (RFC 8705 §3). A connection belongs to the certificate that it was opened
-// with, so each certificate has connections of its own.
-type boundTransport struct {
-	like *reverseproxy.HTTPTransport
-
-	mu    sync.Mutex   // guards all below
-	pools []*boundPool // newest first
-}
-
-type boundPool struct {
-	*http.Transport
-	certificate *tls.Certificate
-}
-
-// maxBoundPools is how many certificates keep their idle connections: while
-// one replaces another, requests with the token of the old one are still on
-// their way.
-const maxBoundPools = 2
-
-// newBoundTransport makes a transport like one that is provisioned.
-func newBoundTransport(like *reverseproxy.HTTPTransport) (*boundTransport, error) {
-	switch {
-	case like.TLS == nil:
-		return nil, errors.New("a certificate is presented in TLS only; use an upstream with https://")
-	case like.TLS.ClientCertificateFile != "" || like.TLS.ClientCertificateAutomate != "":
-		return nil, errors.New("the upstream is presented another certificate by tls_client_auth; remove one of the two")
-	}
-	if len(like.TLS.ExceptPorts) > 0 {
-		return nil, errors.New("a certificate is presented in TLS only; remove tls_except_ports")
-	}
-	return &boundTransport{like: like}, presentCertificates(like)
-}
-
-// send sends a request upstream on a connection with this certificate.
-func (b *boundTransport) send(req *http.Request, certificate *tls.Certificate) (*http.Response, error) {
-	b.like.SetScheme(req)
-	ctx, _ := withCertificate(req.Context(), certificate)
-	return b.pool(certificate).RoundTrip(req.WithContext(ctx))
-}
-
-// pool returns the connections with this certificate.
-func (b *boundTransport) pool(certificate *tls.Certificate) *boundPool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, pool := range b.pools {
-		if pool.certificate == certificate {
-			return pool
-		}
-	}
-	pool := &boundPool{b.like.Transport.Clone(), certificate}
-	if _, http2 := pool.TLSNextProto["h2"]; http2 {
-		// Cloned, it would share the connections. net/http brings its own.
-		pool.TLSNextProto, pool.ForceAttemptHTTP2 = nil, true
-	}
-	b.pools = slices.Insert(b.pools, 0, pool)
-	if len(b.pools) > maxBoundPools {
-		// Those in use are closed when they have been idle for a while.
-		b.pools[maxBoundPools].CloseIdleConnections()
-		b.pools = b.pools[:maxBoundPools]
-	}
-	return pool
-}
-
-// Cleanup closes the idle connections.
-func (b *boundTransport) Cleanup() error {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, pool := range b.pools {
-		pool.CloseIdleConnections()
-	}
-	return nil
+// presentsCertificate tells whether a transport has a client certificate of
+// its own, the way transport http has it.
+func presentsCertificate(h *reverseproxy.HTTPTransport) bool {
+	return h != nil && h.TLS != nil && (h.TLS.ClientCertificateFile != "" || h.TLS.ClientCertificateAutomate != "")
 }

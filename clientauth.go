@@ -90,12 +90,8 @@ func (c *Credentials) usesKey() bool {
 // signs tells whether JWTs are signed at all.
 func (c *Credentials) signs() bool { return c.usesKey() || c.method() == authSecretJWT }
 
-// presentsOther tells whether token_transport has a client certificate of its
-// own, the way transport http has it.
-func (c *Credentials) presentsOther() bool {
-	h := c.TokenTransport
-	return h != nil && h.TLS != nil && (h.TLS.ClientCertificateFile != "" || h.TLS.ClientCertificateAutomate != "")
-}
+// presentsOther tells whether token_transport has a client certificate.
+func (c *Credentials) presentsOther() bool { return presentsCertificate(c.TokenTransport) }
 
 // missingAuth names the first setting without which the client can't
 // authenticate, and what to write; "" if nothing is missing.

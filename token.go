@@ -1,0 +1,90 @@
+package outboundauth
+
+import (
+	"crypto/tls"
+	"fmt"
+	"math/rand/v2"
+	"time"
+)
+
+// token is an access token and the instants that govern its use. Immutable,
+// so it may be read without a lock; compared by address.
+type token struct {
+	value string
+
+	// Past refreshAt the token is replaced in the background, past usableTo
+	// it is not used any more: both leave the rest of its life as a reserve.
+	refreshAt, usableTo, expires time.Time
+
+	obtained    time.Time
+	certificate *tls.Certificate // see grant
+}
+
+// Format keeps the token out of everything that prints values.
+func (t *token) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("token")) }
+
+// grant is what an authorization server issued (RFC 6749 §5.1).
+type grant struct {
+	accessToken string
+	lifetime    time.Duration // 0: the server named none
+	scope       string        // "": as asked for
+	sent        time.Time     // the request, if that was not at once
+
+	// What the token is bound to (RFC 8705 §3), or nil.
+	certificate *tls.Certificate
+}
+
+// lifecycle is how long a token is used; see the fields of Credentials.
+type lifecycle struct {
+	refreshBefore   time.Duration // 0: the last 26 % of the lifetime
+	defaultLifetime time.Duration
+	fetchTimeout    time.Duration
+}
+
+// maxReserve is the reserve at the end of a token's life: the time that a
+// request may need on its way, or clocks may differ.
+const maxReserve = 10 * time.Second
+
+// newToken computes the instants of a token. Its life began some time after
+// the request was sent; counting from there, it never lasts too long.
+func (l lifecycle) newToken(g grant, sent, now time.Time) (*token, error) {
+	life := g.lifetime
+	if life == 0 {
+		life = l.defaultLifetime
+	}
+	took := now.Sub(sent)
+	if g.certificate != nil { // nobody accepts the token without it
+		if left := g.certificate.Leaf.NotAfter.Sub(sent); left > 0 {
+			life = min(life, left)
+		}
+	}
+	usable := life - min(maxReserve, life/10)
+	if took >= usable {
+		return nil, fmt.Errorf("the token lives for %v, but took %v to get: nothing is left of it", life, took.Round(time.Millisecond))
+	}
+
+	// The rest of a life outlasts an outage of a quarter of it, and a try after.
+	refresh := life - life/100*26
+	if l.refreshBefore > 0 {
+		refresh = life - l.refreshBefore
+	}
+	// A server that was slow this time is given twice that to answer the
+	// next, so that the new token is there before the old one ends.
+	refresh = min(refresh, usable-2*took)
+	// At random, so that a fleet that started together does not renew
+	// together. The first half of the life is never given away.
+	refresh = max(refresh-rand.N(life/25+1), life/2)
+
+	// By the wall clock: the monotonic one stands still while a machine is
+	// suspended, and tokens age.
+	sent = sent.Round(0)
+	return &token{
+		value:     g.accessToken,
+		refreshAt: sent.Add(refresh),
+		usableTo:  sent.Add(usable),
+		expires:   sent.Add(life),
+
+		obtained:    now,
+		certificate: g.certificate,
+	}, nil
+}
