@@ -76,7 +76,7 @@ func newClient(e *endpoint, transportConfig []byte) (*client, error) {
 	}
 	cl := &client{key: sha256.Sum256(shape), endpoint: e}
 
-	e.metrics = newClientMetrics(c.name())
+	e.metrics = metricsOf(c.name())
 	cl.metrics = e.metrics
 	field, scheme := c.BearerHeader.resolve()
 	cl.bearerField = http.CanonicalHeaderKey(field)

@@ -130,7 +130,7 @@ func (d *discovery) fetch(ctx context.Context, u *url.URL) (*metadata, *tokenErr
 	}
 	failure := &tokenError{
 		Endpoint: u.Host, Status: a.status, Code: codeInvalidResponse,
-		Hint: "check issuer, or set token_url instead",
+		Hint: metadataHint,
 	}
 	if a.status != http.StatusOK {
 		failure.Code = codeHTTPStatus
@@ -157,27 +157,15 @@ func (d *discovery) fetch(ctx context.Context, u *url.URL) (*metadata, *tokenErr
 		failure.Description = fmt.Sprintf("the metadata is that of another issuer, %q", clean(m.issuer, 200))
 		failure.Hint = "set issuer to exactly that, if it is the one that is meant"
 	default:
-		// For others to permit, but it has to be a place to go to: metadata
-		// that is broken must not take the place of metadata that is not.
-		if err := d.usable(m); err != nil {
-			failure.Description = err.Error()
+		// Metadata that is broken must not take the place of metadata that is
+		// not. What it names is for each client to permit.
+		if _, err := d.locate(cmp.Or(m.tokenEndpoint, m.mtlsTokenEndpoint)); err != nil {
+			failure.Description = endpointFault(err)
 			break
 		}
 		return m, nil
 	}
 	return nil, failure
-}
-
-// usable tells what is wrong with the token endpoint in the metadata.
-func (d *discovery) usable(m *metadata) error {
-	u, err := parseTokenURL(cmp.Or(m.tokenEndpoint, m.mtlsTokenEndpoint))
-	if err == nil {
-		err = d.keepOut(u)
-	}
-	if err != nil {
-		return errors.New("the token_endpoint in the issuer's metadata: " + clean(err.Error(), 200))
-	}
-	return nil
 }
 
 // read returns the token endpoint for this client.
@@ -186,21 +174,33 @@ func (d *discovery) read(m *metadata) (*url.URL, error) {
 	if (d.credentials.ClientCertificate != nil || d.credentials.presentsOther()) && m.mtlsTokenEndpoint != "" {
 		raw = m.mtlsTokenEndpoint
 	}
-	u, err := parseTokenURL(raw)
+	u, err := d.locate(raw)
 	if err == nil {
 		err = d.permit(u)
-	}
-	if err == nil {
-		err = d.keepOut(u)
 	}
 	if err != nil {
 		return nil, &tokenError{
 			Endpoint: d.issuer.Host, Status: http.StatusOK, Code: codeInvalidResponse,
-			Description: "the token_endpoint in the issuer's metadata: " + clean(err.Error(), 200),
-			Hint:        "check issuer, or set token_url instead",
+			Description: endpointFault(err), Hint: metadataHint,
 		}
 	}
 	return u, nil
+}
+
+// metadataHint is what to change if the metadata is of no use.
+const metadataHint = "check issuer, or set token_url instead"
+
+func endpointFault(err error) string {
+	return "the token_endpoint in the issuer's metadata: " + clean(err.Error(), 200)
+}
+
+// locate parses a token endpoint in the metadata.
+func (d *discovery) locate(raw string) (*url.URL, error) {
+	u, err := parseTokenURL(raw)
+	if err != nil {
+		return nil, err
+	}
+	return u, d.keepOut(u)
 }
 
 // keepOut refuses token endpoints that a server somewhere else has no reason

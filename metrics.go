@@ -96,8 +96,9 @@ func registerMetrics(ctx caddy.Context) error {
 	return nil
 }
 
-// clientMetrics are the metrics of one client, looked up once. All series are
-// there from the beginning, at 0: a rate needs a value to start from.
+// clientMetrics are the metrics of the clients of one name, looked up once; see
+// metricsOf. All series are there from the beginning, at 0: a rate needs a value
+// to start from.
 type clientMetrics struct {
 	name     string
 	client   any                 // name, as the value of a placeholder
@@ -122,6 +123,18 @@ func (m *clientMetrics) result(result string) prometheus.Counter {
 		m.results[result] = counter
 	}
 	return counter
+}
+
+// metricsByName are the clientMetrics of all names so far, like the series.
+var metricsByName sync.Map
+
+// metricsOf returns the metrics of the clients that have a name.
+func metricsOf(name string) *clientMetrics {
+	if m, ok := metricsByName.Load(name); ok {
+		return m.(*clientMetrics)
+	}
+	m, _ := metricsByName.LoadOrStore(name, newClientMetrics(name))
+	return m.(*clientMetrics)
 }
 
 func newClientMetrics(name string) *clientMetrics {
@@ -189,14 +202,10 @@ func (m *clientMetrics) counts() (requests, tokenRequests, rejections map[string
 	for outcome, counter := range m.rejected {
 		rejections[outcome] = value(counter)
 	}
-	for _, result := range append([]string{resultOK, codeOther}, knownCodes...) {
-		// Asking for a series would make it.
-		m.mu.Lock()
-		counter, ok := m.results[result]
-		m.mu.Unlock()
-		if ok {
-			tokenRequests[result] = value(counter)
-		}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for result, counter := range m.results {
+		tokenRequests[result] = value(counter)
 	}
 	return requests, tokenRequests, rejections
 }

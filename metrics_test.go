@@ -613,3 +613,11 @@ func TestRoundTripAllocatesLittle(t *testing.T) {
 		t.Errorf("got the placeholder %q, want fresh: or this test sees nothing", got)
 	}
 }
+
+// A client that is loaded anew goes on with what was counted under its name.
+func TestCountsBelongToTheName(t *testing.T) {
+	metricsOf(t.Name()).tokenRequested(0, &tokenError{Code: codeTimeout})
+	if _, got, _ := metricsOf(t.Name()).counts(); got[codeTimeout] != 1 {
+		t.Errorf("got %v, want the time-out that was counted before", got)
+	}
+}

@@ -139,10 +139,8 @@ func (e *endpoint) resolveKeys(repl *caddy.Replacer) (certificate *tls.Certifica
 	if key, err = parsePrivateKey(source, c.SigningAlg, c.KeyID); err != nil {
 		return nil, nil, nil, fmt.Errorf("private_key: %w", err)
 	}
-	if certificate != nil && key.thumbprint == "" && belongs(certificate.Leaf, key.key) {
-		if err := key.certify(certificate.Leaf); err != nil {
-			return nil, nil, nil, err
-		}
+	if certificate != nil && key.thumbprint == "" {
+		_ = key.certify(certificate.Leaf) // it may well be for another key
 	}
 	return certificate, key, source, nil
 }
