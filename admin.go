@@ -172,7 +172,7 @@ func sourceByID(id string) (source *tokenSource, ok bool) {
 	sources.Range(func(key, value any) bool {
 		if key.(sourceKey).id() == id {
 			source = value.(*tokenSource)
-			_, ok = source.status(time.Now()) // or nobody is attached to it yet
+			ok = len(source.statuses(time.Now())) > 0 // or nobody is attached to it yet
 		}
 		return !ok
 	})

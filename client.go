@@ -157,6 +157,7 @@ func (cl *client) header(ctx context.Context, out http.Header, t *token) error {
 	if b == nil || b.of != t {
 		b = &bearer{of: t, values: []string{cl.bearerPrefix + t.value}}
 		cl.bearer.Store(b)
+		cl.source.Traced(ctx) // asked here, as it is rare
 	}
 	out[cl.bearerField] = b.values
 	return nil

@@ -16,7 +16,8 @@ import (
 type Credentials struct {
 	// What the client is called in metrics, logs, the admin API and events. One
 	// that the config does not name is called by the host of its token
-	// endpoint and its client_id: `auth.example.com/gateway`.
+	// endpoint and its client_id: `auth.example.com/gateway`. Global
+	// placeholders are supported and evaluated when the config is loaded.
 	Name string `json:"name,omitempty"`
 
 	// The authorization server's token endpoint: an absolute URL, with https

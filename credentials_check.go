@@ -170,6 +170,7 @@ func (c Credentials) resolve(repl *caddy.Replacer) (Credentials, error) {
 		}
 		*value = replaced
 	}
+	replace("name", &c.Name)
 	replace("token_url", &c.TokenURL)
 	replace("issuer", &c.Issuer)
 	replace("client_id", &c.ClientID)

@@ -188,7 +188,7 @@ func newServerRequest(ctx context.Context, method string, u *url.URL, header htt
 }
 
 // serverAnswer is what the authorization server said, up to a byte more than
-// maxTokenResponse.
+// maxTokenResponse. The zero value stands for no answer.
 type serverAnswer struct {
 	status int
 	header http.Header
@@ -196,19 +196,19 @@ type serverAnswer struct {
 }
 
 // exchange sends a request to the authorization server, and reads the answer.
-func exchange(ctx context.Context, transport http.RoundTripper, req *http.Request) (*serverAnswer, error) {
+func exchange(ctx context.Context, transport http.RoundTripper, req *http.Request) (serverAnswer, error) {
 	// RoundTrip and not an http.Client: a redirect is not followed, as it
 	// would send the client's secret elsewhere.
 	res, err := transport.RoundTrip(req)
 	if err != nil {
-		return nil, err
+		return serverAnswer{}, err
 	}
 	// Switching protocols, net/http hands over the connection, and ctx would
 	// not end a read.
 	stop := context.AfterFunc(ctx, func() { _ = res.Body.Close() })
 	defer stop()
 	defer res.Body.Close()
-	a := &serverAnswer{status: res.StatusCode, header: res.Header}
+	a := serverAnswer{status: res.StatusCode, header: res.Header}
 	if a.status != http.StatusSwitchingProtocols {
 		a.body, err = io.ReadAll(io.LimitReader(res.Body, maxTokenResponse+1))
 	}
@@ -239,7 +239,7 @@ func (e *endpoint) checkScope(granted string) {
 }
 
 // read turns an answer into a grant or a *tokenError.
-func (e *endpoint) read(u *url.URL, a *serverAnswer, secrets confidential) (grant, error) {
+func (e *endpoint) read(u *url.URL, a serverAnswer, secrets confidential) (grant, error) {
 	failure := &tokenError{Endpoint: u.Host, Status: a.status}
 	if a.status >= 300 && a.status < 400 {
 		failure.Code = codeHTTPStatus
@@ -300,7 +300,9 @@ func (e *endpoint) unreadable(failure *tokenError, err error) *tokenError {
 // fetched implements requester: one line in the log for each fetch that fails,
 // and one when that is over.
 func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
-	client := []zap.Field{zap.String("token_endpoint", e.host()), zap.String("client_id", e.credentials.ClientID)}
+	client := []zap.Field{
+		zap.String("client", e.metrics.name), zap.String("token_endpoint", e.host()), zap.String("client_id", e.credentials.ClientID),
+	}
 	if err != nil {
 		if errors.Is(err, errReleased) {
 			return

@@ -15,6 +15,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -91,7 +92,7 @@ func newGateway(t *testing.T) *gateway {
 	g := &gateway{t: t, addr: freeAddress(t), admin: "off", dir: t.TempDir()}
 	t.Setenv("XDG_CONFIG_HOME", filepath.Join(g.dir, "config"))
 	t.Setenv("XDG_DATA_HOME", filepath.Join(g.dir, "data"))
-	transport := &http.Transport{MaxIdleConnsPerHost: 1000, DisableCompression: true}
+	transport := &http.Transport{MaxIdleConnsPerHost: 1000, DisableCompression: true, DialContext: dialThroughReload}
 	g.client = &http.Client{
 		Transport:     transport,
 		Timeout:       3 * patience,
@@ -102,6 +103,18 @@ func newGateway(t *testing.T) *gateway {
 		g.stop()
 	})
 	return g
+}
+
+// dialThroughReload dials again if the connection is reset while it is made: it
+// was in the queue of the old config's socket when Caddy closed that.
+func dialThroughReload(ctx context.Context, network, address string) (net.Conn, error) {
+	var dialer net.Dialer
+	for {
+		conn, err := dialer.DialContext(ctx, network, address)
+		if !errors.Is(err, syscall.ECONNRESET) {
+			return conn, err
+		}
+	}
 }
 
 // config is the gateway's Caddyfile, as JSON.

@@ -31,9 +31,12 @@ const (
 	rejectionRefusedAgain  = "refused_again"  // with a new token as well
 	rejectionNoToken       = "no_token"       // there was no other
 	rejectionNotRepeatable = "not_repeatable" // too much of the body was gone
+	rejectionNoAnswer      = "no_answer"      // with a new token, which nobody answered
 )
 
-var rejectionOutcomes = []string{rejectionRecovered, rejectionRefusedAgain, rejectionNoToken, rejectionNotRepeatable}
+var rejectionOutcomes = []string{
+	rejectionRecovered, rejectionRefusedAgain, rejectionNoToken, rejectionNotRepeatable, rejectionNoAnswer,
+}
 
 // resultOK is the result of a token request that brought a token; others are
 // error codes.
@@ -183,10 +186,20 @@ func forgetUse(ctx context.Context) {
 	}
 }
 
+// waitedAgain counts the wait for the token that replaces a refused one.
+func (m *clientMetrics) waitedAgain(ctx context.Context, wait time.Duration) {
+	m.waits.Observe(wait.Seconds())
+	if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+		before, _ := repl.Get(phWait)
+		ms, _ := before.(int64)
+		repl.Set(phWait, ms+wait.Milliseconds())
+	}
+}
+
 // refused counts a request whose token the upstream refused.
 func (m *clientMetrics) refused(ctx context.Context, outcome string) {
 	m.rejected[outcome].Inc()
-	if outcome == rejectionRecovered || outcome == rejectionRefusedAgain {
+	if outcome == rejectionRecovered || outcome == rejectionRefusedAgain || outcome == rejectionNoAnswer {
 		if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
 			repl.Set(phRetried, true)
 		}
@@ -264,15 +277,16 @@ func (sourceCollector) Collect(collected chan<- prometheus.Metric) {
 	gauge := func(desc *prometheus.Desc, value float64, labels ...string) {
 		collected <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value, labels...)
 	}
-	statuses := sourceStatuses()
-	gauge(sourcesDesc, float64(len(statuses)))
 	byName := make(map[string]sourceStatus)
-	for _, status := range statuses {
+	inUse := make(map[sourceKey]struct{})
+	for _, status := range sourceStatuses() {
+		inUse[status.key] = struct{}{}
 		// Of clients that have the same name, the one that is worst off.
 		if other, ok := byName[status.name]; !ok || status.worseThan(other) {
 			byName[status.name] = status
 		}
 	}
+	gauge(sourcesDesc, float64(len(inUse)))
 	for name, status := range byName {
 		for _, state := range tokenStates {
 			value := 0.0

@@ -130,7 +130,8 @@ func TestMetricsTellHowRequestsGotTheirTokens(t *testing.T) {
 	defer release()
 	up := newUpstream(t, auth)
 	g, name := newOperableGateway(t), newName()
-	g.load(proxySite(up, auth, "name "+name))
+	t.Setenv("TEST_NAME", name)
+	g.load(proxySite(up, auth, "name {env.TEST_NAME}"))
 	g.scrape().of(name).want(t, series{ // rates need a value to start from
 		`requests_total{token="fresh"}`: 0, `requests_total{token="stale"}`: 0,
 		`requests_total{token="fetched"}`: 0, `requests_total{token="none"}`: 0,
@@ -138,6 +139,7 @@ func TestMetricsTellHowRequestsGotTheirTokens(t *testing.T) {
 		"wait_duration_seconds_count": 0, "invalidated_tokens_total": 0,
 		`rejections_total{outcome="recovered"}`: 0, `rejections_total{outcome="refused_again"}`: 0,
 		`rejections_total{outcome="no_token"}`: 0, `rejections_total{outcome="not_repeatable"}`: 0,
+		`rejections_total{outcome="no_answer"}`: 0,
 	})
 
 	answers := make(chan []reply)
@@ -226,6 +228,13 @@ func TestMetricsTellHowRefusedRequestsEnded(t *testing.T) {
 		refuse(w, http.StatusUnauthorized)
 		return true
 	}
+	attempts := 0
+	refuseThenBreak := func(w http.ResponseWriter, r *http.Request) bool {
+		if attempts++; attempts == 2 {
+			panic(http.ErrAbortHandler)
+		}
+		return refuseAll(w, r)
+	}
 	for _, test := range []struct {
 		outcome, settings string
 		answer            func(http.ResponseWriter, *http.Request) bool // of the upstream
@@ -242,6 +251,7 @@ func TestMetricsTellHowRefusedRequestsEnded(t *testing.T) {
 		{"not_repeatable", "replay_body 0", nil, nil, http.StatusUnauthorized, series{
 			`rejections_total{outcome="not_repeatable"}`: 1, "invalidated_tokens_total": 1,
 		}},
+		{"no_answer", "", refuseThenBreak, nil, http.StatusBadGateway, nil},
 	} {
 		t.Run(test.outcome, func(t *testing.T) {
 			auth := newAuthServer(t)

@@ -165,6 +165,7 @@ func TestValidate(t *testing.T) {
 		{"addresses from the environment", "{env.TEST_UPSTREAM} 127.0.0.1:9001", clientSettings + "upstream 127.0.0.1:9000 off\nupstream {env.TEST_UPSTREAM_B} {\n tenant acme\n}", ""},
 		{"a bad URL from the environment", local, noURL + "token_url {env.TEST_BAD_URL}", "token_url: must have no fragment"},
 		{"a bad scope from the environment", local, clientSettings + "scopes {env.TEST_BAD_SCOPE}", `scopes: 'orders"read' is not a scope`},
+		{"an empty name", local, clientSettings + "name {env.TEST_UNSET}", "name: " + empty},
 		{"an empty token_url", local, noURL + "token_url {env.TEST_UNSET}", "token_url: " + empty},
 		{"an empty client_id", local, noID + "client_id {env.TEST_UNSET}", "client_id: " + empty},
 		{"empty scopes", local, clientSettings + "scopes {env.TEST_UNSET}", "scopes: " + empty},

@@ -148,6 +148,9 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 	go discard(res.Body)
 	res, err = t.send(out, cl, next)
 	if err != nil {
+		if next != tok {
+			cl.metrics.refused(req.Context(), rejectionNoAnswer)
+		}
 		return nil, conceal(sentBefore(err, body), next)
 	}
 	switch {
@@ -237,7 +240,10 @@ func (cl *client) renew(ctx context.Context, refused *token) *token {
 	if !cl.drop(refused) {
 		return nil
 	}
-	fresh, err := cl.source.Token(ctx)
+	fresh, got, err := cl.source.obtain(ctx)
+	if got.wait > 0 {
+		cl.metrics.waitedAgain(ctx, got.wait)
+	}
 	if err != nil || fresh.value == refused.value {
 		return nil // the source has logged why
 	}

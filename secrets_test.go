@@ -266,7 +266,7 @@ func TestHugeAnswerCostsNoMoreToSearch(t *testing.T) {
 		}
 		body := encode(t, map[string]string{"error": "invalid_scope", member: text.String()})
 		return testing.AllocsPerRun(5, func() {
-			a := &serverAnswer{status: http.StatusBadRequest, header: http.Header{}, body: body}
+			a := serverAnswer{status: http.StatusBadRequest, header: http.Header{}, body: body}
 			if _, err := e.read(mustParse(testTokenURL), a, confidential{canarySecret}); err == nil {
 				t.Errorf("%s: got a token, want an error", member)
 			}

@@ -41,11 +41,12 @@ func (s sourceStatus) worseThan(other sourceStatus) bool {
 	return s.failures > other.failures
 }
 
-// sourceStatuses returns the statuses of all sources in use.
+// sourceStatuses returns the statuses of all sources in use: one for each name
+// that its clients have.
 func sourceStatuses() []sourceStatus {
 	var statuses []sourceStatus
 	sources.Range(func(key, value any) bool {
-		if status, ok := value.(*tokenSource).status(time.Now()); ok {
+		for _, status := range value.(*tokenSource).statuses(time.Now()) {
 			status.key = key.(sourceKey)
 			statuses = append(statuses, status)
 		}
@@ -54,15 +55,12 @@ func sourceStatuses() []sourceStatus {
 	return statuses
 }
 
-// status returns what s is like now; ok is false if it has no client yet.
-func (s *tokenSource) status(now time.Time) (status sourceStatus, ok bool) {
+// statuses returns what s is like now, as the newest client of each name has
+// it; nothing if s has no client yet.
+func (s *tokenSource) statuses(now time.Time) []sourceStatus {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	e, ok := s.last.(*endpoint)
-	if !ok {
-		return sourceStatus{}, false
-	}
-	status = sourceStatus{name: e.metrics.name, endpoint: e, state: stateAbsent, failures: s.failures, fetching: s.inflight != nil}
+	status := sourceStatus{state: stateAbsent, failures: s.failures, fetching: s.inflight != nil}
 	if t := s.current; t != nil {
 		status.obtained, status.renewal, status.expires = t.obtained, t.refreshAt, t.expires
 		switch {
@@ -77,5 +75,15 @@ func (s *tokenSource) status(now time.Time) (status sourceStatus, ok bool) {
 	if s.lastErr != nil {
 		status.err, status.retryAt = s.lastErr, s.lastErr.retryAt
 	}
-	return status, true
+
+	var statuses []sourceStatus
+	for _, client := range slices.Backward(append([]requester{s.last}, s.requesters...)) {
+		e, ok := client.(*endpoint)
+		named := func(other sourceStatus) bool { return other.name == e.metrics.name }
+		if ok && !slices.ContainsFunc(statuses, named) {
+			status.name, status.endpoint = e.metrics.name, e
+			statuses = append(statuses, status)
+		}
+	}
+	return statuses
 }

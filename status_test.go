@@ -3,9 +3,12 @@ package outboundauth
 import (
 	"context"
 	"errors"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"go.opentelemetry.io/otel/attribute"
 )
 
 // A token's state changes by the mere passing of time.
@@ -13,16 +16,20 @@ func TestStatusOfASource(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		source := newTokenSource(lifecycle{defaultLifetime: time.Hour, fetchTimeout: time.Minute})
 		t.Cleanup(func() { _ = source.Destruct() })
-		if _, ok := source.status(time.Now()); ok {
-			t.Error("got a status, want none of a source without a client")
+		if got := source.statuses(time.Now()); len(got) > 0 {
+			t.Errorf("got %v, want no status of a source without a client", got)
 		}
 		e := &endpoint{metrics: &clientMetrics{name: "orders"}}
 		source.attach(e)
 		wantState := func(want string) sourceStatus {
 			t.Helper()
-			s, ok := source.status(time.Now())
-			if !ok || s.state != want || s.name != "orders" || s.endpoint != e {
-				t.Errorf("got %q of %q (there: %v), want %s of orders", s.state, s.name, ok, want)
+			statuses := source.statuses(time.Now())
+			if len(statuses) != 1 {
+				t.Fatalf("got %d statuses, want 1", len(statuses))
+			}
+			s := statuses[0]
+			if s.state != want || s.name != "orders" || s.endpoint != e {
+				t.Errorf("got %q of %q, want %s of orders", s.state, s.name, want)
 			}
 			return s
 		}
@@ -72,14 +79,41 @@ type strangeRequester struct{}
 
 func (strangeRequester) request(context.Context) (grant, error) { return grant{}, nil }
 func (strangeRequester) fingerprint(context.Context) string     { return "" }
+func (strangeRequester) attributes() []attribute.KeyValue       { return nil }
 func (strangeRequester) fetched(*token, *fetchError, int)       {}
 
 func TestStatusNeedsAnEndpoint(t *testing.T) {
 	source := newTokenSource(lifecycle{})
 	source.attach(strangeRequester{})
-	if _, ok := source.status(time.Now()); ok {
-		t.Error("got a status, want none")
+	if got := source.statuses(time.Now()); len(got) > 0 {
+		t.Errorf("got %v, want no status", got)
 	}
+}
+
+// Clients that share a token may have different names.
+func TestStatusForEachName(t *testing.T) {
+	source := newTokenSource(lifecycle{})
+	var clients []*endpoint
+	for _, name := range []string{"orders", "billing", "orders"} {
+		clients = append(clients, &endpoint{metrics: &clientMetrics{name: name}})
+		source.attach(clients[len(clients)-1])
+	}
+	check := func(when string, want ...*endpoint) {
+		t.Helper()
+		var got []*endpoint
+		for _, s := range source.statuses(time.Now()) {
+			got = append(got, s.endpoint)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: got %v, want %v", when, got, want)
+		}
+	}
+	check("all are attached", clients[2], clients[1])
+	source.detach(clients[2])
+	check("the newest is gone", clients[1], clients[0])
+	source.detach(clients[0])
+	source.detach(clients[1])
+	check("requests are still on their way", clients[1])
 }
 
 func TestWorseStatus(t *testing.T) {

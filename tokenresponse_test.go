@@ -207,7 +207,7 @@ func FuzzTokenResponse(f *testing.F) {
 	sensitive := authenticated(f, authBasic, "id", canarySecret, map[string][]string{}, http.Header{})
 
 	f.Fuzz(func(t *testing.T, status int, header string, body []byte) {
-		a := &serverAnswer{status: status, header: http.Header{"Retry-After": {header}}, body: body}
+		a := serverAnswer{status: status, header: http.Header{"Retry-After": {header}}, body: body}
 		got, err := e.read(e.url, a, sensitive)
 		if err != nil {
 			if got != (grant{}) {

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/trace"
 )
 
 // requester makes the token requests of a source. A source is shared by all
@@ -20,6 +22,9 @@ type requester interface {
 	// them. It may do I/O: placeholders can name files.
 	fingerprint(ctx context.Context) string
 
+	// attributes are what a span tells of the client and the server.
+	attributes() []attribute.KeyValue
+
 	// fetched is told how each fetch ended: with a token, at the first try or
 	// after failures, or with err. It may be called while the next is told.
 	fetched(t *token, err *fetchError, failures int)
@@ -29,13 +34,6 @@ type requester interface {
 // config that used the source was unloaded. An error of its own, because
 // Caddy takes every context.Canceled for a client that went away.
 var errReleased = errors.New("the configuration that asked for the token was unloaded")
-
-const (
-	// The two quick retries bridge a dropped connection or a restart of one
-	// of the server's instances.
-	quickRetries    = 2
-	quickRetryDelay = 100 * time.Millisecond
-)
 
 // tokenSource caches one access token and keeps it fresh. It is safe for
 // concurrent use. A fetch belongs to the source and not to a caller: it goes
@@ -60,6 +58,8 @@ type tokenSource struct {
 	requesters []requester
 	last       requester
 
+	tracers trace.TracerProvider // of the last traced request; nil: none
+
 	current  *token
 	refused  bool // current, by an upstream; it is used only if there is no other
 	inflight *fetch
@@ -76,16 +76,6 @@ type tokenSource struct {
 	nextCheckAt time.Time // of the fingerprint
 
 	released bool
-}
-
-// fetch is one fetch in flight. t and err may be read once done is closed.
-type fetch struct {
-	done   chan struct{}
-	t      *token
-	err    error
-	cancel context.CancelCauseFunc
-
-	waiters int // guarded by the source's mu
 }
 
 func newTokenSource(l lifecycle) *tokenSource { return &tokenSource{lifecycle: l} }
@@ -129,13 +119,15 @@ func (s *tokenSource) obtain(ctx context.Context) (*token, acquisition, error) {
 		defer s.mu.Unlock()
 		return s.lastResort(now, now, s.lastErr)
 	}
+	s.noteTracers(ctx)
 	f := s.start(s.backingOff(now))
-	f.waiters++
+	s.join(ctx, f)
 	s.mu.Unlock()
 
 	defer s.leave(f)
 	select {
 	case <-f.done:
+		linkFrom(ctx, f.span)
 		if f.err != nil {
 			s.mu.Lock()
 			defer s.mu.Unlock()
@@ -195,7 +187,7 @@ func (s *tokenSource) Ready() *token {
 func (s *tokenSource) Renew(ctx context.Context) (*token, error) {
 	s.mu.Lock()
 	f := s.start(false)
-	f.waiters++
+	s.join(ctx, f)
 	s.mu.Unlock()
 	defer s.leave(f)
 	select {
@@ -271,6 +263,12 @@ func (s *tokenSource) Destruct() error {
 	return nil
 }
 
+// join begins a caller's wait. mu is held.
+func (s *tokenSource) join(ctx context.Context, f *fetch) {
+	f.waiters++
+	f.linkTo(ctx)
+}
+
 // leave ends a caller's wait. Nobody but its callers needs the fetch of a
 // source that was released.
 func (s *tokenSource) leave(f *fetch) {
@@ -289,164 +287,6 @@ func (s *tokenSource) abandon(f *fetch) {
 	if s.inflight == f {
 		s.inflight = nil
 	}
-}
-
-// start returns the fetch in flight, or starts one. With onlyIfChanged the
-// fetch ends in the last error unless the secrets have changed since. mu is
-// held.
-func (s *tokenSource) start(onlyIfChanged bool) *fetch {
-	if s.inflight != nil {
-		return s.inflight
-	}
-	s.stopTimer()
-	s.nextCheckAt = time.Now().Add(secretCheckInterval)
-
-	// The context is the source's own. A caller's would end the fetch with
-	// the caller, and carries values that make Caddy's HTTP transport dial
-	// the upstream: the client's secret would go there.
-	ctx, cancel := context.WithCancelCause(context.Background())
-	f := &fetch{done: make(chan struct{}), cancel: cancel}
-	s.inflight = f
-	before := attempt{requester: s.last, failures: s.failures}
-	if onlyIfChanged {
-		before.failedWith, before.err = s.failedWith, s.lastErr
-	}
-	go s.run(ctx, f, before)
-	return f
-}
-
-// attempt is what a fetch has to know of the source when it starts.
-type attempt struct {
-	requester
-	failures int // before it
-
-	// If failedWith is not empty: of the last error, which stands if the
-	// secrets' fingerprint is still the same.
-	failedWith string
-	err        *fetchError
-}
-
-// run is the goroutine of one fetch: it ends with the fetch, which ends by
-// its timeout, or earlier when the source is released.
-func (s *tokenSource) run(ctx context.Context, f *fetch, a attempt) {
-	defer f.cancel(nil)
-	ctx, cancel := context.WithTimeout(ctx, s.fetchTimeout)
-	defer cancel()
-
-	var (
-		g           grant
-		sent        time.Time
-		fingerprint string
-	)
-	err := safely(func() error {
-		fingerprint = a.fingerprint(ctx)
-		return nil
-	})
-	unchanged := err == nil && a.failedWith != "" && a.failedWith == fingerprint
-	if err == nil && !unchanged {
-		g, sent, err = s.request(ctx, a)
-	}
-	now := time.Now()
-
-	s.mu.Lock()
-	var failed *fetchError
-	switch {
-	case unchanged:
-		f.err = a.err
-	case err != nil && errors.Is(context.Cause(ctx), errReleased):
-		f.err = errReleased // says nothing about the server
-	default:
-		if err == nil {
-			f.t, err = s.newToken(g, sent, now)
-		}
-		if err != nil {
-			failed = s.fail(err, fingerprint, now)
-			f.err = failed
-			break
-		}
-		s.current, s.refused = f.t, false
-		s.failures, s.lastErr, s.failedWith = 0, nil, ""
-	}
-	s.finish(f)
-	s.mu.Unlock()
-
-	if f.t != nil || failed != nil {
-		_ = safely(func() error {
-			a.fetched(f.t, failed, a.failures)
-			return nil
-		})
-	}
-}
-
-// request makes the token request, in case of a transient error up to three
-// times, and tells when the one that was granted was sent. Only the first
-// fetch that fails repeats itself: those that follow it are repetitions
-// already, at growing distances.
-func (s *tokenSource) request(ctx context.Context, a attempt) (grant, time.Time, error) {
-	for try := 0; ; try++ {
-		var g grant
-		sent := time.Now()
-		err := safely(func() (err error) {
-			g, err = a.requester.request(ctx)
-			return err
-		})
-		if err == nil {
-			if !g.sent.IsZero() {
-				sent = g.sent
-			}
-			return g, sent, nil
-		}
-		if cause := context.Cause(ctx); errors.Is(cause, errReleased) {
-			return grant{}, sent, cause
-		}
-		if ctx.Err() != nil || a.failures > 0 || try == quickRetries || isPermanent(err) || retryAfter(err) > 0 {
-			return grant{}, sent, err
-		}
-		delay := time.NewTimer(rand.N(quickRetryDelay << try))
-		select {
-		case <-delay.C:
-		case <-ctx.Done():
-			delay.Stop()
-			return grant{}, sent, err
-		}
-	}
-}
-
-// safely turns a panic into an error: in a goroutine of ours nobody else could
-// recover it, and it would end the whole server. The panic's value is not
-// shown because it could hold what the request held.
-func safely(f func() error) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("the token request panicked with a value of type %T; please report it as a bug", p)
-		}
-	}()
-	return f()
-}
-
-// finish publishes the result of f and sees to the next fetch. mu is held.
-func (s *tokenSource) finish(f *fetch) {
-	if s.inflight == f {
-		s.inflight = nil
-	}
-	// Whoever waits here uses the token, which counts as wanting the next.
-	s.wanted = f.waiters > 0
-	close(f.done)
-	if s.released {
-		return
-	}
-
-	var at time.Time
-	switch {
-	case s.lastErr != nil:
-		at = s.lastErr.retryAt
-	case s.current != nil:
-		at = s.current.refreshAt
-	default: // given up
-		return
-	}
-	s.stopTimer()
-	s.timer = time.AfterFunc(time.Until(at), s.refresh)
 }
 
 // refresh is called by the timer. It renews the token of a source in use, so

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"go.opentelemetry.io/otel/attribute"
 )
 
 // scriptedRequester is an authorization server as a token source sees it. It
@@ -63,6 +65,8 @@ func (r *scriptedRequester) fingerprint(context.Context) string {
 	}
 	return r.secret()
 }
+
+func (r *scriptedRequester) attributes() []attribute.KeyValue { return nil }
 
 func (r *scriptedRequester) fetched(t *token, err *fetchError, failures int) {
 	r.mu.Lock()

@@ -1,0 +1,114 @@
+package outboundauth
+
+import (
+	"context"
+	"net/http"
+	"net/url"
+	"strconv"
+	"time"
+
+	"go.opentelemetry.io/otel/attribute"
+	"go.opentelemetry.io/otel/codes"
+	"go.opentelemetry.io/otel/trace"
+)
+
+// A fetch is a span of its own and the root of its trace: it serves many
+// requests, and may outlast each of them. Links lead from it to those that wait
+// for it, and back. It is made when the fetch has ended, because only a request
+// can tell what traces it, and the fetch may have begun before there was one.
+const (
+	tracerName = "github.com/outboundauth/caddy-outbound-auth"
+	spanName   = "oauth2 token request"
+)
+
+// Traced notes what traces the request that ctx belongs to. It traces the next
+// fetch as well, also if nobody waits for that.
+func (s *tokenSource) Traced(ctx context.Context) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.noteTracers(ctx)
+}
+
+// noteTracers is Traced; mu is held. Caddy keeps its tracer provider to itself,
+// but a span knows it. One of a config that has ended makes spans that go
+// nowhere.
+func (s *tokenSource) noteTracers(ctx context.Context) {
+	if span := trace.SpanFromContext(ctx); span.SpanContext().IsValid() {
+		s.tracers = span.TracerProvider()
+	}
+}
+
+// linkTo notes a request that waits for the fetch. The source's mu is held.
+func (f *fetch) linkTo(ctx context.Context) {
+	if waiting := trace.SpanContextFromContext(ctx); waiting.IsValid() {
+		f.links = append(f.links, trace.Link{SpanContext: waiting})
+	}
+}
+
+// linkFrom links a request that has waited with the fetch, which has ended.
+func linkFrom(ctx context.Context, fetch trace.SpanContext) {
+	if fetch.IsValid() {
+		trace.SpanFromContext(ctx).AddLink(trace.Link{SpanContext: fetch})
+	}
+}
+
+// retry is a quick retry of a token request: when it was decided on, and why.
+type retry struct {
+	at    time.Time
+	cause error
+}
+
+// trace makes the span of a fetch that has ended in err, before anybody knows.
+// What an error says in words stays in the log: spans go to other people.
+func (s *tokenSource) trace(f *fetch, r requester, err error) {
+	s.mu.Lock()
+	tracers, links := s.tracers, f.links
+	s.mu.Unlock()
+	if tracers == nil {
+		return
+	}
+	_, span := tracers.Tracer(tracerName).Start(context.Background(), spanName,
+		trace.WithSpanKind(trace.SpanKindClient), trace.WithTimestamp(f.started),
+		trace.WithLinks(links...), trace.WithAttributes(r.attributes()...))
+	defer span.End()
+	f.span = span.SpanContext()
+	if !span.IsRecording() {
+		return
+	}
+	for _, retry := range f.retries {
+		span.AddEvent("retry", trace.WithTimestamp(retry.at), trace.WithAttributes(errorType(retry.cause)))
+	}
+	if len(f.retries) > 0 {
+		span.SetAttributes(attribute.Int("http.request.resend_count", len(f.retries)))
+	}
+	status := http.StatusOK
+	if err != nil {
+		failed := reportError(err)
+		status = failed.Status
+		span.SetAttributes(errorType(err))
+		span.SetStatus(codes.Error, failed.Code)
+	}
+	if status != 0 {
+		span.SetAttributes(attribute.Int("http.response.status_code", status))
+	}
+}
+
+func errorType(err error) attribute.KeyValue {
+	return attribute.String("error.type", reportError(err).Code)
+}
+
+// attributes implements requester, by the semantic conventions for HTTP. The
+// path and the query of the token endpoint may hold a key.
+func (e *endpoint) attributes() []attribute.KeyValue {
+	attributes := []attribute.KeyValue{
+		attribute.String("oauth2.client", e.metrics.name),
+		attribute.String("http.request.method", http.MethodPost),
+	}
+	if u, err := url.Parse(e.knownURL()); err == nil && u.Host != "" {
+		attributes = append(attributes, attribute.String("server.address", u.Hostname()))
+		if port, err := strconv.Atoi(u.Port()); err == nil {
+			attributes = append(attributes, attribute.Int("server.port", port))
+		}
+	}
+	return attributes
+}
