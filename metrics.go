@@ -100,8 +100,8 @@ func registerMetrics(ctx caddy.Context) error {
 }
 
 // clientMetrics are the metrics of the clients of one name, looked up once; see
-// metricsOf. All series are there from the beginning, at 0: a rate needs a value
-// to start from.
+// metricsOf. All series but those of errors are there from the beginning, at 0: a
+// rate needs a value to start from.
 type clientMetrics struct {
 	name     string
 	client   any                 // name, as the value of a placeholder
@@ -258,7 +258,7 @@ var (
 	renewalDesc = prometheus.NewDesc("caddy_oauth2_token_renewal_timestamp_seconds",
 		"When the client's token is due to be replaced.", []string{"client"}, nil)
 	failuresDesc = prometheus.NewDesc("caddy_oauth2_consecutive_failures",
-		"Attempts to obtain a token that have failed since the last that did not.", []string{"client"}, nil)
+		"0 if the last attempt to obtain a token did not fail, otherwise how many have failed, as the back-off counts them.", []string{"client"}, nil)
 	permanentDesc = prometheus.NewDesc("caddy_oauth2_rejected_by_server",
 		"1 if the authorization server has rejected what is configured, so that somebody has to change it.", []string{"client"}, nil)
 	retryDesc = prometheus.NewDesc("caddy_oauth2_retry_timestamp_seconds",

@@ -32,13 +32,17 @@ type sourceStatus struct {
 	retryAt  time.Time
 }
 
-// worseThan orders by state, and then by failures.
+// worseThan puts first what somebody has to see to: a client that is idle has a
+// token that has expired, and nothing is wrong with it.
 func (s sourceStatus) worseThan(other sourceStatus) bool {
-	mine, its := slices.Index(tokenStates, s.state), slices.Index(tokenStates, other.state)
-	if mine != its {
-		return mine > its
+	rank := func(s sourceStatus) []int {
+		rejected := 0
+		if isPermanent(s.err) {
+			rejected = 1
+		}
+		return []int{rejected, min(s.failures, 1), slices.Index(tokenStates, s.state), s.failures}
 	}
-	return s.failures > other.failures
+	return slices.Compare(rank(s), rank(other)) > 0
 }
 
 // sourceStatuses returns the statuses of all sources in use: one for each name

@@ -117,14 +117,18 @@ func TestStatusForEachName(t *testing.T) {
 }
 
 func TestWorseStatus(t *testing.T) {
+	rejected := &tokenError{Code: "invalid_client", permanent: true}
 	sorted := []sourceStatus{
 		{state: stateFresh},
-		{state: stateFresh, failures: 2},
 		{state: stateStale},
-		{state: stateStale, failures: 1},
-		{state: stateExpired},
+		{state: stateExpired}, // idle
 		{state: stateAbsent},
-		{state: stateAbsent, failures: 3},
+		{state: stateFresh, failures: 2, err: errors.New("no answer")},
+		{state: stateStale, failures: 1, err: errors.New("no answer")},
+		{state: stateStale, failures: 2, err: errors.New("no answer")},
+		{state: stateAbsent, failures: 1, err: errors.New("no answer")},
+		{state: stateFresh, failures: 1, err: rejected},
+		{state: stateAbsent, failures: 1, err: rejected},
 	}
 	for i, a := range sorted {
 		for j, b := range sorted {

@@ -150,6 +150,24 @@ func TestFailuresAreTold(t *testing.T) {
 	}
 }
 
+// While the server's refusal stands, a fetch only looks for another secret.
+func TestNoSpanWithoutTokenRequest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{fail: func(context.Context, int) error { return &tokenError{Code: "invalid_client", permanent: true} }}
+		s := newTestSource(t, r)
+		recorder, tracers := newTracers()
+		ctx, span := tracedContext(t, tracers)
+		defer span.End()
+		ask(ctx, s)
+		time.Sleep(secretCheckInterval)
+		ask(ctx, s)
+		expectRequests(t, r, 1)
+		if got := len(fetchSpans(recorder)); got != 1 || r.looked != 2 {
+			t.Errorf("got %d spans after looking %d times, want 1 after 2", got, r.looked)
+		}
+	})
+}
+
 // A collector receives spans by OTLP, as Caddy's tracing sends them.
 type collector struct {
 	mu    sync.Mutex
