@@ -1,0 +1,366 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"image/color"
+	"math"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/prometheus/common/model"
+	xfnt "golang.org/x/image/font"
+	"gonum.org/v1/plot"
+	"gonum.org/v1/plot/font"
+	"gonum.org/v1/plot/plotter"
+	"gonum.org/v1/plot/text"
+	"gonum.org/v1/plot/vg"
+	vgdraw "gonum.org/v1/plot/vg/draw"
+	"gonum.org/v1/plot/vg/vgsvg"
+)
+
+const (
+	columns = 2
+
+	width     vg.Length = 920
+	rowHeight vg.Length = 178
+	caption   vg.Length = 36 // above all panels
+	heading   vg.Length = 44 // above each panel: its title and legend
+	margin    vg.Length = 14
+)
+
+var (
+	background = color.RGBA{0xff, 0xff, 0xff, 0xff}
+	foreground = color.RGBA{0x24, 0x29, 0x2f, 0xff}
+	faint      = color.RGBA{0x6e, 0x77, 0x81, 0xff}
+	gridColor  = color.RGBA{0xd8, 0xde, 0xe4, 0xff}
+	faultColor = color.RGBA{0xfd, 0xec, 0xea, 0xff}
+	faultInk   = color.RGBA{0xb3, 0x26, 0x1e, 0xff}
+
+	// colors are Grafana's, in shades for a light background.
+	colors = map[string]color.RGBA{
+		"green":  {0x56, 0xa6, 0x4b, 0xff},
+		"blue":   {0x32, 0x74, 0xd9, 0xff},
+		"yellow": {0xe0, 0xb4, 0x00, 0xff},
+		"orange": {0xff, 0x78, 0x0a, 0xff},
+		"red":    {0xe0, 0x2f, 0x44, 0xff},
+		"purple": {0xa3, 0x52, 0xcc, 0xff},
+	}
+	palette = []string{"blue", "orange", "purple", "yellow", "red", "green"}
+)
+
+// draw returns the panels of a recording as SVG.
+func draw(r *recording) ([]byte, error) {
+	plot.DefaultFont = font.Font{Typeface: "Liberation", Variant: "Sans"}
+	rows := (len(r.charts) + columns - 1) / columns
+	canvas := vgsvg.New(width, caption+margin+vg.Length(rows)*rowHeight)
+	dc := vgdraw.New(canvas)
+	dc.FillPolygon(background, rectangle(dc.Rectangle))
+	r.explain(vgdraw.Crop(dc, margin, -margin, 0, -margin))
+
+	plots := make([][]*plot.Plot, rows)
+	for row := range plots {
+		plots[row] = make([]*plot.Plot, columns)
+	}
+	for i, c := range r.charts {
+		p, err := c.plot(r)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", c.Title, err)
+		}
+		plots[i/columns][i%columns] = p
+	}
+	tiles := vgdraw.Tiles{
+		Rows: rows, Cols: columns,
+		PadTop: caption + heading, PadBottom: margin, PadLeft: margin, PadRight: margin, PadX: 2 * margin, PadY: heading,
+	}
+	for row, canvases := range plot.Align(plots, tiles, dc) {
+		for col, at := range canvases {
+			if p := plots[row][col]; p != nil {
+				p.Draw(at)
+				c := r.charts[row*columns+col]
+				corner := tiles.At(dc, col, row)
+				c.head(dc, vg.Point{X: corner.Min.X, Y: corner.Max.Y + heading - 6})
+			}
+		}
+	}
+
+	var b bytes.Buffer
+	if _, err := canvas.WriteTo(&b); err != nil {
+		return nil, err
+	}
+	// The fonts are not in the file, and those of the viewer have other names.
+	return bytes.ReplaceAll(b.Bytes(), []byte("font-family:Liberation Sans;"),
+		[]byte("font-family:'Liberation Sans',Arial,Helvetica,sans-serif;")), nil
+}
+
+// explain writes what the numbers of the faults mean.
+func (r *recording) explain(c vgdraw.Canvas) {
+	const between = 18
+	number, name := style(12, faultInk, true), style(12, foreground, false)
+	x, y := c.Min.X, c.Max.Y-10
+	for i, f := range r.faults {
+		n := strconv.Itoa(i + 1)
+		c.FillText(number, vg.Point{X: x, Y: y}, n)
+		x += number.Width(n) + 5
+		c.FillText(name, vg.Point{X: x, Y: y}, f.name)
+		x += name.Width(f.name) + between
+	}
+}
+
+func style(size float64, c color.Color, bold bool) text.Style {
+	f := font.From(plot.DefaultFont, vg.Points(size))
+	if bold {
+		f.Weight = xfnt.WeightBold
+	}
+	return text.Style{Color: c, Font: f, Handler: plot.DefaultTextHandler, YAlign: text.YCenter}
+}
+
+// plot returns the panel with its data.
+func (c *chart) plot(r *recording) (*plot.Plot, error) {
+	p := plot.New()
+	p.BackgroundColor = background
+	p.X.Min, p.X.Max = 0, r.end.Sub(r.start).Seconds()
+	p.X.Tick.Marker = minutes{}
+	p.Y.Min, p.Y.Max = 0, 1
+	for _, axis := range []*plot.Axis{&p.X, &p.Y} {
+		axis.Color = faint
+		axis.LineStyle.Width = 0
+		axis.Padding = 2
+		axis.Tick.Color = gridColor
+		axis.Tick.Length = 4
+		axis.Tick.Label.Color = faint
+		axis.Tick.Label.Font.Size = 10
+	}
+	p.Add(bands{r})
+
+	if mappings := c.mappings(); mappings != nil {
+		t := timeline{rows: c.series, mappings: mappings, start: r.start}
+		p.Add(t)
+		p.Y.Max = float64(len(c.series)) + headroom
+		p.Y.Tick.Marker = t
+		p.Y.Tick.Length = 0
+		return p, nil
+	}
+
+	p.Y.Tick.Marker = unit(c.FieldConfig.Defaults.Unit)
+	grid := plotter.NewGrid()
+	grid.Vertical.Width = 0
+	grid.Horizontal.Color = gridColor
+	p.Add(grid)
+	lines := c.lines(r.start)
+	for i, points := range slices.Backward(lines) { // of a stack, the highest is the last
+		shade := c.color(i)
+		for _, part := range whole(points) {
+			line, err := plotter.NewLine(part)
+			if err != nil {
+				return nil, err
+			}
+			line.Color, line.Width = shade, vg.Points(1.4)
+			if c.stacked() {
+				line.FillColor = mix(shade, background)
+			}
+			p.Add(line)
+		}
+	}
+	p.Y.Max = c.ceiling(lines)
+	return p, nil
+}
+
+// headroom is for the numbers of the faults, as a part of a plot's height, or of
+// a row's.
+const headroom = 0.2
+
+// ceiling is the end of the y axis.
+func (c *chart) ceiling(lines []plotter.XYs) float64 {
+	highest := 0.0
+	for _, points := range lines {
+		for _, point := range points {
+			if !math.IsNaN(point.Y) {
+				highest = max(highest, point.Y)
+			}
+		}
+	}
+	return (1 + headroom) * highest
+}
+
+// lines returns the points of the series; of a stack, their sums.
+func (c *chart) lines(start time.Time) []plotter.XYs {
+	below := make(map[model.Time]float64)
+	lines := make([]plotter.XYs, len(c.series))
+	for i, s := range c.series {
+		for _, sample := range s.samples {
+			y := float64(sample.Value)
+			if c.stacked() {
+				below[sample.Timestamp] += y
+				y = below[sample.Timestamp]
+			}
+			lines[i] = append(lines[i], plotter.XY{X: seconds(sample, start), Y: y})
+		}
+	}
+	return lines
+}
+
+// whole splits a line where it has gaps, and leaves out points that change
+// nothing.
+func whole(points plotter.XYs) []plotter.XYs {
+	var parts []plotter.XYs
+	last := math.Inf(-1)
+	for _, point := range points {
+		if math.IsNaN(point.Y) {
+			continue
+		}
+		if point.X-last > 1.5*step.Seconds() {
+			parts = append(parts, nil)
+		}
+		last = point.X
+		part := parts[len(parts)-1]
+		if n := len(part); n >= 2 && part[n-1].Y == point.Y && part[n-2].Y == point.Y {
+			part = part[:n-1]
+		}
+		parts[len(parts)-1] = append(part, point)
+	}
+	return parts
+}
+
+func (c *chart) stacked() bool { return c.FieldConfig.Defaults.Custom.Stacking.Mode == "normal" }
+
+// color returns the color of a series: what the panel says, or another.
+func (c *chart) color(i int) color.RGBA {
+	for _, o := range c.FieldConfig.Overrides {
+		if o.Matcher.Options == c.series[i].name {
+			return colors[o.Properties[0].Value.FixedColor]
+		}
+	}
+	return colors[palette[i%len(palette)]]
+}
+
+// mappings returns what the panel's values mean, if they are no measures.
+func (c *chart) mappings() map[string]mapping {
+	if len(c.FieldConfig.Defaults.Mappings) == 0 {
+		return nil
+	}
+	mappings := make(map[string]mapping)
+	for value, m := range c.FieldConfig.Defaults.Mappings[0].Options {
+		mappings[value] = mapping{m.Text, colors[m.Color]}
+	}
+	return mappings
+}
+
+// mapping is what a value means.
+type mapping struct {
+	text  string
+	color color.RGBA
+}
+
+// head writes the panel's title and legend below a point.
+func (c *chart) head(dc vgdraw.Canvas, at vg.Point) {
+	dc.FillText(style(12.5, foreground, true), vg.Point{X: at.X, Y: at.Y - 7}, c.Title)
+	var entries []mapping
+	if mappings := c.mappings(); mappings != nil {
+		for value := range len(mappings) {
+			entries = append(entries, mappings[strconv.Itoa(value)])
+		}
+	} else {
+		for i, s := range c.series {
+			entries = append(entries, mapping{s.name, c.color(i)})
+		}
+	}
+	x, y := at.X, at.Y-24
+	st := style(10, faint, false)
+	for _, e := range entries {
+		swatch := vg.Rectangle{Min: vg.Point{X: x, Y: y - 2}, Max: vg.Point{X: x + 12, Y: y + 2}}
+		dc.FillPolygon(e.color, rectangle(swatch))
+		dc.FillText(st, vg.Point{X: x + 16, Y: y}, e.text)
+		x += 16 + st.Width(e.text) + 14
+	}
+}
+
+// bands shades the faults, and numbers them.
+type bands struct{ *recording }
+
+func (b bands) Plot(c vgdraw.Canvas, p *plot.Plot) {
+	x, _ := p.Transforms(&c)
+	for i, f := range b.faults {
+		from, to := x(f.from.Sub(b.start).Seconds()), x(f.to.Sub(b.start).Seconds())
+		c.FillPolygon(faultColor, rectangle(vg.Rectangle{Min: vg.Point{X: from, Y: c.Min.Y}, Max: vg.Point{X: to, Y: c.Max.Y}}))
+		number := style(9.5, faultInk, true)
+		number.XAlign = text.XCenter
+		c.FillText(number, vg.Point{X: (from + to) / 2, Y: c.Max.Y - 6}, strconv.Itoa(i+1))
+	}
+}
+
+// timeline draws values that are states: a row for each series, and the color
+// tells the value. It is the ticks of its own y axis, too.
+type timeline struct {
+	rows     []series
+	mappings map[string]mapping
+	start    time.Time
+}
+
+func (t timeline) Plot(c vgdraw.Canvas, p *plot.Plot) {
+	x, y := p.Transforms(&c)
+	for i, row := range t.rows {
+		top := float64(len(t.rows) - i)
+		samples := row.samples
+		for len(samples) > 0 {
+			n := 1
+			for n < len(samples) && samples[n].Value == samples[0].Value {
+				n++
+			}
+			end := samples[min(n, len(samples)-1)]
+			c.FillPolygon(t.mappings[samples[0].Value.String()].color, rectangle(vg.Rectangle{
+				Min: vg.Point{X: x(seconds(samples[0], t.start)), Y: y(top - 0.8)},
+				Max: vg.Point{X: x(seconds(end, t.start)), Y: y(top - 0.2)},
+			}))
+			samples = samples[n:]
+		}
+	}
+}
+
+func (t timeline) Ticks(_, _ float64) []plot.Tick {
+	ticks := make([]plot.Tick, len(t.rows))
+	for i, row := range t.rows {
+		ticks[i] = plot.Tick{Value: float64(len(t.rows)-i) - 0.5, Label: row.name}
+	}
+	return ticks
+}
+
+// minutes are the ticks of the time axis.
+type minutes struct{}
+
+func (minutes) Ticks(from, to float64) []plot.Tick {
+	var ticks []plot.Tick
+	for at := from; at <= to; at += 60 {
+		ticks = append(ticks, plot.Tick{Value: at, Label: fmt.Sprintf("%d min", int(at)/60)})
+	}
+	return ticks
+}
+
+// unit is the unit of a y axis, by Grafana's name.
+type unit string
+
+func (u unit) Ticks(from, to float64) []plot.Tick {
+	suffix := map[unit]string{"s": " s", "reqps": " /s", "opm": " /min"}[u]
+	var ticks []plot.Tick
+	for _, tick := range (plot.DefaultTicks{}).Ticks(from, to) {
+		if tick.Label != "" {
+			ticks = append(ticks, plot.Tick{Value: tick.Value, Label: strconv.FormatFloat(tick.Value, 'g', 3, 64) + suffix})
+		}
+	}
+	return ticks
+}
+
+func seconds(s model.SamplePair, since time.Time) float64 {
+	return s.Timestamp.Time().Sub(since).Seconds()
+}
+
+func rectangle(r vg.Rectangle) []vg.Point {
+	return []vg.Point{r.Min, {X: r.Max.X, Y: r.Min.Y}, r.Max, {X: r.Min.X, Y: r.Max.Y}}
+}
+
+// mix returns the color halfway between two, as areas are filled.
+func mix(a, b color.RGBA) color.RGBA {
+	half := func(a, b uint8) uint8 { return uint8((int(a) + int(b)) / 2) }
+	return color.RGBA{half(a.R, b.R), half(a.G, b.G), half(a.B, b.B), 0xff}
+}

@@ -1,0 +1,290 @@
+// Package grafana runs a real Caddy with this module and a real Prometheus that
+// watches it, to see what the dashboard and the alerts beside it show.
+package grafana
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"maps"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/prometheus/client_golang/api"
+	promapi "github.com/prometheus/client_golang/api/prometheus/v1"
+	"github.com/prometheus/common/model"
+)
+
+// ScrapeInterval is Prometheus' interval for scraping and for evaluating rules.
+const ScrapeInterval = time.Second
+
+// Client is one of the gateway's OAuth clients. It has an upstream of its own.
+type Client struct {
+	Name     string
+	Lifetime time.Duration // of its tokens
+	Every    time.Duration // a request comes; 0: never
+	Settings string        // more lines of its transport
+	Fault    http.HandlerFunc
+}
+
+// Rig is a gateway with its authorization server, upstreams and traffic, and a
+// Prometheus.
+type Rig struct {
+	Prometheus promapi.API
+	MetricsURL string
+
+	auth      *authServer
+	upstreams map[string]*upstream
+	servers   []*httptest.Server
+	processes []*process
+	url       string
+	traffic   sync.WaitGroup
+	end       context.CancelFunc
+
+	mu      sync.Mutex
+	answers map[string]map[int]int // guarded by mu
+}
+
+// Start starts all of it. dir is for files; rules is the text of Prometheus'
+// rule file. The end of ctx ends everything.
+func Start(ctx context.Context, dir, rules string, clients ...Client) (_ *Rig, err error) {
+	ctx, end := context.WithCancel(ctx)
+	r := &Rig{
+		auth:      &authServer{lifetimes: make(map[string]time.Duration), faults: make(map[string]http.HandlerFunc)},
+		upstreams: make(map[string]*upstream),
+		answers:   make(map[string]map[int]int),
+		end:       end,
+	}
+	defer func() {
+		if err != nil {
+			r.Stop()
+		}
+	}()
+	addresses, err := freeAddresses(3)
+	if err != nil {
+		return nil, err
+	}
+	site, admin, prometheus := addresses[0], addresses[1], addresses[2]
+	r.url, r.MetricsURL = "http://"+site, "http://"+admin+"/metrics"
+
+	if err := r.startGateway(ctx, dir, r.caddyfile(site, admin, clients)); err != nil {
+		return nil, err
+	}
+	if err := r.startPrometheus(ctx, dir, prometheus, admin, rules); err != nil {
+		return nil, err
+	}
+	for _, c := range clients {
+		if c.Every > 0 {
+			r.answers[c.Name] = make(map[int]int)
+			r.traffic.Go(func() { r.send(ctx, c) })
+		}
+	}
+	return r, nil
+}
+
+// Stop ends what Start has started.
+func (r *Rig) Stop() {
+	r.end()
+	r.traffic.Wait()
+	for _, p := range r.processes {
+		<-p.exited
+	}
+	for _, s := range r.servers {
+		s.CloseClientConnections()
+		s.Close()
+	}
+}
+
+// caddyfile starts the servers that the gateway needs, and returns its config.
+func (r *Rig) caddyfile(site, admin string, clients []Client) string {
+	auth := r.serve(r.auth)
+	var b strings.Builder
+	fmt.Fprintf(&b, "{\n\tadmin %s\n\tauto_https off\n\tdefault_bind 127.0.0.1\n\tpersist_config off\n}\nhttp://%s {\n", admin, site)
+	for _, c := range clients {
+		r.auth.lifetimes[c.Name] = c.Lifetime
+		r.auth.fail(c.Name, c.Fault)
+		r.upstreams[c.Name] = new(upstream)
+		fmt.Fprintf(&b, "\treverse_proxy /%s %s {\n\t\ttransport oauth2 {\n\t\t\tname %[1]s\n\t\t\ttoken_url %[3]s\n"+
+			"\t\t\tclient_id %[1]s\n\t\t\tclient_secret secret\n\t\t\t%[4]s\n\t\t}\n\t}\n",
+			c.Name, r.serve(r.upstreams[c.Name]), auth, c.Settings)
+	}
+	b.WriteString("}\n")
+	return b.String()
+}
+
+func (r *Rig) serve(h http.Handler) (url string) {
+	s := httptest.NewServer(h)
+	r.servers = append(r.servers, s)
+	return s.URL
+}
+
+// startGateway builds Caddy with the module of this checkout, and starts it.
+func (r *Rig) startGateway(ctx context.Context, dir, config string) error {
+	binary := filepath.Join(dir, "caddy")
+	if out, err := exec.CommandContext(ctx, "go", "build", "-C", "..", "-o", binary, "./cmd/caddy").CombinedOutput(); err != nil {
+		return fmt.Errorf("building caddy: %w\n%s", err, out)
+	}
+	file, err := write(dir, "Caddyfile", config)
+	if err != nil {
+		return err
+	}
+	cmd := exec.CommandContext(ctx, binary, "run", "--config", file, "--adapter", "caddyfile")
+	// Nothing of the user's own Caddy is to be seen, nor touched.
+	cmd.Env = append(os.Environ(), "XDG_CONFIG_HOME="+dir, "XDG_DATA_HOME="+dir)
+	return r.startProcess(ctx, cmd, dir, r.MetricsURL)
+}
+
+// startPrometheus starts a Prometheus that scrapes the gateway.
+func (r *Rig) startPrometheus(ctx context.Context, dir, address, admin, rules string) error {
+	binary, err := lookPath("prometheus")
+	if err != nil {
+		return err
+	}
+	config := fmt.Sprintf(`
+global: {scrape_interval: %[1]s, evaluation_interval: %[1]s}
+rule_files: [rules.yml]
+scrape_configs:
+  - job_name: caddy
+    static_configs: [{targets: ["%[2]s"], labels: {instance: gateway}}]
+`, ScrapeInterval, admin)
+	file, err := write(dir, "prometheus.yml", config)
+	if err != nil {
+		return err
+	}
+	if _, err := write(dir, "rules.yml", rules); err != nil {
+		return err
+	}
+	client, err := api.NewClient(api.Config{Address: "http://" + address})
+	if err != nil {
+		return err
+	}
+	r.Prometheus = promapi.NewAPI(client)
+	cmd := exec.CommandContext(ctx, binary, "--config.file="+file,
+		"--storage.tsdb.path="+filepath.Join(dir, "series"), "--web.listen-address="+address)
+	return r.startProcess(ctx, cmd, dir, "http://"+address+"/-/ready")
+}
+
+func (r *Rig) startProcess(ctx context.Context, cmd *exec.Cmd, dir, readyURL string) error {
+	p, err := start(cmd, dir)
+	if err != nil {
+		return err
+	}
+	r.processes = append(r.processes, p)
+	return p.ready(ctx, readyURL)
+}
+
+// write makes a file of a text.
+func write(dir, name, text string) (path string, err error) {
+	path = filepath.Join(dir, name)
+	return path, os.WriteFile(path, []byte(text), 0o600) //nolint:gosec // dir is ours
+}
+
+// lookPath finds one of the programs that come with Prometheus.
+func lookPath(program string) (string, error) {
+	path, err := exec.LookPath(program)
+	if err != nil {
+		return "", fmt.Errorf("%w: install Prometheus, on Debian and Ubuntu with `apt-get install --no-install-recommends prometheus`", err)
+	}
+	return path, nil
+}
+
+// freeAddresses returns loopback addresses where nobody listens. They are chosen
+// together, so that they differ.
+func freeAddresses(n int) ([]string, error) {
+	addresses := make([]string, n)
+	for i := range addresses {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		defer l.Close()
+		addresses[i] = l.Addr().String()
+	}
+	return addresses, nil
+}
+
+// send sends the requests for a client, and counts how they are answered.
+func (r *Rig) send(ctx context.Context, c Client) {
+	ticker := time.NewTicker(c.Every)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+			r.traffic.Go(func() {
+				status := r.get(ctx, r.url+"/"+c.Name)
+				r.mu.Lock()
+				defer r.mu.Unlock()
+				r.answers[c.Name][status]++
+			})
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// get returns the status of the answer; 0 without one.
+func (r *Rig) get(ctx context.Context, url string) int {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
+	if err != nil {
+		return 0
+	}
+	res, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0
+	}
+	defer res.Body.Close()
+	_, _ = io.Copy(io.Discard, res.Body)
+	return res.StatusCode
+}
+
+// Answers returns how many requests for a client have had each status.
+func (r *Rig) Answers(client string) map[int]int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return maps.Clone(r.answers[client])
+}
+
+// Fail gives the authorization server a fault for a client, or none with nil.
+func (r *Rig) Fail(client string, fault http.HandlerFunc) { r.auth.fail(client, fault) }
+
+// Revoke makes a client's upstream refuse the token it has.
+func (r *Rig) Revoke(client string) { r.upstreams[client].revoke() }
+
+// Refuse makes a client's upstream refuse all tokens, or no longer.
+func (r *Rig) Refuse(client string, all bool) { r.upstreams[client].refuse(all) }
+
+// Wait waits until Prometheus finds something for a query.
+func (r *Rig) Wait(ctx context.Context, limit time.Duration, query string) error {
+	err := poll(ctx, limit, func() (bool, error) {
+		found, _, err := r.Prometheus.Query(ctx, query, time.Now())
+		if err != nil {
+			return false, err
+		}
+		vector, ok := found.(model.Vector)
+		return ok && len(vector) > 0, nil
+	})
+	if err != nil {
+		return fmt.Errorf("waiting for %s: %w", query, err)
+	}
+	return nil
+}
+
+// Range returns what a query gives from an instant until now.
+func (r *Rig) Range(ctx context.Context, query string, from time.Time, step time.Duration) (model.Matrix, error) {
+	found, _, err := r.Prometheus.QueryRange(ctx, query, promapi.Range{Start: from, End: time.Now(), Step: step})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", query, err)
+	}
+	matrix, ok := found.(model.Matrix)
+	if !ok {
+		return nil, fmt.Errorf("%s: got a %s, want series", query, found.Type())
+	}
+	return matrix, nil
+}

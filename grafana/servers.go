@@ -1,0 +1,82 @@
+package grafana
+
+import (
+	"fmt"
+	"net/http"
+	"sync"
+	"time"
+)
+
+// Outage is a fault of the authorization server: it closes the connection.
+func Outage(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }
+
+// Rejection is a fault: the authorization server does not know the client.
+func Rejection(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/json")
+	w.WriteHeader(http.StatusUnauthorized)
+	fmt.Fprint(w, `{"error":"invalid_client"}`)
+}
+
+// authServer issues tokens to everybody, but for the clients of which it has a
+// fault.
+type authServer struct {
+	mu        sync.Mutex // guards all below
+	lifetimes map[string]time.Duration
+	faults    map[string]http.HandlerFunc
+	issued    int
+}
+
+// latency is how long the server takes for a token.
+const latency = 60 * time.Millisecond
+
+func (s *authServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	client, _, _ := r.BasicAuth()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if fault := s.faults[client]; fault != nil {
+		fault(w, r)
+		return
+	}
+	s.issued++
+	time.Sleep(latency)
+	w.Header().Set("Content-Type", "application/json")
+	fmt.Fprintf(w, `{"access_token":"token-%d","token_type":"Bearer","expires_in":%d}`, s.issued, int(s.lifetimes[client].Seconds()))
+}
+
+// fail gives the server a fault for a client, or none with nil.
+func (s *authServer) fail(client string, fault http.HandlerFunc) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.faults[client] = fault
+}
+
+// upstream accepts tokens that were not revoked.
+type upstream struct {
+	mu        sync.Mutex // guards all below
+	last      string
+	revoked   string
+	refuseAll bool
+}
+
+func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.last = r.Header.Get("Authorization")
+	if u.refuseAll || u.last == "" || u.last == u.revoked {
+		w.WriteHeader(http.StatusUnauthorized)
+	}
+}
+
+// revoke makes the upstream refuse the token it saw last.
+func (u *upstream) revoke() {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.revoked = u.last
+}
+
+// refuse makes the upstream refuse every token, or no longer.
+func (u *upstream) refuse(all bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.refuseAll = all
+}
