@@ -14,38 +14,39 @@ import (
 // Credentials are what an upstream is sent: the OAuth client that obtains its
 // access token, and the headers that identify the tenant.
 type Credentials struct {
-	// What the client is called in metrics, logs, the admin API and events. One
-	// that the config does not name is called by the host of its token
-	// endpoint and its client_id: `auth.example.com/gateway`. Global
-	// placeholders are supported and evaluated when the config is loaded.
+	// What the client is called in metrics, logs, the admin API and events.
+	// Global placeholders are supported and evaluated when the config is
+	// loaded. Default: the host of `token_url` or `issuer`, and the
+	// `client_id`, for example `auth.example.com/gateway`.
 	Name string `json:"name,omitempty"`
 
 	// The authorization server's token endpoint: an absolute URL, with https
-	// unless it is on a loopback address. A query is kept. Redirects are not
-	// followed, because they would take the client's credentials elsewhere.
-	// Global placeholders are supported and evaluated when the config is
-	// loaded. Required, unless there is an issuer.
+	// unless it is on a loopback address or `insecure_plaintext` allows http.
+	// A query is kept. Redirects are not followed, because they would take the
+	// client's credentials elsewhere. Global placeholders are supported and
+	// evaluated when the config is loaded. Required, unless there is an
+	// `issuer`.
 	TokenURL string `json:"token_url,omitempty"`
 
 	// The authorization server's issuer identifier, exactly as its metadata
 	// has it: the token endpoint is then looked up in the metadata (RFC 8414,
 	// OpenID Connect Discovery), with the first token request, once a day, and
-	// when the endpoint seems to have moved. Takes the place of token_url.
+	// when the endpoint seems to have moved. Takes the place of `token_url`.
 	// Global placeholders are supported and evaluated when the config is
 	// loaded. Default: none.
 	Issuer string `json:"issuer,omitempty"`
 
 	// The client's identifier. Global placeholders are supported and
 	// evaluated when the config is loaded. Required, except with an
-	// assertion_file, which names the client already.
+	// `assertion_file`, which names the client already.
 	ClientID string `json:"client_id,omitempty"`
 
 	// The client's secret. Prefer a placeholder such as `{env.CLIENT_SECRET}`
 	// or `{file./run/secrets/client}` to the secret itself, which anyone who
-	// may read the config would see. Global placeholders are evaluated for
-	// each token request, so a rotated secret is used without a reload; one
-	// that evaluates to nothing fails the token request. Required with the
-	// auth_methods whose names start with `client_secret`.
+	// may read the config would see. Global placeholders are supported and
+	// evaluated for each token request, so a rotated secret is used without a
+	// reload; one that evaluates to nothing fails the token request. Required
+	// if the `auth_method` is one of `client_secret_*`.
 	ClientSecret string `json:"client_secret,omitempty"`
 
 	// How the client authenticates at the token endpoint. Exactly this method
@@ -54,16 +55,17 @@ type Credentials struct {
 	// - `client_secret_basic`: with the secret, in the Authorization header
 	// - `client_secret_post`: with the secret, in the form
 	// - `client_secret_jwt`: with a JWT that is signed with the secret (RFC 7523)
-	// - `private_key_jwt`: with a JWT that is signed with the private_key, or
-	//   stands in the assertion_file (RFC 7523)
-	// - `tls_client_auth`: with the client_certificate (RFC 8705), issued by a
-	//   CA or self-signed
-	// - `none`: not at all, only the client_id is sent
+	// - `private_key_jwt`: with a JWT that is signed with the `private_key`, or
+	//   stands in the `assertion_file` (RFC 7523)
+	// - `tls_client_auth`: with the `client_certificate` (RFC 8705), issued by
+	//   a CA or self-signed
+	// - `none`: not at all, only the `client_id` is sent
 	//
-	// Default: `client_secret_basic`; without a client_secret,
-	// `private_key_jwt` if there is a private_key or an assertion_file, and
-	// `tls_client_auth` if there is a client_certificate. With the grant_type
-	// `jwt_bearer` and no client_secret, the assertion alone is sent.
+	// Default: `client_secret_basic`; without a `client_secret`,
+	// `private_key_jwt` if there is a `private_key` or an `assertion_file`, and
+	// `tls_client_auth` if there is a `client_certificate`. With the
+	// `grant_type` `jwt_bearer` and no `client_secret`, the JWT that the token
+	// is granted for is all that is sent.
 	AuthMethod string `json:"auth_method,omitempty"`
 
 	// How `client_secret_basic` writes id and secret: `form` encodes both as
@@ -73,33 +75,34 @@ type Credentials struct {
 
 	// The key that signs the client's JWTs: a file in PEM (PKCS#8, PKCS#1 or
 	// SEC 1, not encrypted), with a JWK, or with the JSON key of a Google
-	// service account; or the content of such a file. If a certificate for the
-	// key stands in the file as well, or is the client_certificate, its
-	// thumbprint is sent along (`x5t#S256`). Prefer a file or a placeholder to
-	// the key itself, which anyone who may read the config would see. Global
-	// placeholders are supported; key and placeholders are read again for each token request,
-	// so a rotated key is used without a reload. Default: the key of the
-	// client_certificate, if there is one.
+	// service account; or the content of such a file. Prefer a file or a
+	// placeholder to the key itself, which anyone who may read the config would
+	// see. Global placeholders are supported and evaluated, and the file is
+	// read, for each token request, so a rotated key is used without a reload.
+	// If a certificate for the key stands in the file as well, or is the
+	// `client_certificate`, its thumbprint is sent along (`x5t#S256`).
+	// Default: the key of the `client_certificate`, if there is one.
 	PrivateKey string `json:"private_key,omitempty"`
 
-	// The `kid` by which the authorization server knows the private_key.
+	// The `kid` by which the authorization server knows the `private_key`.
 	// Global placeholders are supported and evaluated when the config is
 	// loaded. Default: that of a JWK, otherwise none.
 	KeyID string `json:"key_id,omitempty"`
 
 	// The algorithm of the JWT's signature: `RS256`, `PS256`, `ES256`, each
-	// also with 384 and 512, or `EdDSA`; with a client_secret `HS256`,
+	// also with 384 and 512, or `EdDSA`; with `client_secret_jwt` `HS256`,
 	// `HS384` or `HS512`. It must fit the key. Default: that of a JWK,
-	// otherwise `RS256`, the one for the curve, `EdDSA` or `HS256`.
+	// otherwise `RS256` for an RSA key, for others the one that fits, and
+	// `HS256` for a secret.
 	SigningAlg string `json:"signing_alg,omitempty"`
 
 	// Whom the client's JWT is meant for (`aud`). Global placeholders are
-	// supported and evaluated when the config is loaded. Default: the issuer
-	// if there is one, otherwise the token_url.
+	// supported and evaluated when the config is loaded. Default: the `issuer`
+	// if there is one, otherwise the `token_url`.
 	AssertionAudience string `json:"assertion_audience,omitempty"`
 
 	// The type of the client's JWT (`typ`). Default:
-	// `client-authentication+jwt` if there is an issuer, otherwise `JWT`,
+	// `client-authentication+jwt` if there is an `issuer`, otherwise `JWT`,
 	// which older servers expect.
 	AssertionTyp string `json:"assertion_typ,omitempty"`
 
@@ -110,18 +113,19 @@ type Credentials struct {
 
 	// A file with a JWT to authenticate with, which something else keeps
 	// fresh: the token of a Kubernetes service account, a SPIFFE JWT-SVID, a
-	// cloud's workload identity. With the grant_type `jwt_bearer`, it is what
-	// the token is granted for. It is read for each token request. Global
-	// placeholders are supported. Default: none.
+	// cloud's workload identity. With the `grant_type` `jwt_bearer`, it is
+	// what the token is granted for. Global placeholders are supported and
+	// evaluated, and the file is read, for each token request. Default: none.
 	AssertionFile string `json:"assertion_file,omitempty"`
 
-	// The certificate that the client presents to the token endpoint. (One in
-	// token_transport, by tls_client_auth, is read only when the config is
-	// loaded.) Default: none.
+	// The certificate that the client presents to the token endpoint. One that
+	// stands in the `tls` settings of `token_transport` instead is presented
+	// as well, but is read only when the config is loaded. Default: none.
 	ClientCertificate *ClientCertificate `json:"client_certificate,omitempty"`
 
-	// Present the certificate with which a token was obtained to the upstream
-	// as well, and use the token no longer than the certificate is valid: for tokens that are bound to it (RFC 8705 section 3). Needs an
+	// Present the `client_certificate` with which a token was obtained to the
+	// upstream as well, and use the token no longer than the certificate is
+	// valid: for tokens that are bound to it (RFC 8705 section 3). Needs an
 	// upstream with https, over HTTP/1.1 or HTTP/2. Default: `false`.
 	BindCertificate bool `json:"bind_certificate,omitempty"`
 
@@ -131,16 +135,19 @@ type Credentials struct {
 	GrantType string `json:"grant_type,omitempty"`
 
 	// For whom `jwt_bearer` asks a token (`sub`). Global placeholders are
-	// supported and evaluated for each token request. Default: the client_id.
+	// supported and evaluated for each token request. Default: the
+	// `client_id`.
 	Subject string `json:"subject,omitempty"`
 
 	// More claims of the JWT of `jwt_bearer`: strings, by name. Global
-	// placeholders in the values are evaluated for each token request.
+	// placeholders in the values are supported and evaluated for each token
+	// request. Default: none.
 	Claims map[string]string `json:"claim,omitempty"`
 
 	// The scopes to ask for. Global placeholders are supported and evaluated
-	// when the config is loaded. Default: none, which leaves the choice to
-	// the authorization server.
+	// when the config is loaded; one may hold several scopes, with spaces
+	// between. Default: none, which leaves the choice to the authorization
+	// server.
 	Scopes []string `json:"scopes,omitempty"`
 
 	// The parties that the token is meant for, each sent as one `audience`
@@ -154,15 +161,18 @@ type Credentials struct {
 	Resource []string `json:"resource,omitempty"`
 
 	// More form parameters of the token request, by name. Global placeholders
-	// in the values are evaluated for each token request.
+	// in the values are supported and evaluated for each token request; one
+	// that evaluates to nothing fails it. Default: none.
 	Params map[string]string `json:"param,omitempty"`
 
-	// More headers of the token request, by field name. Global placeholders
-	// in the values are evaluated for each token request.
+	// More headers of the token request, by field name; neither `Authorization`
+	// nor `Content-Type`. Global placeholders in the values are supported and
+	// evaluated for each token request; one that evaluates to nothing fails
+	// it. Default: none.
 	TokenRequestHeaders map[string]string `json:"token_request_header,omitempty"`
 
-	// How long getting one token may take, quick retries included; after it,
-	// those who wait for the token get a 504. 0 means the default.
+	// How long getting one token may take, quick retries included. Requests
+	// that wait for it are then answered with 504. 0 means the default.
 	// Default: `10s`.
 	TokenTimeout caddy.Duration `json:"token_timeout,omitempty"`
 
@@ -172,14 +182,15 @@ type Credentials struct {
 	// Default: the `http` transport's own defaults, over HTTP/1.1.
 	TokenTransport *reverseproxy.HTTPTransport `json:"token_transport,omitempty"`
 
-	// The header that names the tenant to the upstream. Default: none is
-	// sent. What clients send as X-Tenant-Id never reaches an upstream.
+	// The header that names the tenant to the upstream. What clients send as
+	// `X-Tenant-Id` never reaches an upstream, also without this. Default:
+	// none is sent.
 	Tenant *Tenant `json:"tenant,omitempty"`
 
 	// More headers that identify the tenant to the upstream: values by field
 	// name. They replace what the client sends under these names. Placeholders
-	// are supported and evaluated for each request; a value that is empty
-	// then sends no header.
+	// are supported and evaluated for each request; if that leaves nothing of a
+	// value, its header is not sent. Default: none.
 	Headers map[string]string `json:"header,omitempty"`
 
 	// The header that carries the token to the upstream.
@@ -198,18 +209,18 @@ type Credentials struct {
 	// is absent or 0). 0 means the default. Default: `5m`.
 	DefaultLifetime caddy.Duration `json:"default_lifetime,omitempty"`
 
-	// The statuses with which the upstream says that it does not accept the
-	// token. Then the token is replaced, and the request sent once more with
-	// the new one, if its body can be repeated. If the new token is refused
-	// as well, the client gets the upstream's answer. `[-1]` never replaces a
-	// token that the upstream refuses. Default: `[401]`.
+	// The statuses, of 400 to 599, with which the upstream says that it does
+	// not accept the token. Then the token is replaced, and the request sent
+	// once more with the new one, if its body can be repeated. If the new token
+	// is refused as well, the client gets the upstream's answer. `[-1]` never
+	// replaces a token that the upstream refuses. Default: `[401]`.
 	RetryOn []int `json:"retry_on,omitempty"`
 
 	// How much of a request's body is kept for sending it once more, in
-	// bytes. A longer body can be repeated only if the upstream answered
-	// before more than this was sent; what was not read yet is then sent
-	// after it. To let it answer before, a body that is longer, or may be, is
-	// announced to it with `Expect: 100-continue`, and what can't be kept of it
+	// bytes. A longer body can be repeated only if the upstream answered before
+	// more than this was sent; the rest is then sent as the client sends it. To
+	// let the upstream answer before, a body that is longer, or may be, is
+	// announced to it with `Expect: 100-continue`. What can't be kept of it
 	// waits for the answer, at most a tenth of a second, and only as long as
 	// the upstream heeds it. 0 means the default; -1 keeps nothing, and
 	// announces nothing. Default: `65536`.
@@ -217,8 +228,9 @@ type Credentials struct {
 }
 
 // ClientCertificate is a certificate with its key. Both are PEM files, or their
-// content, and are read again for each token request: one that was renewed is
-// used without a reload. Global placeholders are supported.
+// content. Global placeholders are supported and evaluated, and the files are
+// read, for each token request, so a renewed certificate is used without a
+// reload.
 type ClientCertificate struct {
 	// The certificate, followed by those of its CAs that the server may not
 	// know. Required.
@@ -234,8 +246,8 @@ type Tenant struct {
 	Field string `json:"field,omitempty"`
 
 	// The tenant. Placeholders are supported and evaluated for each request:
-	// `{http.request.header.X-Tenant-Id}` passes on what the client sent. A
-	// value that is empty then sends no header.
+	// `{http.request.header.X-Tenant-Id}` passes on what the client sent. If
+	// that leaves nothing of it, no header is sent.
 	Value string `json:"value,omitempty"`
 }
 
@@ -244,8 +256,8 @@ type BearerHeader struct {
 	// The header's field name. Default: `Authorization`.
 	Field string `json:"field,omitempty"`
 
-	// What stands before the token. If it is the empty string, the token
-	// stands alone. Default: `Bearer`.
+	// What stands before the token, and a space. If it is the empty string,
+	// the token stands alone. Default: `Bearer`.
 	Scheme *string `json:"scheme,omitempty"`
 }
 

@@ -28,9 +28,9 @@ func init() {
 // upstream with a valid token of the right OAuth client, and with the headers
 // that name the tenant. The client of the proxy knows nothing of it.
 //
-// Tokens are obtained with the client credentials grant when they are first
-// needed (and as soon as the config runs), shared by all that need the same
-// one, and replaced in the background before they expire. They survive
+// A token is obtained with the client credentials grant, or another
+// `grant_type`, as soon as the config runs. All that need the same one share
+// it. It is replaced in the background before it expires, and survives
 // reloads.
 //
 // What clients send as `Authorization`, as `X-Tenant-Id` and under the other
@@ -40,10 +40,12 @@ func init() {
 //
 // All settings of the `http` transport are available beside the ones here.
 type Transport struct {
-	// What the upstreams are sent, and what `upstreams` inherits.
+	// The OAuth client of the upstreams, and the headers that name the tenant
+	// to them. What is in `upstreams` inherits from here. Required, unless
+	// `upstreams` says it for all of them.
 	Credentials *Credentials `json:"credentials,omitempty"`
 
-	// Other credentials for some of the upstreams.
+	// Other credentials for some of the upstreams. Default: none.
 	Upstreams []*Upstream `json:"upstreams,omitempty"`
 
 	// Where secrets may travel unencrypted to another machine: `token_url`
@@ -72,10 +74,10 @@ type Transport struct {
 
 // Upstream has the credentials of one or more upstreams.
 type Upstream struct {
-	// The dial addresses of the upstreams, as the reverse proxy has them. An
-	// address that is none of its upstreams is an error, unless it also has
-	// dynamic ones. Global placeholders are supported and evaluated when the
-	// config is loaded. Required.
+	// The dial addresses of the upstreams, as the reverse proxy has them, for
+	// example `api.example.com:443`. An address that is none of its upstreams
+	// is an error, unless it also has dynamic ones. Global placeholders are
+	// supported and evaluated when the config is loaded. Required.
 	Addresses []string `json:"addresses,omitempty"`
 
 	// Proxy to these upstreams as the `http` transport does: no token is
