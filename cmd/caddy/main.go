@@ -1,5 +1,6 @@
 // Command caddy is Caddy with its standard modules and this one, for trying it
-// from a checkout. Builds for production are made with xcaddy.
+// from a checkout, and for the image of the Dockerfile. For other modules beside
+// it, build with xcaddy.
 package main
 
 import (
