@@ -8,15 +8,20 @@ import (
 	"crypto/x509"
 	"encoding/pem"
 	"fmt"
+	"go/ast"
+	"go/parser"
+	gotoken "go/token"
 	"math/big"
 	"os"
 	"path/filepath"
 	"reflect"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 )
@@ -232,4 +237,110 @@ func setPlaceholders(t *testing.T, source []byte) {
 		}
 		t.Setenv(name, value)
 	}
+}
+
+// TestLinksLeadSomewhere looks for the files and headings that the documents
+// refer to.
+func TestLinksLeadSomewhere(t *testing.T) {
+	documents, err := filepath.Glob("*.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, pattern := range []string{"docs/*.md", "grafana/*.md", "e2e/*.md", ".github/*/*.md"} {
+		more, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		documents = append(documents, more...)
+	}
+	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	notInAnchors := regexp.MustCompile("[^a-z0-9 _-]")
+	for _, document := range documents {
+		content, err := os.ReadFile(document)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, match := range link.FindAllSubmatch(content, -1) {
+			path, anchor, _ := strings.Cut(string(match[1]), "#")
+			if strings.Contains(path, "://") {
+				continue
+			}
+			target := document
+			if path != "" {
+				target = filepath.Join(filepath.Dir(document), path)
+			}
+			text, err := os.ReadFile(target)
+			if info, statErr := os.Stat(target); err != nil && (statErr != nil || !info.IsDir()) {
+				t.Errorf("%s: got a link to %s, want a file there", document, match[1])
+			}
+			found := anchor == ""
+			for line := range strings.Lines(string(text)) {
+				if heading, ok := strings.CutPrefix(strings.TrimLeft(line, "#"), " "); ok && line[0] == '#' {
+					slug := notInAnchors.ReplaceAllString(strings.ToLower(strings.TrimSpace(heading)), "")
+					found = found || strings.ReplaceAll(slug, " ", "-") == anchor
+				}
+			}
+			if !found {
+				t.Errorf("%s: got a link to #%s, want a heading like that", document, anchor)
+			}
+		}
+	}
+}
+
+// TestTroubleshootingQuotesMessages looks for each message that the README
+// explains among those of the program. A part that varies is written as `…`.
+func TestTroubleshootingQuotesMessages(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, section, _ := strings.Cut(string(readme), "\n## Troubleshooting\n")
+	section, _, _ = strings.Cut(section, "\n## ")
+	quotes := regexp.MustCompile("(?m)^\\*\\*`(.*)`\\*\\*$").FindAllStringSubmatch(section, -1)
+	if len(quotes) < 10 {
+		t.Fatalf("got %d messages under Troubleshooting, want them all", len(quotes))
+	}
+
+	t.Setenv("TEST_UNSET", "")
+	_, err = caddy.NewReplacer().ReplaceOrErr("{env.TEST_UNSET}", true, true)
+	messages := strings.ReplaceAll(err.Error(), "TEST_UNSET", "X") // it is Caddy's
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		if !strings.HasSuffix(file, "_test.go") {
+			messages += literals(t, file)
+		}
+	}
+	varying := regexp.MustCompile(`…|: |\(|\)|^check |\d+(\.\d+)+(:\d+)?`)
+	for _, quote := range quotes {
+		for _, part := range varying.Split(quote[1], -1) {
+			part = strings.TrimPrefix(strings.TrimSpace(part), "check ")
+			if !strings.Contains(messages, part) && !strings.HasPrefix(part, "status ") {
+				t.Errorf("%s: got no message with %q in the program", quote[1], part)
+			}
+		}
+	}
+}
+
+// literals returns the strings of a Go file, without the verbs of formats.
+func literals(t *testing.T, file string) string {
+	t.Helper()
+	parsed, err := parser.ParseFile(gotoken.NewFileSet(), file, nil, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var all strings.Builder
+	ast.Inspect(parsed, func(n ast.Node) bool {
+		if literal, ok := n.(*ast.BasicLit); ok && literal.Kind == gotoken.STRING {
+			text, err := strconv.Unquote(literal.Value)
+			if err != nil {
+				t.Fatal(err)
+			}
+			all.WriteString(text + "\n")
+		}
+		return true
+	})
+	return all.String()
 }
