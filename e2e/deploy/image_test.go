@@ -96,8 +96,8 @@ func TestImage(t *testing.T) {
 
 	t.Run("serves the demonstration", func(t *testing.T) {
 		caddyfile := readFile(t, "../../example.Caddyfile")
-		ports := freePorts(t, 4)
-		for i, port := range []string{"8080", "9400", "9401", "9402"} {
+		ports := freePorts(t, 5)
+		for i, port := range []string{"8080", "9400", "9401", "9402", "9403"} {
 			caddyfile = replace(t, caddyfile, port, ports[i])
 		}
 		caddy := b.serve(t, caddyfile, slices.Concat(config.Entrypoint, config.Cmd))
