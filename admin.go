@@ -1,6 +1,9 @@
 package outboundauth
 
 import (
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -110,8 +113,17 @@ func instant(t time.Time) *time.Time {
 	return &t
 }
 
+// idKey makes the ids of this process its own. A key is a digest of settings,
+// among them secrets that stand in the config itself: whoever sees an id could
+// try which secret it belongs to.
+var idKey = []byte(rand.Text())
+
 // id is short enough for a URL that somebody types, and tells nothing.
-func (k sourceKey) id() string { return hex.EncodeToString(k[:6]) }
+func (k sourceKey) id() string {
+	mac := hmac.New(sha256.New, idKey)
+	mac.Write(k[:])
+	return hex.EncodeToString(mac.Sum(nil)[:6])
+}
 
 // clientStatuses returns the statuses of all clients, by name.
 func clientStatuses() []clientStatus {

@@ -2,6 +2,7 @@ package outboundauth
 
 import (
 	"context"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -61,6 +62,11 @@ func TestAdminListsClients(t *testing.T) {
 		t.Fatalf("got %d clients, want 2", len(clients))
 	}
 	good, failing := clients[0], clients[1] // by name
+	for _, s := range sourceStatuses() {    // of settings, which a secret may be guessed from
+		if id := s.key.id(); strings.Contains(hex.EncodeToString(s.key[:]), id) || id != s.key.id() {
+			t.Errorf("got id %s, want one that the settings don't tell", id)
+		}
+	}
 	now := time.Now()
 	if good.Name != "a-good" || good.TokenEndpoint != auth.URL+"/token" || good.ClientID != "good" || good.Issuer != "" ||
 		good.AuthMethod != authBasic || good.GrantType != grantClientCredentials || good.State != stateFresh || good.Fetching {
