@@ -58,7 +58,7 @@ const codeOther = "other"
 var (
 	tokenRequestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "token_requests_total",
-		Help: "Token requests by their result: ok, or an error code.",
+		Help: "Attempts to obtain a token by their result: ok, or an error code.",
 	}, []string{"client", "result"})
 	tokenRequestDuration = prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "token_request_duration_seconds",
@@ -70,7 +70,7 @@ var (
 	}, []string{"client", "token"})
 	waitDuration = prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "wait_duration_seconds",
-		Help: "How long requests waited for a token that was not in the cache.",
+		Help: "How long the requests waited that had to wait for a token.",
 	}, []string{"client"})
 	rejectionsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "rejections_total",
@@ -165,7 +165,7 @@ func newClientMetrics(name string) *clientMetrics {
 // placeholders.
 func (m *clientMetrics) requested(ctx context.Context, got acquisition) {
 	m.uses[got.use].Inc()
-	if got.use == tokenWaited || got.use == tokenNone {
+	if got.wait > 0 {
 		m.waits.Observe(got.wait.Seconds())
 	}
 	if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
@@ -241,7 +241,9 @@ func (m *clientMetrics) tokenRequested(took time.Duration, err error) {
 		}
 	}
 	m.result(result).Inc()
-	m.duration.Observe(took.Seconds())
+	if result != codeConfiguration { // of which no server was told
+		m.duration.Observe(took.Seconds())
+	}
 }
 
 // sourceCollector collects the states of the token sources when it is asked:
@@ -259,8 +261,8 @@ var (
 		"When the client's token is due to be replaced.", []string{"client"}, nil)
 	failuresDesc = prometheus.NewDesc("caddy_oauth2_consecutive_failures",
 		"0 if the last attempt to obtain a token did not fail, otherwise how many have failed, as the back-off counts them.", []string{"client"}, nil)
-	permanentDesc = prometheus.NewDesc("caddy_oauth2_rejected_by_server",
-		"1 if the authorization server has rejected what is configured, so that somebody has to change it.", []string{"client"}, nil)
+	permanentDesc = prometheus.NewDesc("caddy_oauth2_permanent_error",
+		"1 if the last attempt to obtain a token failed for a reason that does not pass by itself.", []string{"client"}, nil)
 	retryDesc = prometheus.NewDesc("caddy_oauth2_retry_timestamp_seconds",
 		"When a client that failed tries again; 0 if it did not fail.", []string{"client"}, nil)
 )

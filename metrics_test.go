@@ -16,6 +16,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+	dto "github.com/prometheus/client_model/go"
 
 	"github.com/caddyserver/caddy/v2"
 )
@@ -164,12 +165,31 @@ func TestMetricsTellHowRequestsGotTheirTokens(t *testing.T) {
 		`requests_total{token="fresh"}`: 2, `requests_total{token="stale"}`: 1,
 		`requests_total{token="fetched"}`: 3, `requests_total{token="none"}`: 4,
 		`token_requests_total{result="ok"}`: 2, `token_requests_total{result="invalid_client"}`: 1,
-		"token_request_duration_seconds_count": 3, "wait_duration_seconds_count": 7,
+		"token_request_duration_seconds_count": 3,
 	})
+	// Those that were refused may have waited for a look at the secret.
+	if waited := got["wait_duration_seconds_count"]; waited < 3 || waited > 7 {
+		t.Errorf("got %v requests that waited, want the three, and perhaps the four", waited)
+	}
 	for name, least := range (series{"wait_duration_seconds_sum": 3 * 0.02, "token_request_duration_seconds_sum": 0.02}) {
 		if got[name] < least || got[name] > 60 {
 			t.Errorf("%s: got %v, want at least %v seconds", name, got[name], least)
 		}
+	}
+}
+
+// Whoever waits is counted, whatever comes of it, and nobody else is.
+func TestMetricsTellWhoWaited(t *testing.T) {
+	m := newClientMetrics(newName())
+	for _, got := range []acquisition{{use: tokenFresh}, {use: tokenNone}, {tokenStale, time.Second}, {tokenWaited, time.Second}, {tokenNone, time.Second}} {
+		m.requested(t.Context(), got)
+	}
+	var waits dto.Metric
+	if err := m.waits.(prometheus.Metric).Write(&waits); err != nil {
+		t.Fatal(err)
+	}
+	if h := waits.GetHistogram(); h.GetSampleCount() != 3 || h.GetSampleSum() != 3 {
+		t.Errorf("got %d waits of %v seconds, want 3 of 3", h.GetSampleCount(), h.GetSampleSum())
 	}
 }
 
@@ -215,7 +235,11 @@ func TestMetricsTellResultsOfTokenRequestsApart(t *testing.T) {
 				}
 			}
 			count := got[fmt.Sprintf("token_requests_total{result=%q}", test.result)]
-			if count == 0 || results != count || got["token_request_duration_seconds_count"] != count {
+			durations := count
+			if test.result == codeConfiguration { // no server was asked
+				durations = 0
+			}
+			if count == 0 || results != count || got["token_request_duration_seconds_count"] != durations {
 				t.Errorf("got %v, want %s only", got, test.result)
 			}
 			got.want(t, series{`token_requests_total{result="ok"}`: 0})
@@ -289,7 +313,7 @@ func TestMetricsTellTheStateOfTheToken(t *testing.T) {
 	source := sourceOf(t, name)
 	wantState := func(state string, more series) {
 		t.Helper()
-		want := series{"consecutive_failures": 0, "rejected_by_server": 0, "retry_timestamp_seconds": 0}
+		want := series{"consecutive_failures": 0, "permanent_error": 0, "retry_timestamp_seconds": 0}
 		for _, s := range tokenStates {
 			want[fmt.Sprintf("token_state{state=%q}", s)] = 0
 		}
@@ -323,7 +347,10 @@ func TestMetricsTellTheStateOfTheToken(t *testing.T) {
 	wantState(stateAbsent, series{"token_expiry_timestamp_seconds": 0, "token_renewal_timestamp_seconds": 0})
 
 	// What passes by itself, and what somebody has to change.
-	auth.script(refusing(http.StatusServiceUnavailable, ""))
+	auth.script(func(w http.ResponseWriter, r tokenRequest) bool {
+		w.Header().Set("Retry-After", "60") // no other try while this is looked at
+		return refusing(http.StatusServiceUnavailable, "")(w, r)
+	})
 	if _, err := source.Renew(t.Context()); err == nil {
 		t.Fatal("got a token, want the error")
 	}
@@ -339,7 +366,7 @@ func TestMetricsTellTheStateOfTheToken(t *testing.T) {
 		if wait := retry - float64(before.UnixMilli())/1000; wait < 5 || wait > 600 {
 			t.Errorf("got %v seconds to the next try, want some", wait)
 		}
-		wantState(stateAbsent, series{"consecutive_failures": float64(failures + 1), "rejected_by_server": 1, "retry_timestamp_seconds": retry})
+		wantState(stateAbsent, series{"consecutive_failures": float64(failures + 1), "permanent_error": 1, "retry_timestamp_seconds": retry})
 	}
 	auth.script(nil)
 	if _, err := source.Renew(t.Context()); err != nil {
@@ -450,7 +477,7 @@ func TestClientsOfOneNameShareTheirMetrics(t *testing.T) {
 		got := g.scrape()
 		got.of(name).want(t, series{
 			`token_state{state="fresh"}`: 0, `token_state{state="absent"}`: 1,
-			"consecutive_failures": 1, "rejected_by_server": 1, "token_expiry_timestamp_seconds": 0,
+			"consecutive_failures": 1, "permanent_error": 1, "token_expiry_timestamp_seconds": 0,
 			`requests_total{token="none"}`: 1, `token_requests_total{result="invalid_client"}`: 1,
 		})
 		got.want(t, series{"sources": 3})
