@@ -234,8 +234,7 @@ func (e *endpoint) checkScope(granted string) {
 	}
 	e.narrowed.Store(&granted)
 	e.logger.Warn("the token was granted for less than the scopes that are configured; check scopes, or what the authorization server allows the client",
-		zap.String("token_endpoint", e.host()), zap.String("client_id", e.credentials.ClientID),
-		zap.Strings("not_granted", lacking), zap.String("granted", granted))
+		append(e.logFields(), zap.Strings("not_granted", lacking), zap.String("granted", granted))...)
 }
 
 // read turns an answer into a grant or a *tokenError.
@@ -300,14 +299,11 @@ func (e *endpoint) unreadable(failure *tokenError, err error) *tokenError {
 // fetched implements requester: one line in the log for each fetch that fails,
 // and one when that is over.
 func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
-	client := []zap.Field{
-		zap.String("client", e.metrics.name), zap.String("token_endpoint", e.host()), zap.String("client_id", e.credentials.ClientID),
-	}
 	if err != nil {
 		if errors.Is(err, errReleased) {
 			return
 		}
-		e.logger.Warn("obtaining token failed", append(client,
+		e.logger.Warn("obtaining token failed", append(e.logFields(),
 			zap.Error(err.err), zap.Int("failures", failures+1), zap.Time("retry_at", err.retryAt))...)
 		failed := reportError(err)
 		e.events.emit(eventFailed, map[string]any{
@@ -317,13 +313,20 @@ func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
 		return
 	}
 	if failures > 0 {
-		e.logger.Info("obtaining token succeeded again", append(client,
+		e.logger.Info("obtaining token succeeded again", append(e.logFields(),
 			zap.Int("failures", failures), zap.Time("expires", t.expires))...)
 	} else {
-		e.logger.Debug("obtained token", append(client,
+		e.logger.Debug("obtained token", append(e.logFields(),
 			zap.Time("expires", t.expires), zap.Time("renewal", t.refreshAt))...)
 	}
 	e.events.emit(eventObtained, map[string]any{"client": e.metrics.name, "expires": t.expires, "renewal": t.refreshAt})
+}
+
+// logFields tell in the log which client it is about.
+func (e *endpoint) logFields() []zap.Field {
+	return []zap.Field{
+		zap.String("client", e.metrics.name), zap.String("token_endpoint", e.host()), zap.String("client_id", e.credentials.ClientID),
+	}
 }
 
 // errorCode returns a code as RFC 6749 §5.2 permits it: it becomes part of

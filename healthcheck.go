@@ -39,7 +39,7 @@ func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 	}
 	res, err := t.send(out, cl, tok)
 	if err == nil && tok != nil && t.refusesCheck(cl, res.StatusCode) && cl.checks.allow(tok) {
-		cl.source.Invalidate(tok)
+		cl.invalidate(req.Context(), tok)
 		cl.source.Warm()
 	}
 	return res, err

@@ -54,11 +54,14 @@ func TestRevokedTokenIsReplacedUnnoticed(t *testing.T) {
 }
 
 func TestOneTokenRequestReplacesTheTokenForAll(t *testing.T) {
-	g, auth, _ := gateAndFakes(t, "")
+	g, auth, up := gateAndFakes(t, "")
 	g.get().want(t, http.StatusOK)
 	auth.revoke()
 	wantAll(t, g.burst(200), http.StatusOK)
 	auth.wantAsked(t, 2)
+	if got := g.logged("the upstream refused the token", `"client_id":"gateway"`, `"upstream":"`+up.addr+`"`); len(got) != 1 {
+		t.Errorf("got %q in the log, want one line", got)
+	}
 }
 
 // What was read and not kept cannot be sent again: the client has to.

@@ -13,6 +13,8 @@ import (
 	"sync"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
@@ -121,7 +123,7 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 		// reading the body, or too much of it would be gone.
 		if body != nil && !body.hold() {
 			cl.metrics.refused(req.Context(), rejectionNotRepeatable)
-			cl.replace(tok) // for the next request
+			cl.replace(req.Context(), tok) // for the next request
 			return res, nil
 		}
 		if next = cl.renew(req.Context(), tok); next == nil {
@@ -237,7 +239,7 @@ func discard(body io.ReadCloser) {
 // renew replaces a token that an upstream has refused. It returns nil if
 // there is no other token, or if it is too early to ask for one.
 func (cl *client) renew(ctx context.Context, refused *token) *token {
-	if !cl.drop(refused) {
+	if !cl.drop(ctx, refused) {
 		return nil
 	}
 	fresh, got, err := cl.source.obtain(ctx)
@@ -251,31 +253,40 @@ func (cl *client) renew(ctx context.Context, refused *token) *token {
 }
 
 // replace replaces a refused token without waiting for the new one.
-func (cl *client) replace(refused *token) {
-	if cl.drop(refused) {
+func (cl *client) replace(ctx context.Context, refused *token) {
+	if cl.drop(ctx, refused) {
 		cl.source.Warm()
 	}
 }
 
 // drop marks a token as refused, unless it has been replaced already.
 // It returns false if it is too early for that.
-func (cl *client) drop(refused *token) bool {
+func (cl *client) drop(ctx context.Context, refused *token) bool {
 	if current := cl.source.Cached(); current != nil && current != refused {
 		return true
 	}
 	if !cl.renewals.allow(refused) {
 		return false
 	}
-	if cl.source.Invalidate(refused) {
-		cl.metrics.dropped.Inc()
-		// In a goroutine of its own: the request goes on, however slow the
-		// handlers are.
-		go func() {
-			_ = safely(func() error {
-				cl.endpoint.events.emit(eventRejected, map[string]any{"client": cl.metrics.name})
-				return nil
-			})
-		}()
-	}
+	cl.invalidate(ctx, refused)
 	return true
+}
+
+// invalidate takes a token out of use that the upstream of a request has
+// refused. The first to do so tells operators.
+func (cl *client) invalidate(ctx context.Context, refused *token) {
+	if !cl.source.Invalidate(refused) {
+		return
+	}
+	cl.metrics.dropped.Inc()
+	dial, _ := reverseproxy.GetDialInfo(ctx)
+	cl.endpoint.logger.Warn("the upstream refused the token", append(cl.endpoint.logFields(), zap.String("upstream", dial.Address))...)
+	// In a goroutine of its own: the request goes on, however slow the
+	// handlers are.
+	go func() {
+		_ = safely(func() error {
+			cl.endpoint.events.emit(eventRejected, map[string]any{"client": cl.metrics.name})
+			return nil
+		})
+	}()
 }
