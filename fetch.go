@@ -17,14 +17,16 @@ const (
 	quickRetryDelay = 100 * time.Millisecond
 )
 
-// fetch is one fetch in flight. t, err and span may be read once done is
-// closed.
+// fetch is one fetch in flight. t, err, span and unchanged may be read once done
+// is closed.
 type fetch struct {
 	done   chan struct{}
 	t      *token
 	err    error
 	span   trace.SpanContext
 	cancel context.CancelCauseFunc
+
+	unchanged bool // the secrets: there was no token request
 
 	// Of the goroutine of the fetch alone:
 	started time.Time
@@ -87,16 +89,16 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, a attempt) {
 		fingerprint = a.fingerprint(ctx)
 		return nil
 	})
-	unchanged := err == nil && a.failedWith != "" && a.failedWith == fingerprint
-	if err == nil && !unchanged {
+	f.unchanged = err == nil && a.failedWith != "" && a.failedWith == fingerprint
+	if err == nil && !f.unchanged {
 		g, sent, err = s.request(ctx, f, a)
 	}
 	now := time.Now()
-	if err == nil && !unchanged {
+	if err == nil && !f.unchanged {
 		f.t, err = s.newToken(g, sent, now)
 	}
 	released := err != nil && errors.Is(context.Cause(ctx), errReleased)
-	if !unchanged && !released {
+	if !f.unchanged && !released {
 		_ = safely(func() error {
 			s.trace(f, a.requester, err)
 			return nil
@@ -106,7 +108,7 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, a attempt) {
 	s.mu.Lock()
 	var failed *fetchError
 	switch {
-	case unchanged:
+	case f.unchanged:
 		f.err = a.err
 	case released:
 		f.err = errReleased // says nothing about the server

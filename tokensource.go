@@ -185,16 +185,21 @@ func (s *tokenSource) Ready() *token {
 // Renew requests a token now, even if the current one is good or the last
 // failure was just now, and waits for it as Token does.
 func (s *tokenSource) Renew(ctx context.Context) (*token, error) {
-	s.mu.Lock()
-	f := s.start(false)
-	s.join(ctx, f)
-	s.mu.Unlock()
-	defer s.leave(f)
-	select {
-	case <-f.done:
-		return f.t, f.err
-	case <-ctx.Done():
-		return nil, ctx.Err()
+	for {
+		s.mu.Lock()
+		f := s.start(false)
+		s.join(ctx, f)
+		s.mu.Unlock()
+		select {
+		case <-f.done:
+			s.leave(f)
+			if !f.unchanged { // or the fetch has only looked for another secret
+				return f.t, f.err
+			}
+		case <-ctx.Done():
+			s.leave(f)
+			return nil, ctx.Err()
+		}
 	}
 }
 

@@ -109,6 +109,26 @@ func TestCallersShareTheLookAtTheSecret(t *testing.T) {
 	}
 }
 
+// A fetch that only looks for another secret is not what was asked for.
+func TestRenewalDuringALookAtTheSecret(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		cause := &scriptedError{permanent: true}
+		r := &scriptedRequester{lifetime: time.Hour, fail: during(0, 2*time.Second, cause)}
+		r.secret = func() string {
+			time.Sleep(time.Second) // a slow disk
+			return "secret"
+		}
+		s := newTestSource(t, r)
+		expectError(t, s, cause)
+		time.Sleep(secretCheckInterval)
+		go func() { _, _ = s.Token(t.Context()) }()
+		time.Sleep(secretCheckInterval)
+		if tok, err := s.Renew(t.Context()); err != nil || tok.value != "t2" {
+			t.Errorf("Renew() = %v, %v, want the token of a second request", tok, err)
+		}
+	})
+}
+
 func TestChangedSecretThatIsWrongBacksOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		start := time.Now()
