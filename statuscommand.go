@@ -65,24 +65,19 @@ interrupted; --json writes what the admin API answers.`,
 // showStatus writes the clients of the Caddy whose admin API is at address; if
 // watch, again and again until ctx ends.
 func showStatus(ctx context.Context, w io.Writer, address string, watch, asJSON bool) error {
-	for {
-		body, err := askAdmin(ctx, address, adminClients)
-		if err != nil {
-			if ctx.Err() != nil {
-				return nil // interrupted
-			}
+	for first := true; ; first = false {
+		text, err := statusText(ctx, address, asJSON)
+		switch {
+		case err == nil:
+		case ctx.Err() != nil:
+			return nil // interrupted
+		case first, asJSON:
 			return err
+		default: // Caddy may be starting anew
+			text = oneLine(err.Error()) + "\n"
 		}
-		var statuses []clientStatus
-		if err := json.Unmarshal(body, &statuses); err != nil {
-			return fmt.Errorf("the admin API at %s answered with something else: %w", address, err)
-		}
-		text := string(bytes.Map(printable, body))
-		if !asJSON {
-			text = statusTable(statuses, time.Now())
-			if watch {
-				text = clearScreen + text
-			}
+		if watch && !asJSON {
+			text = clearScreen + text
 		}
 		if _, err := io.WriteString(w, text); err != nil || !watch {
 			return err
@@ -93,6 +88,22 @@ func showStatus(ctx context.Context, w io.Writer, address string, watch, asJSON 
 		case <-time.After(watchInterval):
 		}
 	}
+}
+
+// statusText returns what is to be shown once.
+func statusText(ctx context.Context, address string, asJSON bool) (string, error) {
+	body, err := askAdmin(ctx, address, adminClients)
+	if err != nil {
+		return "", err
+	}
+	var statuses []clientStatus
+	if err := json.Unmarshal(body, &statuses); err != nil {
+		return "", fmt.Errorf("the admin API at %s answered with something else: %w", address, err)
+	}
+	if asJSON {
+		return string(bytes.Map(printable, body)), nil
+	}
+	return statusTable(statuses, time.Now()), nil
 }
 
 // askAdmin asks the admin API at address. Caddy's client can't be interrupted;
@@ -106,6 +117,9 @@ func askAdmin(ctx context.Context, address, path string) ([]byte, error) {
 	go func() {
 		res, err := caddycmd.AdminAPIRequest(address, http.MethodGet, path, nil, nil)
 		if err != nil {
+			if strings.Contains(err.Error(), "HTTP 404") {
+				err = fmt.Errorf("%w (is it a Caddy with transport oauth2?)", err)
+			}
 			answered <- answer{err: fmt.Errorf("asking the admin API: %w", err)}
 			return
 		}
@@ -131,18 +145,15 @@ func statusTable(statuses []clientStatus, now time.Time) string {
 	fmt.Fprintln(table, "ID\tCLIENT\tTOKEN\tEXPIRES\tRENEWAL\tFAILURES\tRETRY\tLAST ERROR")
 	for _, s := range statuses {
 		lastError := ""
-		if e := s.LastError; e != nil {
-			lastError = e.Code
-			if e.Hint != "" {
-				lastError += ": " + e.Hint
-			}
+		if s.LastError != nil {
+			lastError = s.LastError.text()
 		}
 		state := s.State
 		if s.Fetching {
 			state += ", fetching"
 		}
 		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", oneLine(s.ID), oneLine(s.Name), oneLine(state),
-			until(s.Expires, now), until(s.Renewal, now), strconv.Itoa(s.Failures), until(s.RetryAt, now), oneLine(lastError))
+			until(s.Expires, now, "ago"), until(s.Renewal, now, "due"), strconv.Itoa(s.Failures), until(s.RetryAt, now, "due"), oneLine(lastError))
 	}
 	_ = table.Flush() // to memory
 	return b.String()
@@ -153,13 +164,33 @@ func oneLine(s string) string {
 	return strings.Map(printable, strings.Join(strings.Fields(s), " "))
 }
 
-// until tells how far an instant is away.
-func until(t *time.Time, now time.Time) string {
-	switch {
-	case t == nil:
-		return "-"
-	case !t.After(now):
-		return "now"
+// text returns an error in one line.
+func (e *reportedError) text() string {
+	text := e.Code
+	if e.Status != 0 {
+		text += fmt.Sprintf(" (status %d)", e.Status)
 	}
-	return "in " + t.Sub(now).Round(time.Second).String()
+	if e.Description != "" {
+		text += ": " + e.Description
+	}
+	if e.Hint != "" {
+		text += " (" + e.Hint + ")"
+	}
+	return text
+}
+
+// until tells how far an instant is away. One that has passed is so long ago,
+// or due.
+func until(t *time.Time, now time.Time, passed string) string {
+	if t == nil {
+		return "-"
+	}
+	distance := t.Sub(now).Round(time.Second)
+	switch {
+	case distance > 0:
+		return "in " + distance.String()
+	case passed == "ago":
+		return (-distance).String() + " ago"
+	}
+	return passed
 }

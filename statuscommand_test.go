@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unicode"
@@ -23,15 +24,17 @@ func TestStatusTable(t *testing.T) {
 		{ID: "0b0b0b0b0b0b", Name: "stale", State: stateStale, Fetching: true, Expires: in(time.Minute), Renewal: in(-time.Minute)},
 		{
 			ID: "0c0c0c0c0c0c", Name: "failing", State: stateExpired, Expires: in(-time.Second), Renewal: in(5 * time.Second), Failures: 7, RetryAt: in(90 * time.Second),
-			LastError: &reportedError{Code: "invalid_client", Status: 401, Hint: "check client_id"},
+			LastError: &reportedError{Code: "invalid_client", Status: 401, Description: "not known", Hint: "check client_id"},
 		},
-		{ID: "0d0d0d0d0d0d", Name: "newest", State: stateAbsent, Failures: 1, RetryAt: in(time.Second), LastError: &reportedError{Code: "network"}},
+		{ID: "0d0d0d0d0d0d", Name: "newest", State: stateAbsent, Failures: 1, RetryAt: in(-time.Second), LastError: &reportedError{Code: "network", Description: "connection refused"}},
+		{ID: "0e0e0e0e0e0e", Name: "idle", State: stateExpired, Expires: in(-5 * time.Hour), Renewal: in(-6 * time.Hour)},
 	}, now)
-	want := `ID            CLIENT                  TOKEN            EXPIRES    RENEWAL   FAILURES  RETRY     LAST ERROR
-0a0a0a0a0a0a  auth.example.com/fresh  fresh            in 1h0m0s  in 44m0s  0         -         
-0b0b0b0b0b0b  stale                   stale, fetching  in 1m0s    now       0         -         
-0c0c0c0c0c0c  failing                 expired          now        in 5s     7         in 1m30s  invalid_client: check client_id
-0d0d0d0d0d0d  newest                  absent           -          -         1         in 1s     network
+	want := `ID            CLIENT                  TOKEN            EXPIRES     RENEWAL   FAILURES  RETRY     LAST ERROR
+0a0a0a0a0a0a  auth.example.com/fresh  fresh            in 1h0m0s   in 44m0s  0         -         
+0b0b0b0b0b0b  stale                   stale, fetching  in 1m0s     due       0         -         
+0c0c0c0c0c0c  failing                 expired          1s ago      in 5s     7         in 1m30s  invalid_client (status 401): not known (check client_id)
+0d0d0d0d0d0d  newest                  absent           -           -         1         due       network: connection refused
+0e0e0e0e0e0e  idle                    expired          5h0m0s ago  due       0         -         
 `
 	if got != want {
 		t.Errorf("got\n%s\nwant\n%s", got, want)
@@ -83,7 +86,7 @@ func TestStatusCommandShowsARunningCaddy(t *testing.T) {
 	}
 	want := regexp.MustCompile(`^ID .*\n` +
 		`[0-9a-f]{12}  a-good     fresh   in (59m\d+s|1h0m0s)  +in \d+m\d+s +0 +- +\n` +
-		`[0-9a-f]{12}  b-failing  absent  - +- +1 +in \d+s +invalid_client: check client_id.*\n$`)
+		`[0-9a-f]{12}  b-failing  absent  - +- +1 +in \d+s +invalid_client \(status 401\): .*check client_id.*\n$`)
 	if !want.MatchString(table.String()) {
 		t.Errorf("got\n%s\nwant two clients, by name", table.String())
 	}
@@ -106,7 +109,7 @@ type endingWriter struct {
 }
 
 func (w *endingWriter) Write(b []byte) (int, error) {
-	if bytes.Contains(b, []byte("a-good")) {
+	if bytes.Contains(b, []byte("a-good")) || bytes.Contains(b, []byte("no OAuth clients")) {
 		w.end()
 	}
 	return w.Buffer.Write(b)
@@ -127,6 +130,35 @@ func TestStatusCommandWatchesUntilItsContextEnds(t *testing.T) {
 		}
 		if got := strings.Count(w.String(), "a-good"); got != 1 {
 			t.Errorf("got the client %d times, want once before the end", got)
+		}
+	}
+}
+
+// A Caddy that is watched may be restarted.
+func TestStatusCommandGoesOnAfterAnError(t *testing.T) {
+	var asked atomic.Int32
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		if asked.Add(1) == 2 {
+			http.Error(w, "restarting", http.StatusServiceUnavailable)
+			return
+		}
+		_ = answerJSON(w, []clientStatus{})
+	}))
+	t.Cleanup(server.Close)
+	for _, asJSON := range []bool{false, true} {
+		asked.Store(0)
+		ctx, end := context.WithCancel(t.Context())
+		w := &endingWriter{end: func() {
+			if asked.Load() == 3 {
+				end()
+			}
+		}}
+		err := showStatus(ctx, w, server.Listener.Addr().String(), true, asJSON)
+		end()
+		if asJSON { // a program could not tell
+			wantError(t, err, "503")
+		} else if got := w.String(); err != nil || strings.Count(got, "no OAuth clients") != 2 || strings.Count(got, "503") != 1 {
+			t.Errorf("got %q, err %v, want the error between two tables", got, err)
 		}
 	}
 }
@@ -161,7 +193,7 @@ func TestStatusCommandWithoutAnAdminAPI(t *testing.T) {
 		"nobody listens": {freeAddress(t), "asking the admin API"},
 		"no address":     {"127.0.0.1:1-2", "invalid admin address"},
 		"something else": {html.Listener.Addr().String(), "answered with something else"},
-		"another Caddy":  {missing.Listener.Addr().String(), "404"},
+		"another Caddy":  {missing.Listener.Addr().String(), "is it a Caddy with transport oauth2?"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			for _, watch := range []bool{false, true} {
