@@ -36,20 +36,18 @@ func TestSystemdUnitIsConfined(t *testing.T) {
 	}
 }
 
-// TestSystemdCaddyfileWorks loads the Caddyfile with the credentials as systemd
-// lays them out.
+// TestSystemdCaddyfileWorks loads the Caddyfile with the credentials where systemd
+// lays them out: below the name of the unit, by the name of the credential.
 func TestSystemdCaddyfileWorks(t *testing.T) {
 	credential := regexp.MustCompile(`(?m)^LoadCredential=(\w+):`).FindStringSubmatch(readFile(t, unitFile))
 	if credential == nil {
 		t.Fatal("got a unit without LoadCredential, want it")
 	}
-	dir := t.TempDir()
-	writeFile(t, filepath.Join(dir, credential[1]), "a secret of the service\n")
-	env := "CREDENTIALS_DIRECTORY=" + dir
-	caddyfile := readFile(t, unitCaddyfile)
-	checkCaddyfile(t, caddyfile, env)
+	secret := writeFile(t, filepath.Join(t.TempDir(), credential[1]), "a secret of the service\n")
+	caddyfile := replace(t, readFile(t, unitCaddyfile), filepath.Join("/run/credentials", filepath.Base(unitFile), credential[1]), secret)
+	checkCaddyfile(t, caddyfile)
 	// In Basic authentication, secrets are form-encoded (RFC 6749).
-	if _, got, _ := tokenRequest(t, caddyfile, env).BasicAuth(); got != "a+secret+of+the+service" {
+	if _, got, _ := tokenRequest(t, caddyfile).BasicAuth(); got != "a+secret+of+the+service" {
 		t.Errorf("got secret %q sent to the authorization server, want that of the service", got)
 	}
 }
