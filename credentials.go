@@ -17,7 +17,9 @@ type Credentials struct {
 	// What the client is called in metrics, logs, the admin API and events.
 	// Global placeholders are supported and evaluated when the config is
 	// loaded. Default: the host of `token_url` or `issuer`, and the
-	// `client_id`, for example `auth.example.com/gateway`.
+	// `client_id`, for example `auth.example.com/gateway`. Clients that share a
+	// name share their metrics: name them if only the path of the endpoint, the
+	// `scopes` or the `audience` differ.
 	Name string `json:"name,omitempty"`
 
 	// The authorization server's token endpoint: an absolute URL, with https

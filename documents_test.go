@@ -98,8 +98,8 @@ func TestJSONOfTheReadmeWorks(t *testing.T) {
 		setPlaceholders(t, []byte(block.text))
 		for _, proxy := range findModules(t, []byte(block.text), "handler", "reverse_proxy") {
 			proxies++
-			dial := proxy["upstreams"].([]any)[0].(map[string]any)["dial"].(string)
-			if _, _, err := loadTransport(t, dial, proxy["transport"]); err != nil {
+			delete(proxy, "handler")
+			if _, _, err := loadProxy(t, encode(t, proxy)); err != nil {
 				t.Errorf("line %d: got %v, want that it loads", block.line, err)
 			}
 		}

@@ -56,8 +56,12 @@ func loadTransport(t *testing.T, dial string, settings any) (transport *Transpor
 		t.Fatal(err)
 	}
 	config["protocol"] = "oauth2"
-	proxy := encode(t, map[string]any{"upstreams": []any{map[string]any{"dial": dial}}, "transport": config})
+	return loadProxy(t, encode(t, map[string]any{"upstreams": []any{map[string]any{"dial": dial}}, "transport": config}))
+}
 
+// loadProxy provisions a reverse_proxy handler, and returns its transport.
+func loadProxy(t *testing.T, proxy []byte) (transport *Transport, cleanUp func(), err error) {
+	t.Helper()
 	base, err := caddy.ProvisionContext(new(caddy.Config))
 	if err != nil {
 		t.Fatal(err)
