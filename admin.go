@@ -141,7 +141,7 @@ func clientStatuses() []clientStatus {
 func (adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 	path := strings.Trim(strings.TrimPrefix(r.URL.Path, adminClients), "/")
 	if path == "" {
-		if err := allow(r, http.MethodGet); err != nil {
+		if err := allow(w, r, http.MethodGet); err != nil {
 			return err
 		}
 		return answerJSON(w, clientStatuses())
@@ -153,18 +153,18 @@ func (adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 	}
 	switch action {
 	case "":
-		if err := allow(r, http.MethodGet); err != nil {
+		if err := allow(w, r, http.MethodGet); err != nil {
 			return err
 		}
 	case "renew":
-		if err := allow(r, http.MethodPost); err != nil {
+		if err := allow(w, r, http.MethodPost); err != nil {
 			return err
 		}
 		if _, err := source.Renew(r.Context()); err != nil {
 			return adminError(http.StatusBadGateway, err)
 		}
 	case "token":
-		if err := allow(r, http.MethodDelete); err != nil {
+		if err := allow(w, r, http.MethodDelete); err != nil {
 			return err
 		}
 		source.Forget()
@@ -191,10 +191,11 @@ func sourceByID(id string) (source *tokenSource, ok bool) {
 	return source, ok
 }
 
-func allow(r *http.Request, method string) error {
+func allow(w http.ResponseWriter, r *http.Request, method string) error {
 	if r.Method == method {
 		return nil
 	}
+	w.Header().Set("Allow", method)
 	return adminError(http.StatusMethodNotAllowed, fmt.Errorf("use %s", method))
 }
 

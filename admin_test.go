@@ -318,6 +318,9 @@ func TestAdminRefusesWhatIsNotThere(t *testing.T) {
 		if r.err != nil || r.status != test.status {
 			t.Errorf("%s %s: got %d %q, err %v, want %d", test.method, test.path, r.status, r.body, r.err, test.status)
 		}
+		if allowed := r.header.Get("Allow"); (allowed != "") != (test.status == http.StatusMethodNotAllowed) {
+			t.Errorf("%s %s: got Allow %q with %d", test.method, test.path, allowed, r.status)
+		}
 	}
 	auth.wantAsked(t, 1)
 	if got := g.only().State; got != stateFresh {

@@ -103,6 +103,11 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 	if err != nil {
 		return grant{}, &tokenError{Endpoint: u.Host, Code: codeConfiguration, Description: err.Error(), permanent: true}
 	}
+	for _, values := range u.Query() {
+		for _, value := range values {
+			secrets.add(value) // such as the key of a function
+		}
+	}
 	ctx, certificate := withCertificate(ctx, r.certificate)
 	sent := time.Now()
 	a, err := exchange(ctx, e.transport, newServerRequest(ctx, http.MethodPost, u, header, form.Encode()))

@@ -1,6 +1,10 @@
 package outboundauth
 
 import (
+	"fmt"
+
+	"go.uber.org/zap"
+
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 )
@@ -16,13 +20,21 @@ const (
 // before emit returns: those of tokens run in the goroutine of the fetch, when
 // its result is known to all who wait for it.
 type emitter struct {
-	app *caddyevents.App
-	ctx caddy.Context // of the transport, which is the origin of its events
+	app    *caddyevents.App
+	ctx    caddy.Context // of the transport, which is the origin of its events
+	logger *zap.Logger
 }
 
 func (e *emitter) emit(event string, data map[string]any) {
 	// Caddy takes it for an error if the config has ended.
-	if e != nil && e.ctx.Err() == nil && e.app.ShouldEmit(event) {
-		e.app.Emit(e.ctx, event, data)
+	if e == nil || e.ctx.Err() != nil || !e.app.ShouldEmit(event) {
+		return
 	}
+	// In a goroutine of ours, a panic of a handler would end the whole server.
+	defer func() {
+		if p := recover(); p != nil {
+			e.logger.Error("a handler of an event panicked", zap.String("event", event), zap.String("panic", fmt.Sprintf("%T", p)))
+		}
+	}()
+	e.app.Emit(e.ctx, event, data)
 }

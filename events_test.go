@@ -220,6 +220,24 @@ func TestSlowEventHandlersHoldUpNobody(t *testing.T) {
 }
 
 // The fetch of a config that has just ended is no fault of anybody.
+// A handler is somebody else's code.
+func TestPanickingEventHandlersEndNothing(t *testing.T) {
+	onEvent(t, func(caddy.Event) { panic("canary-panic") })
+	auth := newAuthServer(t)
+	g := newGateway(t)
+	g.global = subscriptions
+	g.load(proxySite(newUpstream(t, auth), auth, "name orders"))
+	g.get().want(t, http.StatusOK)
+	auth.revoke()
+	g.get().want(t, http.StatusOK)
+	for _, event := range []string{eventObtained, eventRejected} {
+		eventually(t, func() bool { return len(g.logged("a handler of an event panicked", event)) > 0 }, "a line in the log on %s", event)
+	}
+	if strings.Contains(g.logs(), "canary-panic") {
+		t.Error("got the panic's value in the log, want its type only")
+	}
+}
+
 func TestEventsOfAConfigThatIsGone(t *testing.T) {
 	var log eventLog
 	onEvent(t, log.add)

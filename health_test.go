@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -107,6 +108,30 @@ func TestHealthChecksDoNotReplaceTokens(t *testing.T) {
 	eventually(t, func() bool { return n.Load() >= seen+5 }, "health checks")
 	g.get().want(t, http.StatusOK)
 	auth.wantAsked(t, 1)
+}
+
+// Another upstream on the same host has a block of its own.
+func TestHealthCheckOfAnUpstreamWithoutABlock(t *testing.T) {
+	for _, block := range []string{"upstream $B off", "upstream $B {\nclient_id other\n}"} {
+		t.Run(block, func(t *testing.T) {
+			auth := newAuthServer(t)
+			up := newUpstream(t, auth) // lets nobody in without a token
+			g := startGateway(t, expand(`reverse_proxy $A {
+				lb_policy first
+				health_uri /health
+				health_interval 20ms
+				transport oauth2 {
+					token_url $AUTH/token
+					client_id gateway
+					client_secret s
+					$BLOCK
+				}
+			}`, "$A", "$UP $B", "$UP", up.addr, "$BLOCK", block, "$B", newUpstream(t, nil).addr, "$AUTH", auth.URL))
+			eventually(t, func() bool {
+				return g.get().status == http.StatusOK && slices.ContainsFunc(up.got(), func(r received) bool { return r.path == "/" })
+			}, "the first upstream to be up")
+		})
+	}
 }
 
 // A check of another port still belongs to the upstream whose block names it.

@@ -22,8 +22,13 @@ func isHealthCheck(ctx context.Context) bool {
 // token, and is therefore down, gets no request that would.
 func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 	dial, _ := reverseproxy.GetDialInfo(req.Context())
-	cl, listed := t.clients[dialAddress{dial.Network, dial.Address}]
-	if !listed {
+	checked := dialAddress{dial.Network, dial.Address}
+	cl, listed := t.clients[checked]
+	switch {
+	case listed:
+	case slices.Contains(t.dials, checked) && !t.listedOnly: // as for a request
+		cl = t.fallback
+	default:
 		cl = t.clientByHost(dial.Host)
 	}
 	if cl == nil || redirectedElsewhere(req) || t.exposes(req, dial) {
@@ -54,8 +59,8 @@ func (t *Transport) refusesCheck(cl *client, status int) bool {
 	return slices.Contains(cl.retryOn, status) && !expected
 }
 
-// clientByHost returns the client of a check whose address is none of those in
-// the upstream blocks: that of all the proxy's upstreams on this host, as a
+// clientByHost returns the client of a check whose address is none of an
+// upstream: that of all the proxy's upstreams on this host, as a
 // check may go to another port of theirs (health_port). If they differ, or
 // there are none, and there are several clients, nobody can tell.
 func (t *Transport) clientByHost(host string) *client {

@@ -126,7 +126,7 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return fmt.Errorf("getting events app: %w", err)
 	}
-	t.events = &emitter{app.(*caddyevents.App), ctx}
+	t.events = &emitter{app.(*caddyevents.App), ctx, t.logger}
 	if err := t.provisionClients(ctx); err != nil {
 		return err
 	}

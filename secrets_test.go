@@ -330,3 +330,25 @@ func TestSecretsAreNotInErrorsOfTheConfig(t *testing.T) {
 		wantNothingHidden(t, broken, err.Error())
 	}
 }
+
+// Some servers repeat the address in their errors.
+func TestKeyInTheTokenURLIsNotShown(t *testing.T) {
+	auth := newAuthServer(t)
+	auth.script(refusing(http.StatusNotFound, `{"error":"Not Found","message":"Cannot POST /token?code=hidden%2Dkey-of-a-function"}`))
+	t.Setenv("TEST_KEY", "hidden-key-of-a-function")
+	g := newGateway(t)
+	g.load(strings.Replace(proxySite(newUpstream(t, nil), auth, ""), "/token\n", "/token?code={env.TEST_KEY}\n", 1) +
+		`
+		handle_errors {
+			respond "{http.oauth2.error}: {http.oauth2.error_description}"
+		}`)
+	r := g.get()
+	if r.err != nil || !strings.Contains(r.body, "repeats the client's credentials") {
+		t.Errorf("got %q, err %v, want why nothing is shown", r.body, r.err)
+	}
+	for where, text := range map[string]string{"the answer": r.body, "the log": g.logs()} {
+		if strings.Contains(text, "key-of-a-function") {
+			t.Errorf("got the key in %s: %q", where, text)
+		}
+	}
+}

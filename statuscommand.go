@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -48,6 +49,9 @@ interrupted; --json writes what the admin API answers.`,
 			return fs
 		}(),
 		Func: func(fl caddycmd.Flags) (int, error) {
+			if fl.NArg() > 0 {
+				return caddy.ExitCodeFailedStartup, errors.New("oauth2-status takes no arguments; name the admin API with --address")
+			}
 			address, err := caddycmd.DetermineAdminAPIAddress(fl.String("address"), nil, fl.String("config"), fl.String("adapter"))
 			if err != nil {
 				return caddy.ExitCodeFailedStartup, err
@@ -115,7 +119,7 @@ func askAdmin(ctx context.Context, address, path string) ([]byte, error) {
 	}
 	answered := make(chan answer, 1)
 	go func() {
-		res, err := caddycmd.AdminAPIRequest(address, http.MethodGet, path, nil, nil)
+		res, err := caddycmd.AdminAPIRequest(address, http.MethodGet, path, http.Header{"Connection": {"close"}}, nil)
 		if err != nil {
 			if strings.Contains(err.Error(), "HTTP 404") {
 				err = fmt.Errorf("%w (is it a Caddy with transport oauth2?)", err)

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"time"
+	"unicode"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
@@ -136,7 +137,7 @@ func networkError(ctx context.Context, endpoint string, err error) *tokenError {
 // breaks, at most limit bytes.
 func clean(s string, limit int) string {
 	s = strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f || r == '\u2028' || r == '\u2029' || (r >= 0x80 && r < 0xa0) {
+		if !unicode.IsPrint(r) { // it may be meant for a terminal
 			return ' '
 		}
 		return r

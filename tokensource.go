@@ -115,11 +115,11 @@ func (s *tokenSource) obtain(ctx context.Context) (*token, acquisition, error) {
 		s.mu.Unlock()
 		return t, got, nil
 	}
+	s.noteTracers(ctx)
 	if s.inflight == nil && s.backingOff(now) && !s.checkDue(now) {
 		defer s.mu.Unlock()
 		return s.lastResort(now, now, s.lastErr)
 	}
-	s.noteTracers(ctx)
 	f := s.start(s.backingOff(now))
 	s.join(ctx, f)
 	s.mu.Unlock()

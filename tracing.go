@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"net/url"
 	"strconv"
+	"strings"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
@@ -38,9 +39,16 @@ func (s *tokenSource) noteTracers(ctx context.Context) {
 	}
 }
 
+// maxLinks is how many links a span has by default. Others would be dropped when
+// it is made.
+const maxLinks = 128
+
 // linkTo notes a request that waits for the fetch. The source's mu is held.
 func (f *fetch) linkTo(ctx context.Context) {
-	if waiting := trace.SpanContextFromContext(ctx); waiting.IsValid() {
+	if waiting := trace.SpanContextFromContext(ctx); waiting.IsValid() && len(f.links) < maxLinks {
+		// Without what the client said of it, which holds on to all of its
+		// headers.
+		waiting = waiting.WithTraceState(trace.TraceState{})
 		f.links = append(f.links, trace.Link{SpanContext: waiting})
 	}
 }
@@ -97,15 +105,15 @@ func errorType(err error) attribute.KeyValue {
 	return attribute.String("error.type", reportError(err).Code)
 }
 
-// attributes implements requester, by the semantic conventions for HTTP. The
-// path and the query of the token endpoint may hold a key.
+// attributes implements requester, by the semantic conventions for HTTP. All of
+// them are UTF-8: one that is not would cost a whole batch of spans.
 func (e *endpoint) attributes() []attribute.KeyValue {
 	attributes := []attribute.KeyValue{
 		attribute.String("oauth2.client", e.metrics.name),
 		attribute.String("http.request.method", http.MethodPost),
 	}
 	if u, err := url.Parse(e.knownURL()); err == nil && u.Host != "" {
-		attributes = append(attributes, attribute.String("server.address", u.Hostname()))
+		attributes = append(attributes, attribute.String("server.address", strings.ToValidUTF8(u.Hostname(), "\uFFFD")))
 		if port, err := strconv.Atoi(u.Port()); err == nil {
 			attributes = append(attributes, attribute.Int("server.port", port))
 		}

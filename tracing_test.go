@@ -168,6 +168,39 @@ func TestNoSpanWithoutTokenRequest(t *testing.T) {
 	})
 }
 
+// Clients that come and go must not fill the memory while a server hangs: a span
+// has so many links only, and no link needs what a client said of its trace.
+func TestLinksAreBounded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newTestSource(t, &scriptedRequester{lifetime: time.Hour, delay: time.Second})
+		_, tracers := newTracers()
+		state, err := trace.ParseTraceState("client=" + strings.Repeat("x", 200))
+		if err != nil {
+			t.Fatal(err)
+		}
+		remote := trace.NewSpanContext(trace.SpanContextConfig{TraceID: trace.TraceID{1}, SpanID: trace.SpanID{1}, TraceState: state, Remote: true})
+		parent := trace.ContextWithRemoteSpanContext(t.Context(), remote)
+		for range maxLinks + 100 {
+			ctx, span := tracers.Tracer("test").Start(parent, "request")
+			ctx, leave := context.WithCancel(ctx)
+			go func() { ask(ctx, s); span.End() }()
+			synctest.Wait()
+			leave()
+		}
+		synctest.Wait()
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		if got := len(s.inflight.links); got != maxLinks {
+			t.Errorf("got %d links, want %d", got, maxLinks)
+		}
+		for _, link := range s.inflight.links {
+			if got := link.SpanContext.TraceState(); got.Len() != 0 {
+				t.Fatalf("got the trace state %q of a client, want none", got)
+			}
+		}
+	})
+}
+
 // A collector receives spans by OTLP, as Caddy's tracing sends them.
 type collector struct {
 	mu    sync.Mutex
