@@ -133,7 +133,7 @@ func TestEventsReachSubscribers(t *testing.T) {
 		{"client": "orders", "error": "invalid_client", "status": 400, "failures": 2},
 		{"client": "orders"},
 		{"client": "orders"},
-		{"client": "orders"},
+		{"client": "orders", "upstream": up.addr},
 	} {
 		data := maps.Clone(events[i].Data)
 		for _, instant := range map[string][]string{

@@ -2,11 +2,13 @@ package outboundauth
 
 import (
 	"bufio"
+	"bytes"
 	"crypto/rand"
 	"fmt"
 	"io"
 	"maps"
 	"net/http"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -619,6 +621,15 @@ func TestMetricsAreNamedByTheConventions(t *testing.T) {
 	}
 	for _, problem := range problems {
 		t.Errorf("got %s: %s, want no problem", problem.Metric, problem.Text)
+	}
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, family := range families {
+		if !bytes.Contains(readme, []byte("`"+family.GetName()+"`")) {
+			t.Errorf("got nothing about %s in README.md, want it explained", family.GetName())
+		}
 	}
 }
 

@@ -283,5 +283,5 @@ func (cl *client) invalidate(ctx context.Context, refused *token) {
 	cl.endpoint.logger.Warn("the upstream refused the token", append(cl.endpoint.logFields(), zap.String("upstream", dial.Address))...)
 	// In a goroutine of its own: the request goes on, however slow the
 	// handlers are.
-	go cl.endpoint.events.emit(eventRejected, map[string]any{"client": cl.metrics.name})
+	go cl.endpoint.events.emit(eventRejected, map[string]any{"client": cl.metrics.name, "upstream": dial.Address})
 }
