@@ -25,8 +25,9 @@ type endpoint struct {
 	// Complete. What is read anew for each request has its placeholders.
 	credentials Credentials
 
-	url       *url.URL   // nil if it is discovered
-	discovery *discovery // nil if it is configured
+	url         *url.URL   // nil if it is discovered
+	urlTemplate string     // token_url with its placeholders
+	discovery   *discovery // nil if it is configured
 
 	transport    http.RoundTripper // token_transport
 	certificates certificateCache
@@ -103,10 +104,8 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 	if err != nil {
 		return grant{}, &tokenError{Endpoint: u.Host, Code: codeConfiguration, Description: err.Error(), permanent: true}
 	}
-	for _, values := range u.Query() {
-		for _, value := range values {
-			secrets.add(value) // such as the key of a function
-		}
+	if e.discovery == nil {
+		secrets.addQuery(e.urlTemplate, u)
 	}
 	ctx, certificate := withCertificate(ctx, r.certificate)
 	sent := time.Now()

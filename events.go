@@ -26,8 +26,7 @@ type emitter struct {
 }
 
 func (e *emitter) emit(event string, data map[string]any) {
-	// Caddy takes it for an error if the config has ended.
-	if e == nil || e.ctx.Err() != nil || !e.app.ShouldEmit(event) {
+	if e == nil {
 		return
 	}
 	// In a goroutine of ours, a panic of a handler would end the whole server.
@@ -36,5 +35,8 @@ func (e *emitter) emit(event string, data map[string]any) {
 			e.logger.Error("a handler of an event panicked", zap.String("event", event), zap.String("panic", fmt.Sprintf("%T", p)))
 		}
 	}()
-	e.app.Emit(e.ctx, event, data)
+	// Caddy takes it for an error if the config has ended.
+	if e.ctx.Err() == nil && e.app.ShouldEmit(event) {
+		e.app.Emit(e.ctx, event, data)
+	}
 }

@@ -219,7 +219,6 @@ func TestSlowEventHandlersHoldUpNobody(t *testing.T) {
 	}
 }
 
-// The fetch of a config that has just ended is no fault of anybody.
 // A handler is somebody else's code.
 func TestPanickingEventHandlersEndNothing(t *testing.T) {
 	onEvent(t, func(caddy.Event) { panic("canary-panic") })
@@ -238,6 +237,7 @@ func TestPanickingEventHandlersEndNothing(t *testing.T) {
 	}
 }
 
+// The fetch of a config that has just ended is no fault of anybody.
 func TestEventsOfAConfigThatIsGone(t *testing.T) {
 	var log eventLog
 	onEvent(t, log.add)

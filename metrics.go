@@ -70,7 +70,7 @@ var (
 	}, []string{"client", "token"})
 	waitDuration = prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "wait_duration_seconds",
-		Help: "How long the requests waited that had to wait for a token.",
+		Help: "How long requests waited, of those that had to wait for a token.",
 	}, []string{"client"})
 	rejectionsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "rejections_total",
@@ -233,15 +233,16 @@ func value(c prometheus.Counter) uint64 {
 
 // tokenRequested counts a token request that ended in err.
 func (m *clientMetrics) tokenRequested(took time.Duration, err error) {
-	result := resultOK
+	result, asked := resultOK, true
 	if err != nil {
 		result = codeOther
 		if failure, ok := errors.AsType[*tokenError](err); ok && slices.Contains(knownCodes, failure.Code) {
 			result = failure.Code
+			asked = result != codeConfiguration || failure.Status != 0
 		}
 	}
 	m.result(result).Inc()
-	if result != codeConfiguration { // of which no server was told
+	if asked { // and no setting was in the way
 		m.duration.Observe(took.Seconds())
 	}
 }

@@ -106,11 +106,12 @@ func (t *Transport) upstreamClient(ctx caddy.Context, repl *caddy.Replacer, u *U
 
 // provisionClient provisions credentials and everything that they need.
 func (t *Transport) provisionClient(ctx caddy.Context, repl *caddy.Replacer, c Credentials, transports map[*reverseproxy.HTTPTransport]tokenTransport) (*client, error) {
+	template := c.TokenURL
 	c, err := c.resolve(repl)
 	if err != nil {
 		return nil, err
 	}
-	e := &endpoint{credentials: c, logger: t.logger, events: t.events}
+	e := &endpoint{urlTemplate: template, credentials: c, logger: t.logger, events: t.events}
 	transport, ok := transports[c.TokenTransport]
 	if !ok || c.ClientCertificate != nil { // which others must not use
 		if transport, err = t.provisionTokenTransport(ctx, c); err != nil {

@@ -63,6 +63,16 @@ func (c *confidential) addReplaced(template, value string) {
 	}
 }
 
+// addQuery adds what placeholders stand for in the query of a URL, such as the
+// key of a function. If the template has none, the URL is that of a placeholder.
+func (c *confidential) addQuery(template string, u *url.URL) {
+	_, query, ok := strings.Cut(template, "?")
+	if !ok {
+		query = "{}"
+	}
+	c.addReplaced(query, u.RawQuery)
+}
+
 // telltale is how many characters of a secret in a row give it away. Less may
 // be chance: secrets and messages are made of words.
 const telltale = 8

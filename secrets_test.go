@@ -331,13 +331,36 @@ func TestSecretsAreNotInErrorsOfTheConfig(t *testing.T) {
 	}
 }
 
+// Of what stands in the config itself, an error may well say what is wrong.
+func TestQueryOfTheTokenURLThatIsNoSecret(t *testing.T) {
+	t.Setenv("TEST_KEY", "hidden-key-of-a-function")
+	const description = "client_credentials is not allowed for this client"
+	for _, query := range []string{"", "?grant_type=client_credentials", "?grant_type=client_credentials&code={env.TEST_KEY}"} {
+		auth := newAuthServer(t)
+		auth.script(refusing(http.StatusBadRequest, `{"error":"unauthorized_client","error_description":"`+description+`"}`))
+		g := newGateway(t)
+		g.load(strings.Replace(proxySite(newUpstream(t, nil), auth, ""), "/token\n", "/token"+query+"\n", 1))
+		g.get().want(t, http.StatusServiceUnavailable)
+		if len(g.logged(description)) == 0 {
+			t.Errorf("%s: got nothing of %q in the log, want it", query, description)
+		}
+	}
+}
+
 // Some servers repeat the address in their errors.
 func TestKeyInTheTokenURLIsNotShown(t *testing.T) {
-	auth := newAuthServer(t)
-	auth.script(refusing(http.StatusNotFound, `{"error":"Not Found","message":"Cannot POST /token?code=hidden%2Dkey-of-a-function"}`))
 	t.Setenv("TEST_KEY", "hidden-key-of-a-function")
+	for _, url := range []string{"$AUTH/token?code={env.TEST_KEY}", "$AUTH/token?{env.TEST_KEY}", "$AUTH/token?v=1&code={env.TEST_KEY}", "{env.TEST_URL}"} {
+		t.Run(url, func(t *testing.T) { testKeyInTheTokenURL(t, url) })
+	}
+}
+
+func testKeyInTheTokenURL(t *testing.T, url string) {
+	auth := newAuthServer(t)
+	t.Setenv("TEST_URL", auth.URL+"/token?code=hidden-key-of-a-function")
+	auth.script(refusing(http.StatusNotFound, `{"error":"Not Found","message":"Cannot POST /token?code=hidden%2Dkey-of-a-function"}`))
 	g := newGateway(t)
-	g.load(strings.Replace(proxySite(newUpstream(t, nil), auth, ""), "/token\n", "/token?code={env.TEST_KEY}\n", 1) +
+	g.load(strings.Replace(proxySite(newUpstream(t, nil), auth, ""), auth.URL+"/token\n", strings.ReplaceAll(url, "$AUTH", auth.URL)+"\n", 1) +
 		`
 		handle_errors {
 			respond "{http.oauth2.error}: {http.oauth2.error_description}"

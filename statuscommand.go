@@ -58,7 +58,11 @@ interrupted; --json writes what the admin API answers.`,
 			}
 			ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 			defer stop()
-			if err := showStatus(ctx, os.Stdout, address, fl.Bool("watch"), fl.Bool("json")); err != nil {
+			var every time.Duration
+			if fl.Bool("watch") {
+				every = watchInterval
+			}
+			if err := showStatus(ctx, os.Stdout, address, every, fl.Bool("json")); err != nil {
 				return caddy.ExitCodeFailedStartup, err
 			}
 			return caddy.ExitCodeSuccess, nil
@@ -68,7 +72,7 @@ interrupted; --json writes what the admin API answers.`,
 
 // showStatus writes the clients of the Caddy whose admin API is at address; if
 // watch, again and again until ctx ends.
-func showStatus(ctx context.Context, w io.Writer, address string, watch, asJSON bool) error {
+func showStatus(ctx context.Context, w io.Writer, address string, every time.Duration, asJSON bool) error {
 	for first := true; ; first = false {
 		text, err := statusText(ctx, address, asJSON)
 		switch {
@@ -80,16 +84,16 @@ func showStatus(ctx context.Context, w io.Writer, address string, watch, asJSON 
 		default: // Caddy may be starting anew
 			text = oneLine(err.Error()) + "\n"
 		}
-		if watch && !asJSON {
+		if every > 0 && !asJSON {
 			text = clearScreen + text
 		}
-		if _, err := io.WriteString(w, text); err != nil || !watch {
+		if _, err := io.WriteString(w, text); err != nil || every == 0 {
 			return err
 		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-time.After(watchInterval):
+		case <-time.After(every):
 		}
 	}
 }

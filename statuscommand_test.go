@@ -81,7 +81,7 @@ func statusGateway(t *testing.T) (*gateway, *authServer) {
 func TestStatusCommandShowsARunningCaddy(t *testing.T) {
 	g, _ := statusGateway(t)
 	var table, asJSON bytes.Buffer
-	if err := showStatus(t.Context(), &table, g.admin, false, false); err != nil {
+	if err := showStatus(t.Context(), &table, g.admin, 0, false); err != nil {
 		t.Fatal(err)
 	}
 	want := regexp.MustCompile(`^ID .*\n` +
@@ -90,7 +90,7 @@ func TestStatusCommandShowsARunningCaddy(t *testing.T) {
 	if !want.MatchString(table.String()) {
 		t.Errorf("got\n%s\nwant two clients, by name", table.String())
 	}
-	if err := showStatus(t.Context(), &asJSON, g.admin, false, true); err != nil {
+	if err := showStatus(t.Context(), &asJSON, g.admin, 0, true); err != nil {
 		t.Fatal(err)
 	}
 	var statuses []clientStatus
@@ -122,7 +122,7 @@ func TestStatusCommandWatchesUntilItsContextEnds(t *testing.T) {
 	for _, asJSON := range []bool{false, true} {
 		ctx, end := context.WithCancel(t.Context())
 		w := &endingWriter{end: end}
-		if err := showStatus(ctx, w, g.admin, true, asJSON); err != nil {
+		if err := showStatus(ctx, w, g.admin, time.Millisecond, asJSON); err != nil {
 			t.Errorf("got %v, want no error", err)
 		}
 		if cleared := strings.HasPrefix(w.String(), "\x1b[H\x1b[2J"); cleared == asJSON {
@@ -153,7 +153,7 @@ func TestStatusCommandGoesOnAfterAnError(t *testing.T) {
 				end()
 			}
 		}}
-		err := showStatus(ctx, w, server.Listener.Addr().String(), true, asJSON)
+		err := showStatus(ctx, w, server.Listener.Addr().String(), time.Millisecond, asJSON)
 		end()
 		if asJSON { // a program could not tell
 			wantError(t, err, "503")
@@ -174,7 +174,9 @@ func TestStatusCommandEndsWhileTheAdminAPIHangs(t *testing.T) {
 	t.Cleanup(func() { close(released) }) // before
 	ctx, end := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- showStatus(ctx, new(bytes.Buffer), server.Listener.Addr().String(), true, false) }()
+	go func() {
+		ended <- showStatus(ctx, new(bytes.Buffer), server.Listener.Addr().String(), time.Millisecond, false)
+	}()
 	<-asked
 	end()
 	select {
@@ -196,9 +198,9 @@ func TestStatusCommandWithoutAnAdminAPI(t *testing.T) {
 		"another Caddy":  {missing.Listener.Addr().String(), "is it a Caddy with transport oauth2?"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			for _, watch := range []bool{false, true} {
+			for _, every := range []time.Duration{0, time.Millisecond} {
 				var b bytes.Buffer
-				wantError(t, showStatus(t.Context(), &b, test.address, watch, false), test.want)
+				wantError(t, showStatus(t.Context(), &b, test.address, every, false), test.want)
 				if b.Len() != 0 {
 					t.Errorf("got %q, want the error only", b.String())
 				}
@@ -215,7 +217,7 @@ func TestStatusCommandShowsNoControlCharacters(t *testing.T) {
 	t.Cleanup(server.Close)
 	for _, asJSON := range []bool{false, true} {
 		var b bytes.Buffer
-		if err := showStatus(t.Context(), &b, server.Listener.Addr().String(), false, asJSON); err != nil {
+		if err := showStatus(t.Context(), &b, server.Listener.Addr().String(), 0, asJSON); err != nil {
 			t.Fatal(err)
 		}
 		got := b.String()
@@ -242,7 +244,7 @@ func TestStatusCommandOverAUnixSocket(t *testing.T) {
 	go func() { _ = server.Serve(l) }()
 	t.Cleanup(func() { _ = server.Close() })
 	var b bytes.Buffer
-	if err := showStatus(t.Context(), &b, "unix/"+socket, false, false); err != nil || b.String() != "no OAuth clients\n" {
+	if err := showStatus(t.Context(), &b, "unix/"+socket, 0, false); err != nil || b.String() != "no OAuth clients\n" {
 		t.Errorf("got %q, err %v, want that there are none", b.String(), err)
 	}
 }

@@ -8,12 +8,14 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode/utf8"
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
@@ -166,6 +168,39 @@ func TestNoSpanWithoutTokenRequest(t *testing.T) {
 			t.Errorf("got %d spans after looking %d times, want 1 after 2", got, r.looked)
 		}
 	})
+}
+
+// During an outage from the start, requests are answered at once, and no fetch
+// has somebody waiting for it.
+func TestFetchesOfAnOutageAreTraced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s := newTestSource(t, &scriptedRequester{fail: func(context.Context, int) error {
+			return &tokenError{Code: "unauthorized_client", permanent: true}
+		}})
+		recorder, tracers := newTracers()
+		s.Warm()
+		synctest.Wait()
+		ctx, span := tracedContext(t, tracers)
+		ask(ctx, s)
+		span.End()
+		time.Sleep(10 * time.Second)
+		if got := len(fetchSpans(recorder)); got != 1 {
+			t.Errorf("got %d spans of fetches, want one of the next try", got)
+		}
+	})
+}
+
+func TestSpansAreUTF8(t *testing.T) {
+	u, err := url.Parse("https://x%ff.example:8443/token")
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := &endpoint{url: u, metrics: &clientMetrics{name: "orders"}}
+	for _, a := range e.attributes() {
+		if value := a.Value.String(); !utf8.ValidString(value) {
+			t.Errorf("got %s %q, want UTF-8", a.Key, value)
+		}
+	}
 }
 
 // Clients that come and go must not fill the memory while a server hangs: a span

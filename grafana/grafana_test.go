@@ -106,7 +106,7 @@ func TestOperators(t *testing.T) {
 	wait(`increase(caddy_oauth2_token_requests_total{client="steady", result="ok"}[1m]) > 0`)
 	// In the order in which they come. Some pass soon.
 	for _, alert := range []struct{ name, client string }{
-		{"CaddyOAuth2ClientRejected", "rejected"},
+		{"CaddyOAuth2PermanentError", "rejected"},
 		{"CaddyOAuth2RequestsWithoutToken", "rejected"},
 		{"CaddyOAuth2UpstreamRefusesTokens", "refused"},
 		{"CaddyOAuth2TokenNotRenewed", "down"},
