@@ -48,8 +48,6 @@ type client struct {
 
 	bound *boundTransport // bind_certificate; nil without it
 
-	metrics *clientMetrics
-
 	// The header of the latest token, made once for all requests. Its values
 	// are shared by them and never written to.
 	bearer atomic.Pointer[bearer]
@@ -77,7 +75,6 @@ func newClient(e *endpoint, transportConfig []byte) (*client, error) {
 	cl := &client{key: sha256.Sum256(shape), endpoint: e}
 
 	e.metrics = metricsOf(c.name())
-	cl.metrics = e.metrics
 	field, scheme := c.BearerHeader.resolve()
 	cl.bearerField = http.CanonicalHeaderKey(field)
 	if scheme != "" {

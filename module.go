@@ -163,7 +163,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return t.send(req, nil, nil)
 	}
 	tok, got, err := cl.source.obtain(ctx)
-	cl.metrics.requested(ctx, got)
+	cl.endpoint.metrics.requested(ctx, got)
 	if err != nil {
 		if ctxErr := ctx.Err(); ctxErr != nil && errors.Is(err, context.Canceled) {
 			closeBody(req)

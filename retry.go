@@ -99,14 +99,8 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 		}
 		t.setBody(out, reader, trailer)
 	}
-	if body != nil && cl.replayLimit > 0 && !cl.expectsNothing.Load() {
-		switch {
-		case req.ContentLength > int64(cl.replayLimit):
-			out = expectContinue(out, body)
-		case req.ContentLength < 0 && mayBeLarge(out):
-			body.pauseAt = cl.replayLimit // what can be kept need not wait
-			out = expectContinue(out, body)
-		}
+	if body != nil {
+		out = cl.announce(out, body)
 	}
 	res, err = t.send(out, cl, tok)
 	if body != nil && body.ignored.Load() {
@@ -122,12 +116,12 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 		// While the new token is fetched, the first attempt must not go on
 		// reading the body, or too much of it would be gone.
 		if body != nil && !body.hold() {
-			cl.metrics.refused(req.Context(), rejectionNotRepeatable)
+			cl.endpoint.metrics.refused(req.Context(), rejectionNotRepeatable)
 			cl.replace(req.Context(), tok) // for the next request
 			return res, nil
 		}
 		if next = cl.renew(req.Context(), tok); next == nil {
-			cl.metrics.refused(req.Context(), rejectionNoToken)
+			cl.endpoint.metrics.refused(req.Context(), rejectionNoToken)
 			return res, nil // as the upstream answered
 		}
 	case res.StatusCode == http.StatusExpectationFailed && body != nil && body.expected:
@@ -151,16 +145,16 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 	res, err = t.send(out, cl, next)
 	if err != nil {
 		if next != tok {
-			cl.metrics.refused(req.Context(), rejectionNoAnswer)
+			cl.endpoint.metrics.refused(req.Context(), rejectionNoAnswer)
 		}
 		return nil, conceal(sentBefore(err, body), next)
 	}
 	switch {
 	case next == tok:
 	case slices.Contains(cl.retryOn, res.StatusCode):
-		cl.metrics.refused(req.Context(), rejectionRefusedAgain)
+		cl.endpoint.metrics.refused(req.Context(), rejectionRefusedAgain)
 	default:
-		cl.metrics.refused(req.Context(), rejectionRecovered)
+		cl.endpoint.metrics.refused(req.Context(), rejectionRecovered)
 		cl.renewals.help()
 	}
 	return res, nil
@@ -192,6 +186,22 @@ func (t *Transport) setBody(out *http.Request, body io.ReadCloser, announced htt
 	in := out.Trailer
 	out.Trailer = maps.Clone(announced)
 	out.Body = &trailerBody{ReadCloser: body, from: in, to: out.Trailer, reserved: &t.reserved}
+}
+
+// announce has the upstream asked whether it wants the body of out, if that may
+// be longer than what can be kept of it, and the upstream heeds such questions.
+func (cl *client) announce(out *http.Request, body *replayBody) *http.Request {
+	if cl.replayLimit == 0 || cl.expectsNothing.Load() {
+		return out
+	}
+	switch {
+	case out.ContentLength > int64(cl.replayLimit):
+		return expectContinue(out, body)
+	case out.ContentLength < 0 && mayBeLarge(out):
+		body.pauseAt = cl.replayLimit // what can be kept need not wait
+		return expectContinue(out, body)
+	}
+	return out
 }
 
 // expectContinue asks the upstream to say whether it wants the body of out
@@ -244,7 +254,7 @@ func (cl *client) renew(ctx context.Context, refused *token) *token {
 	}
 	fresh, got, err := cl.source.obtain(ctx)
 	if got.wait > 0 {
-		cl.metrics.waitedAgain(ctx, got.wait)
+		cl.endpoint.metrics.waitedAgain(ctx, got.wait)
 	}
 	if err != nil || fresh.value == refused.value {
 		return nil // the source has logged why
@@ -278,10 +288,10 @@ func (cl *client) invalidate(ctx context.Context, refused *token) {
 	if !cl.source.Invalidate(refused) {
 		return
 	}
-	cl.metrics.dropped.Inc()
+	cl.endpoint.metrics.dropped.Inc()
 	dial, _ := reverseproxy.GetDialInfo(ctx)
 	cl.endpoint.logger.Warn("the upstream refused the token", append(cl.endpoint.logFields(), zap.String("upstream", dial.Address))...)
 	// In a goroutine of its own: the request goes on, however slow the
 	// handlers are.
-	go cl.endpoint.events.emit(eventRejected, map[string]any{"client": cl.metrics.name, "upstream": dial.Address})
+	go cl.endpoint.events.emit(eventRejected, map[string]any{"client": cl.endpoint.metrics.name, "upstream": dial.Address})
 }
