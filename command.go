@@ -232,13 +232,6 @@ type tokenReport struct {
 	length int // of the token
 }
 
-type reportedError struct {
-	Code        string `json:"code"`
-	Description string `json:"description,omitempty"`
-	Status      int    `json:"status,omitempty"`
-	Hint        string `json:"hint,omitempty"`
-}
-
 // report requests a token as the source would, but once, and tells what came.
 func (c *upstreamClient) report() tokenReport {
 	credentials := &c.endpoint.credentials
@@ -269,13 +262,6 @@ func (c *upstreamClient) report() tokenReport {
 	r.Token, r.length = t.value, len(t.value)
 	r.Header, r.Claims, _ = decodeJWT(t.value)
 	return r
-}
-
-func reportError(err error) *reportedError {
-	if failure, ok := errors.AsType[*tokenError](err); ok {
-		return &reportedError{failure.Code, failure.Description, failure.Status, failure.remedy()}
-	}
-	return &reportedError{Code: codeInvalidResponse, Description: err.Error()}
 }
 
 // writeReports writes the reports for people or, as JSON, for programs, and

@@ -269,7 +269,6 @@ const (
 	defaultBearerScheme  = "Bearer"
 	defaultTokenTimeout  = 10 * time.Second
 	defaultTokenLifetime = 5 * time.Minute
-	defaultReplayBody    = 64 << 10
 
 	defaultAssertionLifetime = 1 * time.Minute
 

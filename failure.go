@@ -27,20 +27,6 @@ const (
 	// Caddy redacts this field in its logs, and in a response it means
 	// nothing (RFC 9110 §11.7.2).
 	failureField = "Proxy-Authorization"
-
-	phError       = "http.oauth2.error"
-	phDescription = "http.oauth2.error_description"
-	phStatus      = "http.oauth2.status"
-
-	// For logs: how the request got its token.
-	phClient  = "http.oauth2.client"
-	phToken   = "http.oauth2.token"
-	phWait    = "http.oauth2.wait_ms"
-	phRetried = "http.oauth2.retried"
-
-	// For this file only: the error, and whether there is one.
-	phFailure = "http.oauth2.failure"
-	phFailed  = "http.oauth2.failed"
 )
 
 // failureMark is the value of the field, new in each process. Upstreams can't

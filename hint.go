@@ -122,26 +122,6 @@ func (e *endpoint) advise(err error, r resolved, p *presented) error {
 	return failure
 }
 
-// remedy returns the hint, or what to do about failures that are no matter of
-// the configuration as long as they pass by themselves.
-func (e *tokenError) remedy() string {
-	switch {
-	case e.Hint != "":
-		return e.Hint
-	case e.Code == codeNetwork:
-		return "check host and port of token_url or issuer, and whether this machine may reach them: by a firewall, or a network_proxy in token_transport"
-	case e.Code == codeInvalidResponse:
-		return "check token_url: what answers there does not seem to be a token endpoint"
-	case e.Code == codeConfiguration:
-		return "correct the setting that is named"
-	case e.Status == http.StatusTooManyRequests:
-		return "wait: the server limits the rate of token requests"
-	case e.Status >= 500:
-		return "wait, or ask who runs the authorization server: the fault is there"
-	}
-	return "ask who runs the authorization server what it rejects"
-}
-
 // expired tells whether a JWT says that it has expired.
 func expired(token string) bool {
 	_, claims, ok := decodeJWT(token)

@@ -5,6 +5,9 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"net/http/httptrace"
+	"net/textproto"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -13,6 +16,18 @@ import (
 // errSuperseded ends the reading of an attempt whose request is being sent
 // again.
 var errSuperseded = errors.New("the request is being sent again")
+
+// defaultReplayBody is how much of a body is kept for sending it once more, in
+// bytes.
+const defaultReplayBody = 64 << 10
+
+// maxPause is how long a large body waits for an upstream that does not say
+// whether it wants it.
+const maxPause = 100 * time.Millisecond
+
+// maxDrain is how much of a refusal's body is read so that its connection can
+// be used again.
+const maxDrain = 64 << 10
 
 // A replayBody is a request's body that can be sent twice. While it is sent
 // for the first time, what is read of it is recorded, up to limit; the second
@@ -283,3 +298,45 @@ func (a *attemptBody) Close() error {
 
 // hasBody tells whether a request has a body to be sent.
 func hasBody(req *http.Request) bool { return req.Body != nil && req.Body != http.NoBody }
+
+// expectContinue asks the upstream to say whether it wants the body of out
+// (RFC 9110 §10.1.1), which is longer than what can be kept of it, or may be:
+// what can't be kept waits for that. Once it is on its way, it would be too
+// late to send it again, and an upstream that refuses it may reset the
+// connection with its own answer.
+func expectContinue(out *http.Request, body *replayBody) *http.Request {
+	body.expected = out.Header.Get("Expect") == ""
+	body.pause = maxPause
+	out.Header["Expect"] = []string{"100-continue"}
+	trace := &httptrace.ClientTrace{Got100Continue: body.proceed}
+	ctx := httptrace.WithClientTrace(out.Context(), trace) // has added the proxy's hooks
+	if forward := trace.Got1xxResponse; forward != nil && body.expected {
+		trace.Got1xxResponse = func(code int, header textproto.MIMEHeader) error {
+			if code == http.StatusContinue {
+				return nil // the client has not asked
+			}
+			return forward(code, header)
+		}
+	}
+	return out.WithContext(ctx)
+}
+
+// mayBeLarge tells whether a body of unknown length is an upload, which may
+// grow beyond what can be kept. HTTP/3 requests without any body have an
+// unknown length, too, and both sides of a gRPC call or an upgraded connection
+// talk at once: there, nothing waits for an interim answer.
+func mayBeLarge(out *http.Request) bool {
+	switch out.Method {
+	case http.MethodPost, http.MethodPut, http.MethodPatch:
+		return !strings.HasPrefix(out.Header.Get("Content-Type"), "application/grpc") && out.Header.Get("Upgrade") == ""
+	}
+	return false
+}
+
+// discard ends an answer that nobody wants. In a goroutine of its own: it may
+// come slowly, and over HTTP/2 its end waits until the request's body is not
+// being read any more. The request's context ends it in any case.
+func discard(body io.ReadCloser) {
+	_, _ = io.CopyN(io.Discard, body, maxDrain)
+	_ = body.Close()
+}

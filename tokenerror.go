@@ -12,7 +12,6 @@ import (
 	"slices"
 	"strings"
 	"time"
-	"unicode"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
@@ -133,18 +132,36 @@ func networkError(ctx context.Context, endpoint string, err error) *tokenError {
 	return e
 }
 
-// clean makes a text from outside fit for a log line: printable, no line
-// breaks, at most limit bytes.
-func clean(s string, limit int) string {
-	s = strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) { // it may be meant for a terminal
-			return ' '
-		}
-		return r
-	}, strings.ToValidUTF8(s, ""))
-	s = strings.TrimSpace(s)
-	if len(s) > limit {
-		s = strings.ToValidUTF8(s[:limit], "") + "…"
+type reportedError struct {
+	Code        string `json:"code"`
+	Description string `json:"description,omitempty"`
+	Status      int    `json:"status,omitempty"`
+	Hint        string `json:"hint,omitempty"`
+}
+
+func reportError(err error) *reportedError {
+	if failure, ok := errors.AsType[*tokenError](err); ok {
+		return &reportedError{failure.Code, failure.Description, failure.Status, failure.remedy()}
 	}
-	return s
+	return &reportedError{Code: codeInvalidResponse, Description: err.Error()}
+}
+
+// remedy returns the hint, or what to do about failures that are no matter of
+// the configuration as long as they pass by themselves.
+func (e *tokenError) remedy() string {
+	switch {
+	case e.Hint != "":
+		return e.Hint
+	case e.Code == codeNetwork:
+		return "check host and port of token_url or issuer, and whether this machine may reach them: by a firewall, or a network_proxy in token_transport"
+	case e.Code == codeInvalidResponse:
+		return "check token_url: what answers there does not seem to be a token endpoint"
+	case e.Code == codeConfiguration:
+		return "correct the setting that is named"
+	case e.Status == http.StatusTooManyRequests:
+		return "wait: the server limits the rate of token requests"
+	case e.Status >= 500:
+		return "wait, or ask who runs the authorization server: the fault is there"
+	}
+	return "ask who runs the authorization server what it rejects"
 }

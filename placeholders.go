@@ -1,0 +1,19 @@
+package outboundauth
+
+// The placeholders that the transport sets in each request.
+const (
+	// For handle_errors: why there is no token.
+	phError       = "http.oauth2.error"
+	phDescription = "http.oauth2.error_description"
+	phStatus      = "http.oauth2.status"
+
+	// For logs: how the request got its token.
+	phClient  = "http.oauth2.client"
+	phToken   = "http.oauth2.token"
+	phWait    = "http.oauth2.wait_ms"
+	phRetried = "http.oauth2.retried"
+
+	// For the route of failures only: the error, and whether there is one.
+	phFailure = "http.oauth2.failure"
+	phFailed  = "http.oauth2.failed"
+)

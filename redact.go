@@ -1,0 +1,145 @@
+package outboundauth
+
+import (
+	"encoding/base64"
+	"encoding/hex"
+	"html"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+	"unicode"
+)
+
+// clean makes a text from outside fit for a log line: printable, no line
+// breaks, at most limit bytes.
+func clean(s string, limit int) string {
+	s = strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) { // it may be meant for a terminal
+			return ' '
+		}
+		return r
+	}, strings.ToValidUTF8(s, ""))
+	s = strings.TrimSpace(s)
+	if len(s) > limit {
+		s = strings.ToValidUTF8(s[:limit], "") + "…"
+	}
+	return s
+}
+
+// confidential holds what a token request and its answer contain that must
+// not be shown.
+type confidential []string
+
+func (c *confidential) add(secret string) {
+	// What URLs begin with tells nothing, and shorter texts occur in any other.
+	secret = strings.TrimPrefix(strings.TrimPrefix(secret, "https://"), "http://")
+	if len(secret) >= minSecret {
+		*c = append(*c, secret)
+	}
+}
+
+// addReplaced adds what the placeholders of a template stand for in value.
+// What stands in the config itself is no secret.
+func (c *confidential) addReplaced(template, value string) {
+	prefix, _, ok := strings.Cut(template, "{")
+	if ok && template != value {
+		suffix := template[strings.LastIndexByte(template, '}')+1:]
+		c.add(strings.TrimSuffix(strings.TrimPrefix(value, prefix), suffix))
+	}
+}
+
+// addQuery adds what placeholders stand for in the query of a URL, such as the
+// key of a function. If the template has none, the URL is that of a placeholder.
+func (c *confidential) addQuery(template string, u *url.URL) {
+	_, query, ok := strings.Cut(template, "?")
+	if !ok {
+		query = "{}"
+	}
+	c.addReplaced(query, u.RawQuery)
+}
+
+// telltale is how many characters of a secret in a row give it away. Less may
+// be chance: secrets and messages are made of words.
+const telltale = 8
+
+// minSecret is how many characters a value has at least to be looked for: 1 and
+// true are no secrets.
+const minSecret = 4
+
+// in tells whether a text holds something confidential, or enough of it, in
+// whatever spelling a server may repeat it.
+func (c confidential) in(text string) bool {
+	texts := readings(text)
+	windows := make(map[string]struct{}) // all that is long enough in texts
+	for _, t := range texts {
+		for i := range len(t) - telltale + 1 {
+			windows[t[i:i+telltale]] = struct{}{}
+		}
+	}
+	for _, secret := range c {
+		for _, spelling := range spellings(secret) {
+			if len(spelling) < telltale { // the whole of it
+				if slices.ContainsFunc(texts, func(t string) bool { return strings.Contains(t, spelling) }) {
+					return true
+				}
+				continue
+			}
+			for i := range len(spelling) - telltale + 1 {
+				if _, ok := windows[spelling[i:i+telltale]]; ok {
+					return true
+				}
+			}
+		}
+	}
+	return false
+}
+
+// escape is a character in a URL. Others that a text has do not matter.
+var escape = regexp.MustCompile(`%[[:xdigit:]]{2}`)
+
+// readings returns what a text may be meant to say, in lower case.
+func readings(text string) []string {
+	unescaped := text
+	for range 2 {
+		unescaped = escape.ReplaceAllStringFunc(unescaped, func(e string) string {
+			character, _ := url.PathUnescape(e)
+			return character
+		})
+	}
+	readings := []string{text, unescaped, html.UnescapeString(text), joined(text)}
+	for i := range readings {
+		readings[i] = strings.ToLower(readings[i])
+	}
+	return readings
+}
+
+// joined leaves out what may stand between characters, as in 61:62:63.
+func joined(text string) string {
+	return strings.Map(func(r rune) rune {
+		if (r >= 'a' && r <= 'z') || (r >= 'A' && r <= 'Z') || (r >= '0' && r <= '9') {
+			return r
+		}
+		return -1
+	}, text)
+}
+
+// spellings returns the ways to write a secret, in lower case. In base64, it
+// looks different in each of three places.
+func spellings(secret string) []string {
+	spellings := []string{secret, url.QueryEscape(secret), url.PathEscape(secret), hex.EncodeToString([]byte(secret))}
+	for skipped := range min(3, len(secret)) {
+		if left := []byte(secret[skipped:]); skipped == 0 || len(left) >= telltale {
+			spellings = append(spellings, base64.StdEncoding.EncodeToString(left), base64.URLEncoding.EncodeToString(left))
+		}
+	}
+	for _, spelling := range spellings {
+		if short := joined(spelling); len(short) >= telltale && short != spelling { // less would be found by chance
+			spellings = append(spellings, short)
+		}
+	}
+	for i := range spellings {
+		spellings[i] = strings.ToLower(spellings[i])
+	}
+	return spellings
+}
