@@ -98,9 +98,3 @@ func presentCertificates(h *reverseproxy.HTTPTransport) error {
 	}
 	return nil
 }
-
-// presentsCertificate tells whether a transport has a client certificate of
-// its own, the way transport http has it.
-func presentsCertificate(h *reverseproxy.HTTPTransport) bool {
-	return h != nil && h.TLS != nil && (h.TLS.ClientCertificateFile != "" || h.TLS.ClientCertificateAutomate != "")
-}

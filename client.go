@@ -4,9 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -108,24 +106,6 @@ func newClient(e *endpoint, transportConfig []byte) (*client, error) {
 	cl.source = source.(*tokenSource)
 	cl.source.attach(e)
 	return cl, nil
-}
-
-// shape returns everything that shapes a token request and the life of its
-// token: all settings but those of what the upstream is sent.
-func (c Credentials) shape(life lifecycle, transportConfig []byte) ([]byte, error) {
-	c.AuthMethod, c.GrantType = c.method(), c.grant()
-	c.BasicEncoding = cmp.Or(c.BasicEncoding, basicForm)
-	c.AssertionLifetime = cmp.Or(c.AssertionLifetime, caddy.Duration(defaultAssertionLifetime))
-	c.TokenTransport, c.TokenTimeout, c.RefreshBefore, c.DefaultLifetime = nil, 0, 0, 0
-	c.Name, c.Tenant, c.Headers, c.BearerHeader, c.RetryOn, c.ReplayBody = "", nil, nil, nil, nil, 0
-	// encoding/json sorts the maps, and keeps neighbouring values apart.
-	shape, err := json.Marshal([]any{
-		c, json.RawMessage(transportConfig), life.refreshBefore, life.defaultLifetime, life.fetchTimeout,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("token_transport: %w", err)
-	}
-	return shape, nil
 }
 
 // release gives the client's share of the source back. The client stays

@@ -2,7 +2,8 @@ package outboundauth
 
 import (
 	"cmp"
-	"maps"
+	"encoding/json"
+	"fmt"
 	"net/url"
 	"strings"
 	"time"
@@ -276,87 +277,41 @@ const (
 	replayNoBody = -1
 )
 
-// inherit returns c with what it doesn't set taken from base: lists and
-// objects as a whole, the named values of `param`, `token_request_header` and
-// `header` one by one.
-func (c Credentials) inherit(base *Credentials) Credentials {
-	if base == nil {
-		return c
-	}
-	sameServer := c.TokenURL == "" && c.Issuer == "" // each takes the place of the other
-	if sameServer {
-		c.TokenURL, c.Issuer = base.TokenURL, base.Issuer
-	}
-	if c.ClientID == "" { // another client has another name
-		c.Name = cmp.Or(c.Name, base.Name)
-	}
-	c.ClientID = cmp.Or(c.ClientID, base.ClientID)
-	c = c.inheritAuth(base, sameServer)
-	c.Scopes = orList(c.Scopes, base.Scopes)
-	c.Audience = orList(c.Audience, base.Audience)
-	c.Resource = orList(c.Resource, base.Resource)
-	c.Params = union(base.Params, c.Params)
-	c.TokenRequestHeaders = union(base.TokenRequestHeaders, c.TokenRequestHeaders)
-	c.TokenTimeout = cmp.Or(c.TokenTimeout, base.TokenTimeout)
-	c.TokenTransport = cmp.Or(c.TokenTransport, base.TokenTransport)
-	c.Tenant = cmp.Or(c.Tenant, base.Tenant)
-	c.Headers = union(base.Headers, c.Headers)
-	c.BearerHeader = cmp.Or(c.BearerHeader, base.BearerHeader)
-	c.RefreshBefore = cmp.Or(c.RefreshBefore, base.RefreshBefore)
-	c.DefaultLifetime = cmp.Or(c.DefaultLifetime, base.DefaultLifetime)
-	c.RetryOn = orList(c.RetryOn, base.RetryOn)
-	c.ReplayBody = cmp.Or(c.ReplayBody, base.ReplayBody)
-	return c
-}
+// The ways to authenticate the client at the token endpoint (RFC 6749 §2.3.1,
+// RFC 7523 §2.2, RFC 8705 §2), named as in the IANA registry of RFC 8414.
+const (
+	authBasic     = "client_secret_basic"
+	authPost      = "client_secret_post"
+	authSecretJWT = "client_secret_jwt"
+	authKeyJWT    = "private_key_jwt"
+	authTLS       = "tls_client_auth"
+	authNone      = "none"
 
-// inheritAuth inherits what the client authenticates with, as far as its
-// auth_method and grant_type have use for it: a block with a method of its own
-// must not be told to remove what stands elsewhere.
-func (c Credentials) inheritAuth(base *Credentials, sameServer bool) Credentials {
-	c.GrantType = cmp.Or(c.GrantType, base.GrantType)
-	brought := c.ClientSecret != ""
-	if !c.grantsByJWT() || !base.grantsByJWT() { // else key and file are for the grant, here and there
-		brought = brought || c.PrivateKey != "" || c.AssertionFile != ""
-	}
-	c.AuthMethod = cmp.Or(c.AuthMethod, base.AuthMethod)
-	if c.ClientCertificate == nil && !c.presentsOther() {
-		c.ClientCertificate = base.ClientCertificate
-		c.BindCertificate = c.BindCertificate || base.BindCertificate
-	} else if base.ClientCertificate == nil { // then it is said for all blocks
-		c.BindCertificate = c.BindCertificate || base.BindCertificate
-	}
+	// The assertion that the token is granted for tells who the client is.
+	authByGrant = ""
+)
 
-	if needsSecret(c.AuthMethod) && (c.AuthMethod != "" || !brought) {
-		c.ClientSecret = cmp.Or(c.ClientSecret, base.ClientSecret)
-	}
-	if method := c.AuthMethod; method == authKeyJWT || c.grantsByJWT() || (method == "" && !brought) {
-		ownKey, ownFile := c.PrivateKey != "", c.AssertionFile != ""
-		both := method == authKeyJWT && c.grantsByJWT() // the key for the client, the file for the grant
-		if !ownKey && (!ownFile || both) {
-			c.PrivateKey, c.KeyID = base.PrivateKey, cmp.Or(c.KeyID, base.KeyID)
-		}
-		if !ownFile && (!ownKey || (both && base.grantsByJWT())) {
-			c.AssertionFile = base.AssertionFile
-		}
-	}
-	if c.method() == authBasic {
-		c.BasicEncoding = cmp.Or(c.BasicEncoding, base.BasicEncoding)
-	}
-	if c.signs() {
-		if strings.HasPrefix(base.SigningAlg, "HS") != c.usesKey() {
-			c.SigningAlg = cmp.Or(c.SigningAlg, base.SigningAlg)
-		}
-		if sameServer { // or this one got what is valid at the other
-			c.AssertionAudience = cmp.Or(c.AssertionAudience, base.AssertionAudience)
-		}
-		c.AssertionTyp = cmp.Or(c.AssertionTyp, base.AssertionTyp)
-		c.AssertionLifetime = cmp.Or(c.AssertionLifetime, base.AssertionLifetime)
-	}
-	if c.grantsByJWT() && c.AssertionFile == "" {
-		c.Subject = cmp.Or(c.Subject, base.Subject)
-		c.Claims = union(base.Claims, c.Claims)
-	}
-	return c
+var authMethods = []string{authBasic, authPost, authSecretJWT, authKeyJWT, authTLS, authNone}
+
+// The grants, as they are configured and as they are sent.
+const (
+	grantClientCredentials = "client_credentials" // RFC 6749 §4.4
+	grantJWTBearer         = "jwt_bearer"         // RFC 7523 §2.1
+	grantJWTBearerURN      = "urn:ietf:params:oauth:grant-type:jwt-bearer"
+)
+
+var grantTypes = []string{grantClientCredentials, grantJWTBearer}
+
+const (
+	basicForm = "form"
+	basicRaw  = "raw"
+)
+
+// signingAlgs are the algorithms that client_secret_jwt and private_key_jwt
+// may use (RFC 7518 §3.1, RFC 8037).
+var signingAlgs = []string{
+	"RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
+	"ES256", "ES384", "ES512", "EdDSA", "HS256", "HS384", "HS512",
 }
 
 // name returns what the client is called. In UTF-8, as labels have to be: a
@@ -369,19 +324,95 @@ func (c *Credentials) name() string {
 	return strings.ToValidUTF8(cmp.Or(c.Name, name), "\uFFFD")
 }
 
-func orList[T any](own, base []T) []T {
-	if len(own) > 0 {
-		return own
+// method returns how the client authenticates. It is either said, or there is
+// nothing to choose.
+func (c *Credentials) method() string {
+	switch {
+	case c.AuthMethod != "":
+		return c.AuthMethod
+	case c.ClientSecret != "":
+		return authBasic
+	case c.grantsByJWT():
+		return authByGrant
+	case c.PrivateKey != "" || c.AssertionFile != "":
+		return authKeyJWT
+	case c.ClientCertificate != nil:
+		return authTLS
 	}
-	return base
+	return authBasic
 }
 
-// union returns the values of both, own before base.
-func union(base, own map[string]string) map[string]string {
-	if len(base) == 0 {
-		return own
+// needsSecret tells whether the method needs a client_secret. One that is not
+// said may.
+func needsSecret(method string) bool {
+	switch method {
+	case authKeyJWT, authTLS, authNone:
+		return false
 	}
-	both := maps.Clone(base)
-	maps.Copy(both, own)
-	return both
+	return true
+}
+
+// grant returns what the token is granted for.
+func (c *Credentials) grant() string { return cmp.Or(c.GrantType, grantClientCredentials) }
+
+// grantsByJWT tells whether that is a JWT.
+func (c *Credentials) grantsByJWT() bool { return c.GrantType == grantJWTBearer }
+
+// usesKey tells whether JWTs are signed with a private key: those that don't
+// come from the assertion_file, which is for the grant before the client.
+func (c *Credentials) usesKey() bool {
+	if c.grantsByJWT() {
+		return c.AssertionFile == "" || c.method() == authKeyJWT
+	}
+	return c.method() == authKeyJWT && c.AssertionFile == ""
+}
+
+// signs tells whether JWTs are signed at all.
+func (c *Credentials) signs() bool { return c.usesKey() || c.method() == authSecretJWT }
+
+// presentsOther tells whether token_transport has a client certificate.
+func (c *Credentials) presentsOther() bool { return presentsCertificate(c.TokenTransport) }
+
+// presentsCertificate tells whether a transport has a client certificate of
+// its own, the way transport http has it.
+func presentsCertificate(h *reverseproxy.HTTPTransport) bool {
+	return h != nil && h.TLS != nil && (h.TLS.ClientCertificateFile != "" || h.TLS.ClientCertificateAutomate != "")
+}
+
+// shape returns everything that shapes a token request and the life of its
+// token: all settings but those of what the upstream is sent.
+func (c Credentials) shape(life lifecycle, transportConfig []byte) ([]byte, error) {
+	c.AuthMethod, c.GrantType = c.method(), c.grant()
+	c.BasicEncoding = cmp.Or(c.BasicEncoding, basicForm)
+	c.AssertionLifetime = cmp.Or(c.AssertionLifetime, caddy.Duration(defaultAssertionLifetime))
+	c.TokenTransport, c.TokenTimeout, c.RefreshBefore, c.DefaultLifetime = nil, 0, 0, 0
+	c.Name, c.Tenant, c.Headers, c.BearerHeader, c.RetryOn, c.ReplayBody = "", nil, nil, nil, nil, 0
+	// encoding/json sorts the maps, and keeps neighbouring values apart.
+	shape, err := json.Marshal([]any{
+		c, json.RawMessage(transportConfig), life.refreshBefore, life.defaultLifetime, life.fetchTimeout,
+	})
+	if err != nil {
+		return nil, fmt.Errorf("token_transport: %w", err)
+	}
+	return shape, nil
+}
+
+// field returns the field name with its default.
+func (t *Tenant) field() string {
+	if t == nil || t.Field == "" {
+		return defaultTenantField
+	}
+	return t.Field
+}
+
+// resolve returns field name and scheme with their defaults.
+func (b *BearerHeader) resolve() (field, scheme string) {
+	field, scheme = defaultBearerField, defaultBearerScheme
+	if b != nil && b.Field != "" {
+		field = b.Field
+	}
+	if b != nil && b.Scheme != nil {
+		scheme = *b.Scheme
+	}
+	return field, scheme
 }

@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 )
@@ -24,6 +25,21 @@ var reservedParams = map[string]string{
 	"audience":              "use audience",
 	"resource":              "use resource",
 }
+
+// reservedClaims are those of a grant's JWT that have a meaning of their own
+// (RFC 7523 §3).
+var reservedClaims = []string{"iss", "sub", "aud", "exp", "iat", "nbf", "jti"}
+
+// assertionLeeway is how far the JWTs are dated back: a server whose clock is
+// behind would take them for not yet valid.
+const assertionLeeway = 10 * time.Second
+
+// minAssertionLifetime leaves some of it for the way to the server.
+const minAssertionLifetime = 30 * time.Second
+
+// requestNamespaces are the placeholders that have a value only while a
+// request is served, so never in a token request.
+var requestNamespaces = []string{"{http.", "{vars.", "{tls.", "{err.", "{rp."}
 
 // check tells what is wrong with a setting that is present. Values that still
 // have placeholders pass: they are checked again once these are replaced.
@@ -85,6 +101,37 @@ func (c *Credentials) check() error {
 	return c.checkHeaders()
 }
 
+// checkAuth tells what is wrong with a setting that is present.
+func (c *Credentials) checkAuth() error {
+	if c.AuthMethod != "" && !slices.Contains(authMethods, c.AuthMethod) {
+		return fmt.Errorf("auth_method: unknown method '%s'; use one of %s", c.AuthMethod, strings.Join(authMethods, ", "))
+	}
+	if c.GrantType != "" && !slices.Contains(grantTypes, c.GrantType) {
+		return fmt.Errorf("grant_type: unknown grant '%s'; use one of %s", c.GrantType, strings.Join(grantTypes, ", "))
+	}
+	if c.BasicEncoding != "" && c.BasicEncoding != basicForm && c.BasicEncoding != basicRaw {
+		return fmt.Errorf("basic_encoding: unknown encoding '%s'; use %s or %s", c.BasicEncoding, basicForm, basicRaw)
+	}
+	if c.SigningAlg != "" && !slices.Contains(signingAlgs, c.SigningAlg) {
+		return fmt.Errorf("signing_alg: unknown algorithm '%s'; use one of %s", c.SigningAlg, strings.Join(signingAlgs, ", "))
+	}
+	if c.AssertionLifetime != 0 && time.Duration(c.AssertionLifetime) < minAssertionLifetime {
+		return fmt.Errorf("assertion_lifetime: must be %v at least, as the JWT is dated back by %v", minAssertionLifetime, assertionLeeway)
+	}
+	if cert := c.ClientCertificate; cert != nil && (cert.Certificate == "" || cert.Key == "") {
+		return errors.New("client_certificate: name both the certificate and its key")
+	}
+	for _, name := range sortedKeys(c.Claims) {
+		if slices.Contains(reservedClaims, name) {
+			return fmt.Errorf("claim %s: is set for each JWT; sub is the subject, aud the assertion_audience, exp follows from assertion_lifetime", name)
+		}
+		if name == "" || c.Claims[name] == "" {
+			return fmt.Errorf("claim %s: name and value must not be empty", name)
+		}
+	}
+	return nil
+}
+
 // checkTogether tells what is wrong between settings. It is asked of what a
 // block and its inheritance make up: each alone may not be wrong.
 func (c *Credentials) checkTogether() error {
@@ -110,6 +157,64 @@ func (c *Credentials) checkTogether() error {
 			return fmt.Errorf("header: %s is set already, by bearer_header, tenant or another header", field)
 		}
 		taken.add(field)
+	}
+	return nil
+}
+
+// checkAuthTogether tells which settings of client authentication contradict
+// each other, or have no effect: what somebody wrote there was meant.
+func (c *Credentials) checkAuthTogether() error {
+	method := c.method()
+	with := "auth_method " + method
+	switch {
+	case method == authByGrant:
+		with = "grant_type " + c.GrantType
+	case c.AuthMethod == "" && c.ClientSecret != "":
+		with = "client_secret (auth_method is " + method + " by default)"
+	}
+	signing, granting := with, "grant_type "+c.grant()
+	if c.AssertionFile != "" { // it takes the place of what would be signed
+		if c.grantsByJWT() {
+			granting = "assertion_file"
+		}
+		if method == authKeyJWT || method == authByGrant {
+			signing = "assertion_file"
+		}
+	}
+	makesGrant := c.grantsByJWT() && c.AssertionFile == ""
+	for _, setting := range []struct {
+		name      string
+		set, used bool
+		with      string
+	}{
+		{"client_secret", c.ClientSecret != "", needsSecret(method), with},
+		{"basic_encoding", c.BasicEncoding != "", method == authBasic, with},
+		{"assertion_file", c.AssertionFile != "", method == authKeyJWT || c.grantsByJWT(), with},
+		{"private_key", c.PrivateKey != "", c.usesKey(), signing},
+		{"key_id", c.KeyID != "", c.usesKey(), signing},
+		{"signing_alg", c.SigningAlg != "", c.signs(), signing},
+		{"assertion_audience", c.AssertionAudience != "", c.signs(), signing},
+		{"assertion_typ", c.AssertionTyp != "", c.signs(), signing},
+		{"assertion_lifetime", c.AssertionLifetime != 0, c.signs(), signing},
+		{"subject", c.Subject != "", makesGrant, granting},
+		{"claim", len(c.Claims) > 0, makesGrant, granting},
+	} {
+		if setting.set && !setting.used {
+			return fmt.Errorf("%s has no effect with %s: remove one of the two", setting.name, setting.with)
+		}
+	}
+	switch {
+	case c.BasicEncoding == basicRaw && strings.Contains(c.ClientID, ":"):
+		return errors.New("basic_encoding: raw can't send a client_id with a colon, where servers cut it (RFC 7617 section 2)")
+	case c.BindCertificate && c.ClientCertificate == nil:
+		return errors.New("bind_certificate: there is no client_certificate to bind tokens to; add one")
+	case c.ClientCertificate != nil && c.presentsOther():
+		return errors.New("client_certificate: token_transport has another one; remove one of the two")
+	}
+	if c.SigningAlg != "" {
+		if symmetric := strings.HasPrefix(c.SigningAlg, "HS"); symmetric == c.usesKey() {
+			return fmt.Errorf("signing_alg: %s does not fit: HS* sign with the client_secret of %s, the others with a private_key", c.SigningAlg, authSecretJWT)
+		}
 	}
 	return nil
 }
@@ -149,6 +254,29 @@ func (c *Credentials) missing() string {
 		return "token_url is missing: set it to the URL of the authorization server's token endpoint, or issuer to have it discovered"
 	}
 	return c.missingAuth()
+}
+
+// missingAuth names the first setting without which the client can't
+// authenticate, and what to write; "" if nothing is missing.
+func (c *Credentials) missingAuth() string {
+	method := c.method()
+	switch {
+	case c.ClientID == "" && (c.AssertionFile == "" || c.signs() || (method != authKeyJWT && method != authByGrant)):
+		return "client_id is missing"
+	case c.usesKey() && c.PrivateKey == "" && c.ClientCertificate == nil && c.AssertionFile != "":
+		return "private_key is missing: assertion_file is what the token is granted for, and the client needs a key to authenticate with"
+	case c.usesKey() && c.PrivateKey == "" && c.ClientCertificate == nil:
+		return "private_key is missing: name the file of the key that signs the client's JWTs, or of a JWT in assertion_file"
+	case method == authTLS && c.ClientCertificate == nil && !c.presentsOther():
+		return "client_certificate is missing: name the files of the certificate and its key"
+	case method != authByGrant && needsSecret(method) && c.ClientSecret == "":
+		missing := "client_secret is missing: set it, for example to {env.CLIENT_SECRET}"
+		if c.AuthMethod == "" {
+			missing += ", or set auth_method none"
+		}
+		return missing
+	}
+	return ""
 }
 
 // resolve returns a copy with the placeholders replaced in what is read once,
@@ -234,29 +362,15 @@ func (c *Credentials) checkTemplates() error {
 	return nil
 }
 
-// parseTokenURL parses the URL of a token endpoint (RFC 6749 §3.2). No error
-// quotes it, as it may hold a password or a key.
-func parseTokenURL(raw string) (*url.URL, error) {
-	u, err := url.Parse(raw)
-	switch {
-	case err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Hostname() == "":
-		return nil, errors.New("must be an absolute URL, such as https://auth.example.com/oauth2/token")
-	case u.User != nil:
-		return nil, errors.New("must hold no user and password; use client_id and client_secret")
-	case u.Fragment != "" || strings.HasSuffix(raw, "#"):
-		return nil, errors.New("must have no fragment (RFC 6749 section 3.2)")
+// checkSecretTemplate refuses placeholders that would be sent as they stand.
+// Other braces are allowed: generated secrets contain any character.
+func checkSecretTemplate(setting, template string) error {
+	for _, prefix := range requestNamespaces {
+		if strings.Contains(template, prefix) {
+			return fmt.Errorf("%s: %s*} placeholders have no value in a token request; use {env.*} or {file.*}", setting, prefix)
+		}
 	}
-	return u, nil
-}
-
-// checkPlaintext refuses a token endpoint to which the client's secret would
-// travel unencrypted.
-func checkPlaintext(u *url.URL, proxied bool) error {
-	if u.Scheme == "https" || (!proxied && staysOnMachine("tcp", u.Hostname())) {
-		return nil
-	}
-	return fmt.Errorf("the client's credentials would go to %s unencrypted; use https://, or allow it with `insecure_plaintext %s`",
-		u.Host, plaintextTokenURL)
+	return nil
 }
 
 // canonical returns c with the names of its headers in canonical form, so that
@@ -305,23 +419,3 @@ func validResource(s string) bool {
 func hasPlaceholder(s string) bool { return strings.Contains(s, "{") }
 
 func sortedKeys(m map[string]string) []string { return slices.Sorted(maps.Keys(m)) }
-
-// field returns the field name with its default.
-func (t *Tenant) field() string {
-	if t == nil || t.Field == "" {
-		return defaultTenantField
-	}
-	return t.Field
-}
-
-// resolve returns field name and scheme with their defaults.
-func (b *BearerHeader) resolve() (field, scheme string) {
-	field, scheme = defaultBearerField, defaultBearerScheme
-	if b != nil && b.Field != "" {
-		field = b.Field
-	}
-	if b != nil && b.Scheme != nil {
-		scheme = *b.Scheme
-	}
-	return field, scheme
-}

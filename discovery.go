@@ -31,20 +31,6 @@ type discovery struct {
 	warned atomic.Pointer[string]  // of what the server does not list, last
 }
 
-// parseIssuer parses an issuer identifier (RFC 8414 §2).
-func parseIssuer(raw string) (*url.URL, error) {
-	u, err := url.Parse(raw)
-	switch {
-	case err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Hostname() == "":
-		return nil, errors.New("must be an absolute URL, such as https://auth.example.com")
-	case u.User != nil:
-		return nil, errors.New("must hold no user and password; use client_id and client_secret")
-	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.HasSuffix(raw, "#"):
-		return nil, errors.New("must have no query and no fragment (RFC 8414 section 2)")
-	}
-	return u, nil
-}
-
 // tokenEndpoint returns the URL of the token endpoint, for requests that
 // present what ctx says.
 func (d *discovery) tokenEndpoint(ctx context.Context) (*url.URL, error) {

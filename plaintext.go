@@ -1,7 +1,10 @@
 package outboundauth
 
 import (
+	"errors"
+	"fmt"
 	"net/netip"
+	"net/url"
 	"strings"
 
 	"github.com/caddyserver/caddy/v2"
@@ -41,4 +44,43 @@ func (t *Transport) staysOnMachine(network, host string) bool {
 // in the environment are not used for loopback addresses.
 func usesProxy(h *reverseproxy.HTTPTransport) bool {
 	return h != nil && (len(h.NetworkProxyRaw) > 0 || h.ForwardProxyURL != "")
+}
+
+// parseTokenURL parses the URL of a token endpoint (RFC 6749 §3.2). No error
+// quotes it, as it may hold a password or a key.
+func parseTokenURL(raw string) (*url.URL, error) {
+	u, err := url.Parse(raw)
+	switch {
+	case err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Hostname() == "":
+		return nil, errors.New("must be an absolute URL, such as https://auth.example.com/oauth2/token")
+	case u.User != nil:
+		return nil, errors.New("must hold no user and password; use client_id and client_secret")
+	case u.Fragment != "" || strings.HasSuffix(raw, "#"):
+		return nil, errors.New("must have no fragment (RFC 6749 section 3.2)")
+	}
+	return u, nil
+}
+
+// parseIssuer parses an issuer identifier (RFC 8414 §2).
+func parseIssuer(raw string) (*url.URL, error) {
+	u, err := url.Parse(raw)
+	switch {
+	case err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Hostname() == "":
+		return nil, errors.New("must be an absolute URL, such as https://auth.example.com")
+	case u.User != nil:
+		return nil, errors.New("must hold no user and password; use client_id and client_secret")
+	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.HasSuffix(raw, "#"):
+		return nil, errors.New("must have no query and no fragment (RFC 8414 section 2)")
+	}
+	return u, nil
+}
+
+// checkPlaintext refuses a token endpoint to which the client's secret would
+// travel unencrypted.
+func checkPlaintext(u *url.URL, proxied bool) error {
+	if u.Scheme == "https" || (!proxied && staysOnMachine("tcp", u.Hostname())) {
+		return nil
+	}
+	return fmt.Errorf("the client's credentials would go to %s unencrypted; use https://, or allow it with `insecure_plaintext %s`",
+		u.Host, plaintextTokenURL)
 }

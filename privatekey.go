@@ -21,13 +21,6 @@ import (
 	"github.com/go-jose/go-jose/v4"
 )
 
-// signingAlgs are the algorithms that client_secret_jwt and private_key_jwt
-// may use (RFC 7518 §3.1, RFC 8037).
-var signingAlgs = []string{
-	"RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
-	"ES256", "ES384", "ES512", "EdDSA", "HS256", "HS384", "HS512",
-}
-
 // minRSABits is the size below which RFC 7518 §3.3 forbids to sign.
 const minRSABits = 2048
 
