@@ -170,3 +170,13 @@ func decodeJWT(token string) (header, claims map[string]any, ok bool) {
 	}
 	return header, claims, true
 }
+
+// expired tells whether a JWT says that it has expired.
+func expired(token string) bool {
+	_, claims, ok := decodeJWT(token)
+	if !ok {
+		return false
+	}
+	exp, ok := claims["exp"].(float64)
+	return ok && exp < float64(time.Now().Unix())
+}

@@ -5,17 +5,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
 
+	"go.opentelemetry.io/otel/attribute"
 	"go.uber.org/zap"
-
-	"github.com/caddyserver/caddy/v2"
 )
 
 // endpoint makes the token requests of one client at one token endpoint
@@ -97,6 +96,20 @@ func (e *endpoint) requestOnce(ctx context.Context) (grant, error) {
 	return g, err
 }
 
+// mayHaveMoved tells whether a token request failed in a way that another
+// token endpoint would explain.
+func mayHaveMoved(err error) bool {
+	failure, ok := errors.AsType[*tokenError](err)
+	if !ok {
+		return false
+	}
+	switch failure.Status {
+	case 0, http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusGone, http.StatusMisdirectedRequest:
+		return failure.Code != codeConfiguration
+	}
+	return failure.Code == codeInvalidResponse || (failure.Status >= 300 && failure.Status < 400)
+}
+
 // requestAt makes one token request at u (RFC 6749 §4.4.2) as the client of
 // the server that is called audience.
 func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r resolved) (grant, error) {
@@ -157,66 +170,6 @@ func (e *endpoint) form(r resolved, audience string) (url.Values, http.Header, c
 		secrets.addReplaced(c.TokenRequestHeaders[name], value)
 	}
 	return form, header, secrets, nil
-}
-
-// newServerRequest makes a request to the authorization server. An empty body is
-// none.
-func newServerRequest(ctx context.Context, method string, u *url.URL, header http.Header, body string) *http.Request {
-	for field, value := range map[string]string{"Accept": "application/json", "User-Agent": "caddy-outbound-auth"} {
-		if header.Get(field) == "" { // else by token_request_header
-			header.Set(field, value)
-		}
-	}
-	// Caddy's HTTP transport looks for a replacer in the context, and for
-	// nothing else that this one could have.
-	ctx = context.WithValue(ctx, caddy.ReplacerCtxKey, caddy.NewReplacer())
-	to := *u // the transport may write to it
-	req := (&http.Request{
-		Method: method,
-		URL:    &to,
-		Host:   to.Host,
-		Header: header,
-		// It is made once in minutes. Of what a server sends on an idle
-		// connection, net/http would write the beginning to the log.
-		Close: true,
-		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
-	}).WithContext(ctx)
-	if body != "" {
-		req.ContentLength = int64(len(body))
-		req.GetBody = func() (io.ReadCloser, error) {
-			return io.NopCloser(strings.NewReader(body)), nil
-		}
-		req.Body, _ = req.GetBody()
-	}
-	return req
-}
-
-// serverAnswer is what the authorization server said, up to a byte more than
-// maxTokenResponse. The zero value stands for no answer.
-type serverAnswer struct {
-	status int
-	header http.Header
-	body   []byte
-}
-
-// exchange sends a request to the authorization server, and reads the answer.
-func exchange(ctx context.Context, transport http.RoundTripper, req *http.Request) (serverAnswer, error) {
-	// RoundTrip and not an http.Client: a redirect is not followed, as it
-	// would send the client's secret elsewhere.
-	res, err := transport.RoundTrip(req)
-	if err != nil {
-		return serverAnswer{}, err
-	}
-	// Switching protocols, net/http hands over the connection, and ctx would
-	// not end a read.
-	stop := context.AfterFunc(ctx, func() { _ = res.Body.Close() })
-	defer stop()
-	defer res.Body.Close()
-	a := serverAnswer{status: res.StatusCode, header: res.Header}
-	if a.status != http.StatusSwitchingProtocols {
-		a.body, err = io.ReadAll(io.LimitReader(res.Body, maxTokenResponse+1))
-	}
-	return a, err
 }
 
 // checkScope warns, once, of scopes that were asked for and not granted
@@ -300,6 +253,27 @@ func (e *endpoint) unreadable(failure *tokenError, err error) *tokenError {
 	return failure
 }
 
+// advise completes the hint of an error with what only this request knows.
+func (e *endpoint) advise(err error, r resolved, p *presented) error {
+	failure, ok := errors.AsType[*tokenError](err)
+	if !ok || failure.Status == 0 || failure.Code == codeConfiguration {
+		return err
+	}
+	rejected := failure.Code == "invalid_client" || failure.Code == "invalid_grant" ||
+		failure.Status == http.StatusUnauthorized || failure.Status == http.StatusForbidden
+	switch {
+	case expired(r.assertion): // some take that for a fault of their own
+		failure.Hint = "the JWT in assertion_file has expired; see that it is renewed"
+	case !rejected:
+	case e.credentials.method() == authTLS && p.certificate != nil && !p.asked.Load():
+		failure.Hint = "the server did not ask for the client_certificate: it may do so at another address; set token_url to that"
+	case failure.Hint == "":
+		// Some servers do not say what they reject.
+		failure.Hint = "check " + e.credentials.clientSettings() + ", and scopes"
+	}
+	return failure
+}
+
 // fetched implements requester: one line in the log for each fetch that fails,
 // and one when that is over.
 func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
@@ -331,6 +305,22 @@ func (e *endpoint) logFields() []zap.Field {
 	return []zap.Field{
 		zap.String("client", e.metrics.name), zap.String("token_endpoint", e.host()), zap.String("client_id", e.credentials.ClientID),
 	}
+}
+
+// attributes implements requester, by the semantic conventions for HTTP. All of
+// them are UTF-8: one that is not would cost a whole batch of spans.
+func (e *endpoint) attributes() []attribute.KeyValue {
+	attributes := []attribute.KeyValue{
+		attribute.String("oauth2.client", e.metrics.name),
+		attribute.String("http.request.method", http.MethodPost),
+	}
+	if u, err := url.Parse(e.knownURL()); err == nil && u.Host != "" {
+		attributes = append(attributes, attribute.String("server.address", strings.ToValidUTF8(u.Hostname(), "\uFFFD")))
+		if port, err := strconv.Atoi(u.Port()); err == nil {
+			attributes = append(attributes, attribute.Int("server.port", port))
+		}
+	}
+	return attributes
 }
 
 // errorCode returns a code as RFC 6749 §5.2 permits it: it becomes part of

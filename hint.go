@@ -1,11 +1,8 @@
 package outboundauth
 
 import (
-	"errors"
 	"fmt"
-	"net/http"
 	"strings"
-	"time"
 )
 
 // hint says what to change when the authorization server answers with a code
@@ -99,35 +96,4 @@ func (c *Credentials) grantSettings() string {
 		return "assertion_file: issuer, subject, audience and expiry of its JWT"
 	}
 	return "client_id, subject, claim, private_key, key_id, signing_alg and assertion_audience"
-}
-
-// advise completes the hint of an error with what only this request knows.
-func (e *endpoint) advise(err error, r resolved, p *presented) error {
-	failure, ok := errors.AsType[*tokenError](err)
-	if !ok || failure.Status == 0 || failure.Code == codeConfiguration {
-		return err
-	}
-	rejected := failure.Code == "invalid_client" || failure.Code == "invalid_grant" ||
-		failure.Status == http.StatusUnauthorized || failure.Status == http.StatusForbidden
-	switch {
-	case expired(r.assertion): // some take that for a fault of their own
-		failure.Hint = "the JWT in assertion_file has expired; see that it is renewed"
-	case !rejected:
-	case e.credentials.method() == authTLS && p.certificate != nil && !p.asked.Load():
-		failure.Hint = "the server did not ask for the client_certificate: it may do so at another address; set token_url to that"
-	case failure.Hint == "":
-		// Some servers do not say what they reject.
-		failure.Hint = "check " + e.credentials.clientSettings() + ", and scopes"
-	}
-	return failure
-}
-
-// expired tells whether a JWT says that it has expired.
-func expired(token string) bool {
-	_, claims, ok := decodeJWT(token)
-	if !ok {
-		return false
-	}
-	exp, ok := claims["exp"].(float64)
-	return ok && exp < float64(time.Now().Unix())
 }

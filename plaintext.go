@@ -34,6 +34,14 @@ func staysOnMachine(network, host string) bool {
 	return err == nil && addr.Unmap().IsLoopback()
 }
 
+// isThisMachine tells whether a host may be another name of this machine, in a
+// wider sense than staysOnMachine: here, to know one too many does no harm.
+func isThisMachine(host string) bool {
+	host = strings.ToLower(strings.TrimSuffix(host, "."))
+	addr, err := netip.ParseAddr(host)
+	return staysOnMachine("tcp", host) || strings.HasSuffix(host, ".localhost") || (err == nil && addr.IsUnspecified())
+}
+
 // staysOnMachine is the same for this transport.
 func (t *Transport) staysOnMachine(network, host string) bool {
 	return staysOnMachine(network, host) && (!t.proxied || caddy.IsUnixNetwork(network))

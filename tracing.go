@@ -3,9 +3,6 @@ package outboundauth
 import (
 	"context"
 	"net/http"
-	"net/url"
-	"strconv"
-	"strings"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
@@ -103,20 +100,4 @@ func (s *tokenSource) trace(f *fetch, r requester, err error) {
 
 func errorType(err error) attribute.KeyValue {
 	return attribute.String("error.type", reportError(err).Code)
-}
-
-// attributes implements requester, by the semantic conventions for HTTP. All of
-// them are UTF-8: one that is not would cost a whole batch of spans.
-func (e *endpoint) attributes() []attribute.KeyValue {
-	attributes := []attribute.KeyValue{
-		attribute.String("oauth2.client", e.metrics.name),
-		attribute.String("http.request.method", http.MethodPost),
-	}
-	if u, err := url.Parse(e.knownURL()); err == nil && u.Host != "" {
-		attributes = append(attributes, attribute.String("server.address", strings.ToValidUTF8(u.Hostname(), "\uFFFD")))
-		if port, err := strconv.Atoi(u.Port()); err == nil {
-			attributes = append(attributes, attribute.Int("server.port", port))
-		}
-	}
-	return attributes
 }
