@@ -2,7 +2,7 @@ package outboundauth
 
 import (
 	"errors"
-	"math/rand/v2"
+	"sync"
 	"time"
 )
 
@@ -40,51 +40,6 @@ type fetchError struct {
 func (e *fetchError) Error() string { return e.err.Error() }
 func (e *fetchError) Unwrap() error { return e.err }
 
-// backingOff tells whether it is too early to fetch again. mu is held.
-func (s *tokenSource) backingOff(now time.Time) bool {
-	return s.lastErr != nil && now.Before(s.lastErr.retryAt)
-}
-
-// checkDue tells whether the secrets of a permanent error may be compared
-// again: with a new secret it is not too early to fetch. mu is held.
-func (s *tokenSource) checkDue(now time.Time) bool {
-	return s.failedWith != "" && !now.Before(s.nextCheckAt)
-}
-
-// fail notes a failure and computes when to try again. mu is held.
-func (s *tokenSource) fail(err error, fingerprint string, now time.Time) *fetchError {
-	if isPermanent(err) != (s.failedWith != "") {
-		s.failures = 0 // of the other kind: their number says nothing about this one
-	}
-	var wait time.Duration
-	if isPermanent(err) {
-		// Never less than the interval, so that wrong credentials do not
-		// lock the client out by quick repetition.
-		wait = backoff(s.failures, permanentBackoff, maxPermanentBackoff)
-		if wait += rand.N(wait / 2); wait > maxPermanentBackoff {
-			wait = maxPermanentBackoff - rand.N(maxPermanentBackoff/4)
-		}
-		s.failedWith = fingerprint
-	} else {
-		// Full jitter: anywhere in the interval.
-		wait = rand.N(backoff(s.failures, transientBackoff, maxTransientBackoff))
-		s.failedWith = ""
-		// The nearer the end of a token that is still in use, the sooner: the
-		// server may be back in time. These tries don't prolong the back-off
-		// that follows when it is not.
-		if t := s.current; t != nil && now.Before(t.usableTo) {
-			if soon := max(t.usableTo.Sub(now)/2, minRenewalBackoff); soon < wait {
-				wait = soon
-				s.failures = max(0, s.failures-1)
-			}
-		}
-	}
-	wait = max(wait, min(retryAfter(err), maxRetryAfter))
-	s.failures++
-	s.lastErr = &fetchError{err: err, retryAt: now.Add(wait)}
-	return s.lastErr
-}
-
 // backoff doubles base for each failure before this one, up to limit.
 func backoff(failures int, base, limit time.Duration) time.Duration {
 	for ; failures > 0 && base < limit; failures-- {
@@ -103,4 +58,58 @@ func retryAfter(err error) time.Duration {
 		return t.RetryAfter()
 	}
 	return 0
+}
+
+const (
+	// quietPeriod without a refusal ends the back-off of renewals.
+	quietPeriod = 30 * time.Second
+
+	// renewalInterval is the distance of renewals that help: some servers say
+	// that a token lives longer than it does.
+	renewalInterval = 1 * time.Second
+)
+
+// renewals spaces out the renewals of tokens that an upstream refuses: an
+// upstream that refuses everything, or any token for some of its paths, must
+// not make the gateway ask the authorization server for a token for each
+// request. The first refusal after a quiet time is always followed by one.
+type renewals struct {
+	mu      sync.Mutex // guards all below
+	count   int        // of renewals that did not help, as far as is known
+	started time.Time  // the last
+	until   time.Time  // no other before
+	refusal time.Time  // the last
+	renewed *token     // the last that was allowed to be replaced
+}
+
+// allow tells whether a token that was refused may be replaced now. It is
+// counted when the renewal begins, as nobody may see how that ends: the client
+// of the proxy may go away.
+func (r *renewals) allow(refused *token) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := time.Now()
+	quiet := now.Sub(r.refusal) >= quietPeriod
+	r.refusal = now
+	if r.renewed == refused {
+		return true // by another request
+	}
+	if quiet {
+		r.count, r.until = 0, time.Time{}
+	}
+	if now.Before(r.until) {
+		return false
+	}
+	r.started = now
+	r.until = now.Add(backoff(r.count, permanentBackoff, maxPermanentBackoff))
+	r.count++
+	r.renewed = refused
+	return true
+}
+
+// help notes that the upstream accepted the token which replaced a refused one.
+func (r *renewals) help() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.count, r.until = 0, r.started.Add(renewalInterval)
 }

@@ -12,16 +12,6 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// sources shares the token sources among all configs that are in use, by
-// sourceKey: equal clients share one token, and a reload takes over the
-// tokens of the config that it replaces.
-var sources = caddy.NewUsagePool()
-
-// sourceKey is a digest of everything that shapes a token request and the
-// life of its token. A digest, because a secret that stands in the config
-// itself is part of it, and caddy.UsagePool may print its keys.
-type sourceKey [sha256.Size]byte
-
 // A client is Credentials at work: the source of the token, and the headers
 // as they are sent.
 type client struct {

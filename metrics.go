@@ -13,16 +13,6 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// How a request got its token.
-type tokenUse int
-
-const (
-	tokenFresh  tokenUse = iota // from the cache
-	tokenStale                  // from the cache, while it is being replaced
-	tokenWaited                 // fetched for this request
-	tokenNone                   // there was none
-)
-
 var tokenUses = [...]string{tokenFresh: "fresh", tokenStale: "stale", tokenWaited: "fetched", tokenNone: "none"}
 
 // How a request ended whose token the upstream refused.

@@ -8,67 +8,11 @@ import (
 	"net/http"
 	"slices"
 	"strings"
-	"sync"
-	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
-
-const (
-	// quietPeriod without a refusal ends the back-off of renewals.
-	quietPeriod = 30 * time.Second
-
-	// renewalInterval is the distance of renewals that help: some servers say
-	// that a token lives longer than it does.
-	renewalInterval = 1 * time.Second
-)
-
-// renewals spaces out the renewals of tokens that an upstream refuses: an
-// upstream that refuses everything, or any token for some of its paths, must
-// not make the gateway ask the authorization server for a token for each
-// request. The first refusal after a quiet time is always followed by one.
-type renewals struct {
-	mu      sync.Mutex // guards all below
-	count   int        // of renewals that did not help, as far as is known
-	started time.Time  // the last
-	until   time.Time  // no other before
-	refusal time.Time  // the last
-	renewed *token     // the last that was allowed to be replaced
-}
-
-// allow tells whether a token that was refused may be replaced now. It is
-// counted when the renewal begins, as nobody may see how that ends: the client
-// of the proxy may go away.
-func (r *renewals) allow(refused *token) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	now := time.Now()
-	quiet := now.Sub(r.refusal) >= quietPeriod
-	r.refusal = now
-	if r.renewed == refused {
-		return true // by another request
-	}
-	if quiet {
-		r.count, r.until = 0, time.Time{}
-	}
-	if now.Before(r.until) {
-		return false
-	}
-	r.started = now
-	r.until = now.Add(backoff(r.count, permanentBackoff, maxPermanentBackoff))
-	r.count++
-	r.renewed = refused
-	return true
-}
-
-// help notes that the upstream accepted the token which replaced a refused one.
-func (r *renewals) help() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.count, r.until = 0, r.started.Add(renewalInterval)
-}
 
 // roundTrip sends req with a token. If the upstream refuses the token, it is
 // replaced, and the request sent once more.

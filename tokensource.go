@@ -2,14 +2,18 @@ package outboundauth
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/trace"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 // requester makes the token requests of a source. A source is shared by all
@@ -34,6 +38,13 @@ type requester interface {
 // config that used the source was unloaded. An error of its own, because
 // Caddy takes every context.Canceled for a client that went away.
 var errReleased = errors.New("the configuration that asked for the token was unloaded")
+
+const (
+	// The two quick retries bridge a dropped connection or a restart of one
+	// of the server's instances.
+	quickRetries    = 2
+	quickRetryDelay = 100 * time.Millisecond
+)
 
 // tokenSource caches one access token and keeps it fresh. It is safe for
 // concurrent use. A fetch belongs to the source and not to a caller: it goes
@@ -84,19 +95,39 @@ func newTokenSource(l lifecycle) *tokenSource { return &tokenSource{lifecycle: l
 // panics of caddy.UsagePool.
 func (s *tokenSource) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("tokenSource")) }
 
-// Token returns a token that may be used now. It waits for at most one fetch
-// and no longer than ctx lasts; the error is then ctx's own, otherwise a
-// *fetchError.
-func (s *tokenSource) Token(ctx context.Context) (*token, error) {
-	t, _, err := s.obtain(ctx)
-	return t, err
-}
+// sources shares the token sources among all configs that are in use, by
+// sourceKey: equal clients share one token, and a reload takes over the
+// tokens of the config that it replaces.
+var sources = caddy.NewUsagePool()
+
+// sourceKey is a digest of everything that shapes a token request and the
+// life of its token. A digest, because a secret that stands in the config
+// itself is part of it, and caddy.UsagePool may print its keys.
+type sourceKey [sha256.Size]byte
+
+// How a request got its token.
+type tokenUse int
+
+const (
+	tokenFresh  tokenUse = iota // from the cache
+	tokenStale                  // from the cache, while it is being replaced
+	tokenWaited                 // fetched for this request
+	tokenNone                   // there was none
+)
 
 // acquisition is how a caller got a token, and how long that took; 0 from the
 // cache.
 type acquisition struct {
 	use  tokenUse
 	wait time.Duration
+}
+
+// Token returns a token that may be used now. It waits for at most one fetch
+// and no longer than ctx lasts; the error is then ctx's own, otherwise a
+// *fetchError.
+func (s *tokenSource) Token(ctx context.Context) (*token, error) {
+	t, _, err := s.obtain(ctx)
+	return t, err
 }
 
 // obtain is Token, and tells how the caller got it.
@@ -294,6 +325,185 @@ func (s *tokenSource) abandon(f *fetch) {
 	}
 }
 
+// fetch is one fetch in flight. t, err, span and unchanged may be read once done
+// is closed.
+type fetch struct {
+	done   chan struct{}
+	t      *token
+	err    error
+	span   trace.SpanContext
+	cancel context.CancelCauseFunc
+
+	unchanged bool // the secrets: there was no token request
+
+	// Of the goroutine of the fetch alone:
+	started time.Time
+	retries []retry
+
+	// Guarded by the source's mu:
+	waiters int
+	links   []trace.Link // to the waiters that are traced
+}
+
+// attempt is what a fetch has to know of the source when it starts.
+type attempt struct {
+	requester
+	failures int // before it
+
+	// If failedWith is not empty: of the last error, which stands if the
+	// secrets' fingerprint is still the same.
+	failedWith string
+	err        *fetchError
+}
+
+// start returns the fetch in flight, or starts one. With onlyIfChanged the
+// fetch ends in the last error unless the secrets have changed since. mu is
+// held.
+func (s *tokenSource) start(onlyIfChanged bool) *fetch {
+	if s.inflight != nil {
+		return s.inflight
+	}
+	s.stopTimer()
+	now := time.Now()
+	s.nextCheckAt = now.Add(secretCheckInterval)
+
+	// The context is the source's own. A caller's would end the fetch with
+	// the caller, and carries values that make Caddy's HTTP transport dial
+	// the upstream: the client's secret would go there.
+	ctx, cancel := context.WithCancelCause(context.Background())
+	f := &fetch{done: make(chan struct{}), cancel: cancel, started: now}
+	s.inflight = f
+	before := attempt{requester: s.last, failures: s.failures}
+	if onlyIfChanged {
+		before.failedWith, before.err = s.failedWith, s.lastErr
+	}
+	go s.run(ctx, f, before)
+	return f
+}
+
+// run is the goroutine of one fetch: it ends with the fetch, which ends by
+// its timeout, or earlier when the source is released.
+func (s *tokenSource) run(ctx context.Context, f *fetch, a attempt) {
+	defer f.cancel(nil)
+	ctx, cancel := context.WithTimeout(ctx, s.fetchTimeout)
+	defer cancel()
+
+	var (
+		g           grant
+		sent        time.Time
+		fingerprint string
+	)
+	err := safely(func() error {
+		fingerprint = a.fingerprint(ctx)
+		return nil
+	})
+	f.unchanged = err == nil && a.failedWith != "" && a.failedWith == fingerprint
+	if err == nil && !f.unchanged {
+		g, sent, err = s.request(ctx, f, a)
+	}
+	now := time.Now()
+	if err == nil && !f.unchanged {
+		f.t, err = s.newToken(g, sent, now)
+	}
+	released := err != nil && errors.Is(context.Cause(ctx), errReleased)
+	if !f.unchanged && !released {
+		_ = safely(func() error {
+			s.trace(f, a.requester, err)
+			return nil
+		})
+	}
+
+	s.mu.Lock()
+	var failed *fetchError
+	switch {
+	case f.unchanged:
+		f.err = a.err
+	case released:
+		f.err = errReleased // says nothing about the server
+	case err != nil:
+		failed = s.fail(err, fingerprint, now)
+		f.err = failed
+	default:
+		s.current, s.refused = f.t, false
+		s.failures, s.lastErr, s.failedWith = 0, nil, ""
+	}
+	s.finish(f)
+	s.mu.Unlock()
+
+	if f.t != nil || failed != nil {
+		_ = safely(func() error {
+			a.fetched(f.t, failed, a.failures)
+			return nil
+		})
+	}
+}
+
+// request makes the token request, in case of a transient error up to three
+// times, and tells when the one that was granted was sent. Only the first
+// fetch that fails repeats itself: those that follow it are repetitions
+// already, at growing distances.
+func (s *tokenSource) request(ctx context.Context, f *fetch, a attempt) (grant, time.Time, error) {
+	for try := 0; ; try++ {
+		var g grant
+		sent := time.Now()
+		err := safely(func() (err error) {
+			g, err = a.requester.request(ctx)
+			return err
+		})
+		if err == nil {
+			if !g.sent.IsZero() {
+				sent = g.sent
+			}
+			return g, sent, nil
+		}
+		if cause := context.Cause(ctx); errors.Is(cause, errReleased) {
+			return grant{}, sent, cause
+		}
+		if ctx.Err() != nil || a.failures > 0 || try == quickRetries || isPermanent(err) || retryAfter(err) > 0 {
+			return grant{}, sent, err
+		}
+		f.retries = append(f.retries, retry{time.Now(), err})
+		delay := time.NewTimer(rand.N(quickRetryDelay << try))
+		select {
+		case <-delay.C:
+		case <-ctx.Done():
+			delay.Stop()
+			return grant{}, sent, err
+		}
+	}
+}
+
+// finish publishes the result of f and sees to the next fetch. mu is held.
+func (s *tokenSource) finish(f *fetch) {
+	if s.inflight == f {
+		s.inflight = nil
+	}
+	// Whoever waits here uses the token, which counts as wanting the next.
+	s.wanted = f.waiters > 0
+	close(f.done)
+	if s.released {
+		return
+	}
+
+	var at time.Time
+	switch {
+	case s.lastErr != nil:
+		at = s.lastErr.retryAt
+	case s.current != nil:
+		at = s.current.refreshAt
+	default: // given up
+		return
+	}
+	s.stopTimer()
+	s.timer = time.AfterFunc(time.Until(at), s.refresh)
+}
+
+func (s *tokenSource) stopTimer() {
+	if s.timer != nil {
+		s.timer.Stop()
+	}
+}
+
 // refresh is called by the timer. It renews the token of a source in use, so
 // that it is fresh when the next request comes, however long after the last.
 func (s *tokenSource) refresh() {
@@ -309,8 +519,59 @@ func (s *tokenSource) refresh() {
 	}
 }
 
-func (s *tokenSource) stopTimer() {
-	if s.timer != nil {
-		s.timer.Stop()
+// backingOff tells whether it is too early to fetch again. mu is held.
+func (s *tokenSource) backingOff(now time.Time) bool {
+	return s.lastErr != nil && now.Before(s.lastErr.retryAt)
+}
+
+// checkDue tells whether the secrets of a permanent error may be compared
+// again: with a new secret it is not too early to fetch. mu is held.
+func (s *tokenSource) checkDue(now time.Time) bool {
+	return s.failedWith != "" && !now.Before(s.nextCheckAt)
+}
+
+// fail notes a failure and computes when to try again. mu is held.
+func (s *tokenSource) fail(err error, fingerprint string, now time.Time) *fetchError {
+	if isPermanent(err) != (s.failedWith != "") {
+		s.failures = 0 // of the other kind: their number says nothing about this one
 	}
+	var wait time.Duration
+	if isPermanent(err) {
+		// Never less than the interval, so that wrong credentials do not
+		// lock the client out by quick repetition.
+		wait = backoff(s.failures, permanentBackoff, maxPermanentBackoff)
+		if wait += rand.N(wait / 2); wait > maxPermanentBackoff {
+			wait = maxPermanentBackoff - rand.N(maxPermanentBackoff/4)
+		}
+		s.failedWith = fingerprint
+	} else {
+		// Full jitter: anywhere in the interval.
+		wait = rand.N(backoff(s.failures, transientBackoff, maxTransientBackoff))
+		s.failedWith = ""
+		// The nearer the end of a token that is still in use, the sooner: the
+		// server may be back in time. These tries don't prolong the back-off
+		// that follows when it is not.
+		if t := s.current; t != nil && now.Before(t.usableTo) {
+			if soon := max(t.usableTo.Sub(now)/2, minRenewalBackoff); soon < wait {
+				wait = soon
+				s.failures = max(0, s.failures-1)
+			}
+		}
+	}
+	wait = max(wait, min(retryAfter(err), maxRetryAfter))
+	s.failures++
+	s.lastErr = &fetchError{err: err, retryAt: now.Add(wait)}
+	return s.lastErr
+}
+
+// safely turns a panic into an error: in a goroutine of ours nobody else could
+// recover it, and it would end the whole server. The panic's value is not
+// shown because it could hold what the request held.
+func safely(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("the token request panicked with a value of type %T; please report it as a bug", p)
+		}
+	}()
+	return f()
 }
