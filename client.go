@@ -9,7 +9,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
 // A client is Credentials at work: the source of the token, and the headers
@@ -136,4 +139,70 @@ func (cl *client) fields(s *fieldSet) {
 	for i := range cl.identity {
 		s.add(cl.identity[i].field)
 	}
+}
+
+// renew replaces a token that an upstream has refused. It returns nil if
+// there is no other token, or if it is too early to ask for one.
+func (cl *client) renew(ctx context.Context, refused *token) *token {
+	if !cl.drop(ctx, refused) {
+		return nil
+	}
+	fresh, got, err := cl.source.obtain(ctx)
+	if got.wait > 0 {
+		cl.endpoint.metrics.waitedAgain(ctx, got.wait)
+	}
+	if err != nil || fresh.value == refused.value {
+		return nil // the source has logged why
+	}
+	return fresh
+}
+
+// replace replaces a refused token without waiting for the new one.
+func (cl *client) replace(ctx context.Context, refused *token) {
+	if cl.drop(ctx, refused) {
+		cl.source.Warm()
+	}
+}
+
+// drop marks a token as refused, unless it has been replaced already.
+// It returns false if it is too early for that.
+func (cl *client) drop(ctx context.Context, refused *token) bool {
+	if current := cl.source.Cached(); current != nil && current != refused {
+		return true
+	}
+	if !cl.renewals.allow(refused) {
+		return false
+	}
+	cl.invalidate(ctx, refused)
+	return true
+}
+
+// invalidate takes a token out of use that the upstream of a request has
+// refused. The first to do so tells operators.
+func (cl *client) invalidate(ctx context.Context, refused *token) {
+	if !cl.source.Invalidate(refused) {
+		return
+	}
+	cl.endpoint.metrics.dropped.Inc()
+	dial, _ := reverseproxy.GetDialInfo(ctx)
+	cl.endpoint.logger.Warn("the upstream refused the token", append(cl.endpoint.logFields(), zap.String("upstream", dial.Address))...)
+	// In a goroutine of its own: the request goes on, however slow the
+	// handlers are.
+	go cl.endpoint.events.emit(eventRejected, map[string]any{"client": cl.endpoint.metrics.name, "upstream": dial.Address})
+}
+
+// announce has the upstream asked whether it wants the body of out, if that may
+// be longer than what can be kept of it, and the upstream heeds such questions.
+func (cl *client) announce(out *http.Request, body *replayBody) *http.Request {
+	if cl.replayLimit == 0 || cl.expectsNothing.Load() {
+		return out
+	}
+	switch {
+	case out.ContentLength > int64(cl.replayLimit):
+		return expectContinue(out, body)
+	case out.ContentLength < 0 && mayBeLarge(out):
+		body.pauseAt = cl.replayLimit // what can be kept need not wait
+		return expectContinue(out, body)
+	}
+	return out
 }

@@ -23,11 +23,10 @@ import (
 // an error but a response that no upstream can send, marked in a header; a
 // response route in front of the user's own turns it into the error. From
 // there, it goes to handle_errors like any other.
-const (
-	// Caddy redacts this field in its logs, and in a response it means
-	// nothing (RFC 9110 §11.7.2).
-	failureField = "Proxy-Authorization"
-)
+//
+// The header is one that Caddy redacts in its logs, and that means nothing in a
+// response (RFC 9110 §11.7.2).
+const failureField = "Proxy-Authorization"
 
 // failureMark is the value of the field, new in each process. Upstreams can't
 // guess it, and it would be taken from them: see send.
@@ -99,49 +98,6 @@ func installFailureRoute(handler *reverseproxy.Handler) error {
 	return nil
 }
 
-// refuse answers a request that does not go upstream, with an error that has
-// this status when it reaches handle_errors.
-func (t *Transport) refuse(req *http.Request, status int, err error) (*http.Response, error) {
-	closeBody(req)
-	ctx := req.Context()
-	repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
-	if !t.routed || !ok || isHealthCheck(ctx) {
-		return nil, caddyhttp.Error(status, err)
-	}
-	describe(repl, err)
-	repl.Set(phFailure, caddyhttp.Error(status, err))
-	repl.Set(phFailed, true)
-	return &http.Response{
-		Status:     "200 OK", // of no consequence, so that nothing is counted
-		StatusCode: http.StatusOK,
-		Proto:      "HTTP/1.1",
-		ProtoMajor: 1,
-		ProtoMinor: 1,
-		Header:     http.Header{failureField: {failureMark}},
-		Body:       http.NoBody,
-		Request:    req,
-	}, nil
-}
-
-// send sends a request upstream with Caddy's own transport or, if its token is
-// bound to a certificate, with that. What the upstream sends in the field of
-// the mark is removed. cl and tok may be nil.
-func (t *Transport) send(req *http.Request, cl *client, tok *token) (res *http.Response, err error) {
-	if cl != nil && cl.bound != nil {
-		certificate := cl.endpoint.certificates.latest() // of a health check without a token
-		if tok != nil && tok.certificate != nil {
-			certificate = tok.certificate
-		}
-		res, err = cl.bound.send(req, certificate)
-	} else {
-		res, err = t.HTTPTransport.RoundTrip(req)
-	}
-	if err == nil {
-		delete(res.Header, failureField)
-	}
-	return res, err
-}
-
 // describe sets the placeholders that tell why there is no token: the OAuth
 // error code or one of ours, the description, and the status with which the
 // token endpoint answered, if it did.
@@ -170,23 +126,6 @@ func retryAfterSeconds(err error) string {
 		return ""
 	}
 	return strconv.Itoa(max(1, int(math.Ceil(time.Until(failed.retryAt).Seconds()))))
-}
-
-// closeBody does what a RoundTripper owes to a request that it does not send.
-func closeBody(req *http.Request) {
-	if req.Body != nil {
-		_ = req.Body.Close()
-	}
-}
-
-// statusOf tells a client of the proxy why there is no token: 504 if it did
-// not come in time, otherwise 503.
-func statusOf(err error) int {
-	refused, ok := errors.AsType[*tokenError](err)
-	if errors.Is(err, context.DeadlineExceeded) || (ok && refused.Code == codeTimeout) {
-		return http.StatusGatewayTimeout
-	}
-	return http.StatusServiceUnavailable
 }
 
 // Interface guards.

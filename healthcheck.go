@@ -1,19 +1,12 @@
 package outboundauth
 
 import (
-	"context"
 	"net/http"
 	"slices"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
-
-// isHealthCheck recognizes the reverse proxy's own requests: unlike those
-// that the server has received, they have no variables.
-func isHealthCheck(ctx context.Context) bool {
-	return ctx.Value(caddyhttp.VarsCtxKey) == nil
-}
 
 // sendHealthCheck sends an active health check. It carries the token of its
 // upstream if there is one at hand: an upstream is not unhealthy because its

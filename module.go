@@ -5,12 +5,12 @@
 package outboundauth
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"maps"
 	"net/http"
 	"slices"
+	"sync"
 
 	"go.uber.org/zap"
 
@@ -146,81 +146,12 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	return nil
 }
 
-// RoundTrip implements http.RoundTripper. The request's header is left as it
-// is: the proxy sends the same to the next upstream when it retries, and logs
-// it.
-func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
-	ctx := req.Context()
-	if isHealthCheck(ctx) {
-		return t.sendHealthCheck(req)
-	}
-	cl, off, err := t.clientFor(req)
-	if err != nil {
-		return t.refuse(req, http.StatusBadGateway, err)
-	}
-	if off {
-		forgetUse(ctx) // of another upstream that was tried before
-		return t.send(req, nil, nil)
-	}
-	tok, got, err := cl.source.obtain(ctx)
-	cl.endpoint.metrics.requested(ctx, got)
-	if err != nil {
-		if ctxErr := ctx.Err(); ctxErr != nil && errors.Is(err, context.Canceled) {
-			closeBody(req)
-			return nil, ctxErr // the client went away
-		}
-		return t.refuse(req, statusOf(err), err)
-	}
-
-	return t.roundTrip(req, cl, tok)
-}
-
-// outbound returns req as it goes upstream: a shallow copy but for its header.
-func (t *Transport) outbound(req *http.Request, cl *client, tok *token) (*http.Request, error) {
-	out := new(http.Request)
-	*out = *req
-	out.Header = t.reserved.without(req.Header)
-	return out, cl.header(req.Context(), out.Header, tok)
-}
-
 // addresses returns the upstreams that are known before any request.
 func (t *Transport) addresses() []dialAddress {
 	if t.routed {
 		return t.dials
 	}
 	return slices.Collect(maps.Keys(t.clients))
-}
-
-// clientFor returns the client whose token the request's upstream gets, or
-// that it gets none. It is an error if the config does not say, or if the
-// token would travel unencrypted.
-func (t *Transport) clientFor(req *http.Request) (cl *client, off bool, err error) {
-	dial, ok := reverseproxy.GetDialInfo(req.Context())
-	if !ok {
-		return nil, false, errors.New("transport oauth2 serves requests of reverse_proxy only")
-	}
-	cl, listed := t.clients[dialAddress{dial.Network, dial.Address}]
-	if listed && cl == nil {
-		return nil, true, nil
-	}
-	if !listed && !t.listedOnly {
-		cl = t.fallback
-	}
-	if cl == nil {
-		return nil, false, fmt.Errorf("upstream %s has no credentials: add `upstream %s { … }` or `upstream %s off` to transport oauth2",
-			dial.Address, dial.Address, dial.Address)
-	}
-	if t.exposes(req, dial) {
-		return nil, false, plaintextError(dial.Address)
-	}
-	return cl, false, nil
-}
-
-// exposes tells whether others could read on the way what req says, and that
-// was not allowed.
-func (t *Transport) exposes(req *http.Request, dial reverseproxy.DialInfo) bool {
-	t.SetScheme(req) // as the http transport would, which shares the URL
-	return req.URL.Scheme != "https" && !t.plaintext && !t.staysOnMachine(dial.Network, dial.Host)
 }
 
 // Cleanup releases the tokens, which other configs may go on using. It
@@ -236,6 +167,30 @@ func (t *Transport) Cleanup() error {
 	}
 	t.acquired, t.transports = nil, nil
 	return err
+}
+
+// loaded is the transports that are provisioned, oldest first.
+var loaded struct {
+	mu         sync.Mutex // guards all below
+	transports []*Transport
+}
+
+func loadedTransports() []*Transport {
+	loaded.mu.Lock()
+	defer loaded.mu.Unlock()
+	return slices.Clone(loaded.transports)
+}
+
+func (t *Transport) load() {
+	loaded.mu.Lock()
+	defer loaded.mu.Unlock()
+	loaded.transports = append(loaded.transports, t)
+}
+
+func (t *Transport) unload() {
+	loaded.mu.Lock()
+	defer loaded.mu.Unlock()
+	loaded.transports = slices.DeleteFunc(loaded.transports, func(other *Transport) bool { return other == t })
 }
 
 // Interface guards. The reverse proxy looks for the optional interfaces of a

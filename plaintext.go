@@ -42,11 +42,6 @@ func isThisMachine(host string) bool {
 	return staysOnMachine("tcp", host) || strings.HasSuffix(host, ".localhost") || (err == nil && addr.IsUnspecified())
 }
 
-// staysOnMachine is the same for this transport.
-func (t *Transport) staysOnMachine(network, host string) bool {
-	return staysOnMachine(network, host) && (!t.proxied || caddy.IsUnixNetwork(network))
-}
-
 // usesProxy tells whether connections are made through a proxy, which may be
 // on another machine and is told everything that is not encrypted. The proxies
 // in the environment are not used for loopback addresses.

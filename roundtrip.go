@@ -1,0 +1,264 @@
+package outboundauth
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"slices"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+)
+
+// RoundTrip implements http.RoundTripper. The request's header is left as it
+// is: the proxy sends the same to the next upstream when it retries, and logs
+// it.
+func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	ctx := req.Context()
+	if isHealthCheck(ctx) {
+		return t.sendHealthCheck(req)
+	}
+	cl, off, err := t.clientFor(req)
+	if err != nil {
+		return t.refuse(req, http.StatusBadGateway, err)
+	}
+	if off {
+		forgetUse(ctx) // of another upstream that was tried before
+		return t.send(req, nil, nil)
+	}
+	tok, got, err := cl.source.obtain(ctx)
+	cl.endpoint.metrics.requested(ctx, got)
+	if err != nil {
+		if ctxErr := ctx.Err(); ctxErr != nil && errors.Is(err, context.Canceled) {
+			closeBody(req)
+			return nil, ctxErr // the client went away
+		}
+		return t.refuse(req, statusOf(err), err)
+	}
+
+	return t.roundTrip(req, cl, tok)
+}
+
+// clientFor returns the client whose token the request's upstream gets, or
+// that it gets none. It is an error if the config does not say, or if the
+// token would travel unencrypted.
+func (t *Transport) clientFor(req *http.Request) (cl *client, off bool, err error) {
+	dial, ok := reverseproxy.GetDialInfo(req.Context())
+	if !ok {
+		return nil, false, errors.New("transport oauth2 serves requests of reverse_proxy only")
+	}
+	cl, listed := t.clients[dialAddress{dial.Network, dial.Address}]
+	if listed && cl == nil {
+		return nil, true, nil
+	}
+	if !listed && !t.listedOnly {
+		cl = t.fallback
+	}
+	if cl == nil {
+		return nil, false, fmt.Errorf("upstream %s has no credentials: add `upstream %s { … }` or `upstream %s off` to transport oauth2",
+			dial.Address, dial.Address, dial.Address)
+	}
+	if t.exposes(req, dial) {
+		return nil, false, plaintextError(dial.Address)
+	}
+	return cl, false, nil
+}
+
+// exposes tells whether others could read on the way what req says, and that
+// was not allowed.
+func (t *Transport) exposes(req *http.Request, dial reverseproxy.DialInfo) bool {
+	t.SetScheme(req) // as the http transport would, which shares the URL
+	return req.URL.Scheme != "https" && !t.plaintext && !t.staysOnMachine(dial.Network, dial.Host)
+}
+
+// staysOnMachine is the same for this transport.
+func (t *Transport) staysOnMachine(network, host string) bool {
+	return staysOnMachine(network, host) && (!t.proxied || caddy.IsUnixNetwork(network))
+}
+
+// outbound returns req as it goes upstream: a shallow copy but for its header.
+func (t *Transport) outbound(req *http.Request, cl *client, tok *token) (*http.Request, error) {
+	out := new(http.Request)
+	*out = *req
+	out.Header = t.reserved.without(req.Header)
+	return out, cl.header(req.Context(), out.Header, tok)
+}
+
+// roundTrip sends req with a token. If the upstream refuses the token, it is
+// replaced, and the request sent once more.
+func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *http.Response, err error) {
+	out, err := t.outbound(req, cl, tok)
+	if err != nil {
+		return t.refuse(req, http.StatusBadGateway, err)
+	}
+	var body *replayBody
+	var trailer http.Header // as announced
+	if hasBody(req) {
+		trailer = t.reserved.without(req.Trailer)
+		reader := req.Body
+		if len(cl.retryOn) > 0 {
+			body = newReplayBody(req.Body, cl.replayLimit)
+			defer body.commit(req.Context())
+			reader = body.first()
+		}
+		t.setBody(out, reader, trailer)
+	}
+	if body != nil {
+		out = cl.announce(out, body)
+	}
+	res, err = t.send(out, cl, tok)
+	if body != nil && body.ignored.Load() {
+		cl.expectsNothing.Store(true)
+	}
+	if err != nil {
+		return nil, conceal(err, tok)
+	}
+
+	next := tok
+	switch {
+	case slices.Contains(cl.retryOn, res.StatusCode):
+		// While the new token is fetched, the first attempt must not go on
+		// reading the body, or too much of it would be gone.
+		if body != nil && !body.hold() {
+			cl.endpoint.metrics.refused(req.Context(), rejectionNotRepeatable)
+			cl.replace(req.Context(), tok) // for the next request
+			return res, nil
+		}
+		if next = cl.renew(req.Context(), tok); next == nil {
+			cl.endpoint.metrics.refused(req.Context(), rejectionNoToken)
+			return res, nil // as the upstream answered
+		}
+	case res.StatusCode == http.StatusExpectationFailed && body != nil && body.expected:
+		// The expectation was ours, so this is not for the client. RFC 9110
+		// §10.1.1: repeat the request without it.
+		cl.expectsNothing.Store(true)
+		if !body.hold() {
+			return res, nil
+		}
+	default:
+		return res, nil
+	}
+
+	if out, err = t.outbound(req, cl, next); err != nil {
+		return res, nil //nolint:nilerr // it was possible before
+	}
+	if body != nil {
+		t.setBody(out, body.again(), trailer)
+	}
+	go discard(res.Body)
+	res, err = t.send(out, cl, next)
+	if err != nil {
+		if next != tok {
+			cl.endpoint.metrics.refused(req.Context(), rejectionNoAnswer)
+		}
+		return nil, conceal(sentBefore(err, body), next)
+	}
+	switch {
+	case next == tok:
+	case slices.Contains(cl.retryOn, res.StatusCode):
+		cl.endpoint.metrics.refused(req.Context(), rejectionRefusedAgain)
+	default:
+		cl.endpoint.metrics.refused(req.Context(), rejectionRecovered)
+		cl.renewals.help()
+	}
+	return res, nil
+}
+
+// send sends a request upstream with Caddy's own transport or, if its token is
+// bound to a certificate, with that. What the upstream sends in the field of
+// the mark is removed. cl and tok may be nil.
+func (t *Transport) send(req *http.Request, cl *client, tok *token) (res *http.Response, err error) {
+	if cl != nil && cl.bound != nil {
+		certificate := cl.endpoint.certificates.latest() // of a health check without a token
+		if tok != nil && tok.certificate != nil {
+			certificate = tok.certificate
+		}
+		res, err = cl.bound.send(req, certificate)
+	} else {
+		res, err = t.HTTPTransport.RoundTrip(req)
+	}
+	if err == nil {
+		delete(res.Header, failureField)
+	}
+	return res, err
+}
+
+// setBody makes body the one of out, with trailers of its own: those that came
+// in are filled in when the body ends, which the attempt before may still be
+// reading.
+func (t *Transport) setBody(out *http.Request, body io.ReadCloser, announced http.Header) {
+	in := out.Trailer
+	out.Trailer = maps.Clone(announced)
+	out.Body = &trailerBody{ReadCloser: body, from: in, to: out.Trailer, reserved: &t.reserved}
+}
+
+// sentBefore returns the error of a second attempt. To the proxy, an error of
+// the dialer says that nothing was sent, so that it goes on to the next
+// upstream; but what the first attempt sent of the body is not there any more.
+func sentBefore(err error, body *replayBody) error {
+	if _, ok := errors.AsType[reverseproxy.DialError](err); ok && body != nil {
+		return errors.New(err.Error())
+	}
+	return err
+}
+
+// conceal returns the error of an upstream without the token. net/http quotes
+// answers that are not HTTP, and an upstream may send back what it got.
+func conceal(err error, t *token) error {
+	if strings.Contains(err.Error(), t.value) {
+		return errors.New("the upstream's answer is not HTTP, and repeats the token")
+	}
+	return err
+}
+
+// isHealthCheck recognizes the reverse proxy's own requests: unlike those
+// that the server has received, they have no variables.
+func isHealthCheck(ctx context.Context) bool {
+	return ctx.Value(caddyhttp.VarsCtxKey) == nil
+}
+
+// refuse answers a request that does not go upstream, with an error that has
+// this status when it reaches handle_errors.
+func (t *Transport) refuse(req *http.Request, status int, err error) (*http.Response, error) {
+	closeBody(req)
+	ctx := req.Context()
+	repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	if !t.routed || !ok || isHealthCheck(ctx) {
+		return nil, caddyhttp.Error(status, err)
+	}
+	describe(repl, err)
+	repl.Set(phFailure, caddyhttp.Error(status, err))
+	repl.Set(phFailed, true)
+	return &http.Response{
+		Status:     "200 OK", // of no consequence, so that nothing is counted
+		StatusCode: http.StatusOK,
+		Proto:      "HTTP/1.1",
+		ProtoMajor: 1,
+		ProtoMinor: 1,
+		Header:     http.Header{failureField: {failureMark}},
+		Body:       http.NoBody,
+		Request:    req,
+	}, nil
+}
+
+// statusOf tells a client of the proxy why there is no token: 504 if it did
+// not come in time, otherwise 503.
+func statusOf(err error) int {
+	refused, ok := errors.AsType[*tokenError](err)
+	if errors.Is(err, context.DeadlineExceeded) || (ok && refused.Code == codeTimeout) {
+		return http.StatusGatewayTimeout
+	}
+	return http.StatusServiceUnavailable
+}
+
+// closeBody does what a RoundTripper owes to a request that it does not send.
+func closeBody(req *http.Request) {
+	if req.Body != nil {
+		_ = req.Body.Close()
+	}
+}
