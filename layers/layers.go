@@ -68,9 +68,7 @@ func readMap(markdown string) [][]string {
 		for _, match := range goFile.FindAllStringSubmatch(row, -1) {
 			files = append(files, match[1])
 		}
-		if files != nil { // not the head of the table
-			lines = append(lines, files)
-		}
+		lines = append(lines, files) // none, for the head of the table
 	}
 	return lines
 }

@@ -2,9 +2,11 @@ package layers
 
 import (
 	"go/ast"
+	"go/importer"
 	"go/parser"
 	"go/token"
 	"go/types"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -15,7 +17,8 @@ import (
 	"golang.org/x/tools/txtar"
 )
 
-// TestMap checks the package on the map. With -v, it shows the circles as well.
+// TestMap checks the package on the map. With -v, or when it fails, it also
+// shows the circles, and the names that tie each.
 func TestMap(t *testing.T) {
 	contributing, err := os.ReadFile("../CONTRIBUTING.md")
 	if err != nil {
@@ -25,12 +28,28 @@ func TestMap(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, circle := range circles(uses(pkg)) {
-		t.Logf("a circle of %d files: %s", len(circle), strings.Join(circle, ", "))
+	found := uses(pkg)
+	for _, circle := range circles(found) {
+		t.Logf("a circle of %d files: %s%s", len(circle), strings.Join(circle, ", "), ties(circle, found))
 	}
 	for _, problem := range check(readMap(string(contributing)), pkg) {
 		t.Error(problem)
 	}
+}
+
+// ties returns what the files of a circle use of each other, a line for each two.
+func ties(circle []string, found []use) string {
+	names := map[string]string{}
+	for _, u := range found {
+		if slices.Contains(circle, u.from) && slices.Contains(circle, u.to) {
+			names["\n"+u.from+" uses of "+u.to+":"] += " " + u.name
+		}
+	}
+	var text strings.Builder
+	for _, files := range slices.Sorted(maps.Keys(names)) {
+		text.WriteString(files + names[files])
+	}
+	return text.String()
 }
 
 // TestCheck checks small packages: in each archive, a map comes first, then the
@@ -59,7 +78,7 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// typeCheck makes a package of files that import nothing.
+// typeCheck makes a package of files.
 func typeCheck(t *testing.T, files []txtar.File) *packages.Package {
 	t.Helper()
 	pkg := &packages.Package{
@@ -73,8 +92,9 @@ func typeCheck(t *testing.T, files []txtar.File) *packages.Package {
 		}
 		pkg.Syntax = append(pkg.Syntax, parsed)
 	}
+	config := types.Config{Importer: importer.ForCompiler(pkg.Fset, "source", nil)}
 	var err error
-	pkg.Types, err = new(types.Config).Check("p", pkg.Fset, pkg.Syntax, pkg.TypesInfo)
+	pkg.Types, err = config.Check("p", pkg.Fset, pkg.Syntax, pkg.TypesInfo)
 	if err != nil {
 		t.Fatal(err)
 	}
