@@ -126,7 +126,7 @@ func (d *discovery) fetch(ctx context.Context, u *url.URL) (*metadata, *tokenErr
 		failure.Code = codeHTTPStatus
 		failure.Description = "there is no metadata of the issuer"
 		failure.retryAfter = parseRetryAfter(a.header, time.Now())
-		failure = failure.classify(nil)
+		failure = failure.classify()
 		switch {
 		case a.status >= 300 && a.status < 400:
 			failure.Description = "a redirect in the place of the issuer's metadata, which is not followed"

@@ -204,7 +204,7 @@ func (e *endpoint) read(u *url.URL, a serverAnswer, secrets confidential) (grant
 		if e.discovery != nil {
 			failure.Hint = "the token endpoint in the issuer's metadata is not the final one; set token_url instead of issuer"
 		}
-		return grant{}, failure.classify(&e.credentials)
+		return grant{}, failure.classify()
 	}
 	if len(a.body) > maxTokenResponse {
 		return grant{}, e.unreadable(failure, fmt.Errorf("the answer is larger than %d bytes", maxTokenResponse))
@@ -243,7 +243,10 @@ func (e *endpoint) read(u *url.URL, a serverAnswer, secrets confidential) (grant
 	if secrets.in(description + "\n" + clean(description, len(description))) {
 		failure.Description = "the server's description repeats the client's credentials, and is not shown"
 	}
-	return grant{}, failure.classify(&e.credentials)
+	if failure.classify().permanent {
+		failure.Hint = e.credentials.hint(failure.Code)
+	}
+	return grant{}, failure
 }
 
 // unreadable is an answer that is neither a token nor a refusal: it counts as

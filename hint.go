@@ -8,9 +8,6 @@ import (
 // hint says what to change when the authorization server answers with a code
 // (RFC 6749 §5.2, RFC 8707 §2, RFC 7523 §3.1); "" for one that is not known.
 func (c *Credentials) hint(code string) string {
-	if c == nil {
-		return ""
-	}
 	switch code {
 	case "invalid_client":
 		return "check " + c.clientSettings()

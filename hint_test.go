@@ -73,9 +73,6 @@ func TestHintNamesTheSettings(t *testing.T) {
 	if got, want := all.hint("invalid_request"), "check auth_method, scopes, audience, resource, param, private_key and key_id"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
-	if got := (*Credentials)(nil).hint("invalid_client"); got != "" {
-		t.Errorf("got %q without credentials, want none", got)
-	}
 }
 
 // What the JWT in a file says is no setting.

@@ -68,17 +68,14 @@ var transientCodes = []string{"temporarily_unavailable", "server_error", "slow_d
 
 // classify decides whether an answer other than a token is permanent. A status
 // in the 500s, 408, 425 and 429 pass by themselves; what else the server
-// rejects, it will reject again. c is what was rejected.
-func (e *tokenError) classify(c *Credentials) *tokenError {
+// rejects, it will reject again.
+func (e *tokenError) classify() *tokenError {
 	switch {
 	case e.Status >= 500, e.Status == http.StatusRequestTimeout, e.Status == http.StatusTooEarly,
 		e.Status == http.StatusTooManyRequests:
 		e.permanent = false
 	default:
 		e.permanent = !slices.Contains(transientCodes, e.Code)
-	}
-	if e.permanent && e.Hint == "" {
-		e.Hint = c.hint(e.Code)
 	}
 	return e
 }
