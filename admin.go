@@ -52,14 +52,9 @@ func (a adminAPI) Routes() []caddy.AdminRoute {
 
 // clientStatus is a client as the admin API shows it.
 type clientStatus struct {
-	ID            string   `json:"id"`
-	Name          string   `json:"name"`
-	TokenEndpoint string   `json:"token_endpoint,omitempty"` // not known before it has been discovered
-	Issuer        string   `json:"issuer,omitempty"`
-	ClientID      string   `json:"client_id,omitempty"`
-	AuthMethod    string   `json:"auth_method,omitempty"`
-	GrantType     string   `json:"grant_type"`
-	Scopes        []string `json:"scopes,omitempty"`
+	ID   string `json:"id"`
+	Name string `json:"name"`
+	description
 
 	State    string     `json:"state"`
 	Fetching bool       `json:"fetching"` // a token request is under way
@@ -80,28 +75,22 @@ type clientStatus struct {
 
 // newClientStatus returns what the admin API shows of a source.
 func newClientStatus(s sourceStatus) clientStatus {
-	c := &s.endpoint.credentials
 	status := clientStatus{
-		ID:            s.key.id(),
-		Name:          s.name,
-		TokenEndpoint: s.endpoint.knownURL(),
-		Issuer:        c.Issuer,
-		ClientID:      c.ClientID,
-		AuthMethod:    c.method(),
-		GrantType:     c.grant(),
-		Scopes:        c.Scopes,
-		State:         s.state,
-		Fetching:      s.fetching,
-		Obtained:      instant(s.obtained),
-		Renewal:       instant(s.renewal),
-		Expires:       instant(s.expires),
-		Failures:      s.failures,
-		RetryAt:       instant(s.retryAt),
+		ID:          s.key.id(),
+		Name:        s.name,
+		description: s.description,
+		State:       s.state,
+		Fetching:    s.fetching,
+		Obtained:    instant(s.obtained),
+		Renewal:     instant(s.renewal),
+		Expires:     instant(s.expires),
+		Failures:    s.failures,
+		RetryAt:     instant(s.retryAt),
 	}
 	if s.err != nil {
 		status.LastError = reportError(s.err)
 	}
-	status.Requests, status.TokenRequests, status.Rejections = s.endpoint.metrics.counts()
+	status.Requests, status.TokenRequests, status.Rejections = metricsOf(s.name).counts()
 	return status
 }
 

@@ -66,7 +66,7 @@ func newClient(e *endpoint, transportConfig []byte) (*client, error) {
 	cl := &client{key: sha256.Sum256(shape), endpoint: e}
 
 	e.metrics = metricsOf(c.name())
-	field, scheme := c.BearerHeader.resolve()
+	field, scheme := c.BearerHeader.withDefaults()
 	cl.bearerField = http.CanonicalHeaderKey(field)
 	if scheme != "" {
 		cl.bearerPrefix = scheme + " "

@@ -29,7 +29,7 @@ const (
 // client's attempts. audience is whom a JWT is meant for. It returns what of
 // the request must not be shown.
 func (c *Credentials) authenticate(r resolved, audience string, form url.Values, header http.Header) (secrets confidential, err error) {
-	switch method := c.method(); method {
+	switch method := c.authMethod(); method {
 	case authBasic:
 		// Both parts are form-encoded first (§2.3.1): otherwise an id with a
 		// colon would be cut there, and a secret with a '%' decoded.
@@ -92,7 +92,7 @@ func (c *Credentials) clientAssertion(r resolved, audience string) (string, erro
 		typ = typClientAuth
 	}
 	key := r.key
-	if c.method() == authSecretJWT {
+	if c.authMethod() == authSecretJWT {
 		key = &privateKey{key: []byte(r.secret), alg: jose.HS256}
 		if c.SigningAlg != "" && !c.usesKey() { // else it is that of the grant's JWT
 			key.alg = jose.SignatureAlgorithm(c.SigningAlg)
@@ -104,7 +104,7 @@ func (c *Credentials) clientAssertion(r resolved, audience string) (string, erro
 // grantAssertion makes the JWT that the token is granted for (RFC 7523 §2.1).
 func (c *Credentials) grantAssertion(r resolved, audience string) (string, error) {
 	typ := typJWT
-	if method := c.method(); method != authKeyJWT && method != authSecretJWT { // else it is that of the client's JWT
+	if method := c.authMethod(); method != authKeyJWT && method != authSecretJWT { // else it is that of the client's JWT
 		typ = cmp.Or(c.AssertionTyp, typJWT)
 	}
 	return c.sign(r.key, typ, cmp.Or(r.subject, c.ClientID), audience, r.claims)

@@ -318,15 +318,24 @@ var signingAlgs = []string{
 // placeholder can bring anything.
 func (c *Credentials) name() string {
 	name := c.ClientID
-	if u, err := url.Parse(cmp.Or(c.TokenURL, c.Issuer)); err == nil {
-		name = u.Host + "/" + name
+	if host := c.host(); host != "" {
+		name = host + "/" + name
 	}
 	return strings.ToValidUTF8(cmp.Or(c.Name, name), "\uFFFD")
 }
 
-// method returns how the client authenticates. It is either said, or there is
+// host names the authorization server in names, logs and errors.
+func (c *Credentials) host() string {
+	u, err := url.Parse(cmp.Or(c.TokenURL, c.Issuer))
+	if err != nil {
+		return ""
+	}
+	return u.Host
+}
+
+// authMethod returns how the client authenticates. It is either said, or there is
 // nothing to choose.
-func (c *Credentials) method() string {
+func (c *Credentials) authMethod() string {
 	switch {
 	case c.AuthMethod != "":
 		return c.AuthMethod
@@ -352,8 +361,8 @@ func needsSecret(method string) bool {
 	return true
 }
 
-// grant returns what the token is granted for.
-func (c *Credentials) grant() string { return cmp.Or(c.GrantType, grantClientCredentials) }
+// grantType returns what the token is granted for.
+func (c *Credentials) grantType() string { return cmp.Or(c.GrantType, grantClientCredentials) }
 
 // grantsByJWT tells whether that is a JWT.
 func (c *Credentials) grantsByJWT() bool { return c.GrantType == grantJWTBearer }
@@ -362,13 +371,13 @@ func (c *Credentials) grantsByJWT() bool { return c.GrantType == grantJWTBearer 
 // come from the assertion_file, which is for the grant before the client.
 func (c *Credentials) usesKey() bool {
 	if c.grantsByJWT() {
-		return c.AssertionFile == "" || c.method() == authKeyJWT
+		return c.AssertionFile == "" || c.authMethod() == authKeyJWT
 	}
-	return c.method() == authKeyJWT && c.AssertionFile == ""
+	return c.authMethod() == authKeyJWT && c.AssertionFile == ""
 }
 
 // signs tells whether JWTs are signed at all.
-func (c *Credentials) signs() bool { return c.usesKey() || c.method() == authSecretJWT }
+func (c *Credentials) signs() bool { return c.usesKey() || c.authMethod() == authSecretJWT }
 
 // presentsOther tells whether token_transport has a client certificate.
 func (c *Credentials) presentsOther() bool { return presentsCertificate(c.TokenTransport) }
@@ -382,7 +391,7 @@ func presentsCertificate(h *reverseproxy.HTTPTransport) bool {
 // shape returns everything that shapes a token request and the life of its
 // token: all settings but those of what the upstream is sent.
 func (c Credentials) shape(life lifecycle, transportConfig []byte) ([]byte, error) {
-	c.AuthMethod, c.GrantType = c.method(), c.grant()
+	c.AuthMethod, c.GrantType = c.authMethod(), c.grantType()
 	c.BasicEncoding = cmp.Or(c.BasicEncoding, basicForm)
 	c.AssertionLifetime = cmp.Or(c.AssertionLifetime, caddy.Duration(defaultAssertionLifetime))
 	c.TokenTransport, c.TokenTimeout, c.RefreshBefore, c.DefaultLifetime = nil, 0, 0, 0
@@ -405,8 +414,8 @@ func (t *Tenant) field() string {
 	return t.Field
 }
 
-// resolve returns field name and scheme with their defaults.
-func (b *BearerHeader) resolve() (field, scheme string) {
+// withDefaults returns field name and scheme with their defaults.
+func (b *BearerHeader) withDefaults() (field, scheme string) {
 	field, scheme = defaultBearerField, defaultBearerScheme
 	if b != nil && b.Field != "" {
 		field = b.Field

@@ -142,7 +142,7 @@ func (c *Credentials) checkTogether() error {
 		return err
 	}
 	var taken fieldSet
-	field, _ := c.BearerHeader.resolve()
+	field, _ := c.BearerHeader.withDefaults()
 	taken.add(field)
 	if c.Tenant != nil {
 		field = c.Tenant.field()
@@ -164,7 +164,7 @@ func (c *Credentials) checkTogether() error {
 // checkAuthTogether tells which settings of client authentication contradict
 // each other, or have no effect: what somebody wrote there was meant.
 func (c *Credentials) checkAuthTogether() error {
-	method := c.method()
+	method := c.authMethod()
 	with := "auth_method " + method
 	switch {
 	case method == authByGrant:
@@ -172,7 +172,7 @@ func (c *Credentials) checkAuthTogether() error {
 	case c.AuthMethod == "" && c.ClientSecret != "":
 		with = "client_secret (auth_method is " + method + " by default)"
 	}
-	signing, granting := with, "grant_type "+c.grant()
+	signing, granting := with, "grant_type "+c.grantType()
 	if c.AssertionFile != "" { // it takes the place of what would be signed
 		if c.grantsByJWT() {
 			granting = "assertion_file"
@@ -221,7 +221,7 @@ func (c *Credentials) checkAuthTogether() error {
 
 // checkHeaders checks what the upstream is sent.
 func (c *Credentials) checkHeaders() error {
-	field, scheme := c.BearerHeader.resolve()
+	field, scheme := c.BearerHeader.withDefaults()
 	if err := checkHeaderField(field); err != nil {
 		return fmt.Errorf("bearer_header: %w", err)
 	}
@@ -259,7 +259,7 @@ func (c *Credentials) missing() string {
 // missingAuth names the first setting without which the client can't
 // authenticate, and what to write; "" if nothing is missing.
 func (c *Credentials) missingAuth() string {
-	method := c.method()
+	method := c.authMethod()
 	switch {
 	case c.ClientID == "" && (c.AssertionFile == "" || c.signs() || (method != authKeyJWT && method != authByGrant)):
 		return "client_id is missing"
@@ -279,11 +279,11 @@ func (c *Credentials) missingAuth() string {
 	return ""
 }
 
-// resolve returns a copy with the placeholders replaced in what is read once,
+// expand returns a copy with the placeholders replaced in what is read once,
 // when the config is loaded. Secrets keep theirs: they are read again for
 // each token request, and nothing resolved may reach the config that the
 // admin API shows.
-func (c Credentials) resolve(repl *caddy.Replacer) (Credentials, error) {
+func (c Credentials) expand(repl *caddy.Replacer) (Credentials, error) {
 	err := c.check()
 	if err != nil {
 		return c, err

@@ -69,7 +69,7 @@ func (c Credentials) inheritAuth(base *Credentials, sameServer bool) Credentials
 			c.AssertionFile = base.AssertionFile
 		}
 	}
-	if c.method() == authBasic {
+	if c.authMethod() == authBasic {
 		c.BasicEncoding = cmp.Or(c.BasicEncoding, base.BasicEncoding)
 	}
 	if c.signs() {

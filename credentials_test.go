@@ -399,8 +399,8 @@ func TestAnyWayToAuthenticateMayReplaceAnyOther(t *testing.T) {
 			own.BasicEncoding, own.BindCertificate, own.Subject, own.Claims = "", false, "", nil
 			got := own.inherit(&base)
 			wantUsable(t, "from "+from+" to "+to, got)
-			if own.method() != got.method() {
-				t.Errorf("from %s to %s: got auth_method %q, want %q", from, to, got.method(), own.method())
+			if own.authMethod() != got.authMethod() {
+				t.Errorf("from %s to %s: got auth_method %q, want %q", from, to, got.authMethod(), own.authMethod())
 			}
 		}
 	}

@@ -209,7 +209,7 @@ func (d *discovery) keepOut(u *url.URL) error {
 // check warns, once, of an authentication that the server says it does not
 // support. It is tried all the same: what servers publish is not always true.
 func (d *discovery) check(m *metadata) {
-	method, setting := d.credentials.method(), ""
+	method, setting := d.credentials.authMethod(), ""
 	var supported []string
 	switch {
 	case method != authByGrant && method != authNone && len(m.authMethods) > 0 && !supports(m.authMethods, method):

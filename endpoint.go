@@ -8,12 +8,10 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
-	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
 
-	"go.opentelemetry.io/otel/attribute"
 	"go.uber.org/zap"
 )
 
@@ -37,14 +35,6 @@ type endpoint struct {
 	narrowed atomic.Pointer[string] // the granted scopes of the last warning
 }
 
-// host names the server in logs and errors.
-func (e *endpoint) host() string {
-	if e.discovery != nil {
-		return e.discovery.issuer.Host
-	}
-	return e.url.Host
-}
-
 // knownURL returns the token endpoint's URL, without a query, which may hold a
 // key; "" while it has not been discovered.
 func (e *endpoint) knownURL() string {
@@ -59,6 +49,15 @@ func (e *endpoint) knownURL() string {
 	return shown.String()
 }
 
+// fingerprint implements requester.
+func (e *endpoint) fingerprint(ctx context.Context) string {
+	r, err := e.credentials.resolve(ctx, &e.certificates)
+	if err != nil {
+		return err.Error()
+	}
+	return r.fingerprint()
+}
+
 // request implements requester.
 func (e *endpoint) request(ctx context.Context) (grant, error) {
 	start := time.Now()
@@ -70,7 +69,7 @@ func (e *endpoint) request(ctx context.Context) (grant, error) {
 }
 
 func (e *endpoint) requestOnce(ctx context.Context) (grant, error) {
-	r, err := e.resolve(ctx)
+	r, err := e.credentials.resolve(ctx, &e.certificates)
 	if err != nil {
 		return grant{}, err
 	}
@@ -268,7 +267,7 @@ func (e *endpoint) advise(err error, r resolved, p *presented) error {
 	case expired(r.assertion): // some take that for a fault of their own
 		failure.Hint = "the JWT in assertion_file has expired; see that it is renewed"
 	case !rejected:
-	case e.credentials.method() == authTLS && p.certificate != nil && !p.asked.Load():
+	case e.credentials.authMethod() == authTLS && p.certificate != nil && !p.asked.Load():
 		failure.Hint = "the server did not ask for the client_certificate: it may do so at another address; set token_url to that"
 	case failure.Hint == "":
 		// Some servers do not say what they reject.
@@ -306,24 +305,22 @@ func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
 // logFields tell in the log which client it is about.
 func (e *endpoint) logFields() []zap.Field {
 	return []zap.Field{
-		zap.String("client", e.metrics.name), zap.String("token_endpoint", e.host()), zap.String("client_id", e.credentials.ClientID),
+		zap.String("client", e.metrics.name), zap.String("token_endpoint", e.credentials.host()), zap.String("client_id", e.credentials.ClientID),
 	}
 }
 
-// attributes implements requester, by the semantic conventions for HTTP. All of
-// them are UTF-8: one that is not would cost a whole batch of spans.
-func (e *endpoint) attributes() []attribute.KeyValue {
-	attributes := []attribute.KeyValue{
-		attribute.String("oauth2.client", e.metrics.name),
-		attribute.String("http.request.method", http.MethodPost),
+// describe implements requester.
+func (e *endpoint) describe() description {
+	c := &e.credentials
+	return description{
+		name:          e.metrics.name,
+		TokenEndpoint: e.knownURL(),
+		Issuer:        c.Issuer,
+		ClientID:      c.ClientID,
+		AuthMethod:    c.authMethod(),
+		GrantType:     c.grantType(),
+		Scopes:        c.Scopes,
 	}
-	if u, err := url.Parse(e.knownURL()); err == nil && u.Host != "" {
-		attributes = append(attributes, attribute.String("server.address", strings.ToValidUTF8(u.Hostname(), "\uFFFD")))
-		if port, err := strconv.Atoi(u.Port()); err == nil {
-			attributes = append(attributes, attribute.Int("server.port", port))
-		}
-	}
-	return attributes
 }
 
 // errorCode returns a code as RFC 6749 §5.2 permits it: it becomes part of

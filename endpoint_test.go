@@ -85,7 +85,7 @@ func newTestClient(t *testing.T, c Credentials, tokenTransport http.RoundTripper
 
 func newLoggingClient(t *testing.T, c Credentials, tokenTransport http.RoundTripper, logger *zap.Logger) *client {
 	t.Helper()
-	resolved, err := c.resolve(caddy.NewReplacer())
+	resolved, err := c.expand(caddy.NewReplacer())
 	if err != nil {
 		t.Fatalf("resolve() = %v, want no error", err)
 	}

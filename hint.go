@@ -25,7 +25,7 @@ func (c *Credentials) hint(code string) string {
 		if c.Issuer != "" {
 			server = "issuer"
 		}
-		return fmt.Sprintf("check %s and grant_type: the server does not offer the %s grant there", server, c.grant())
+		return fmt.Sprintf("check %s and grant_type: the server does not offer the %s grant there", server, c.grantType())
 	case "invalid_scope":
 		return "check scopes"
 	case "invalid_target":
@@ -61,7 +61,7 @@ func (c *Credentials) requestSettings() string {
 
 // clientSettings names the settings that tell who the client is.
 func (c *Credentials) clientSettings() string {
-	switch c.method() {
+	switch c.authMethod() {
 	case authBasic:
 		return "client_id, client_secret, auth_method and basic_encoding"
 	case authSecretJWT:

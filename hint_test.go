@@ -108,7 +108,7 @@ func TestHintsNameSettingsThatHaveAnEffect(t *testing.T) {
 					if other := map[string]string{"token_url": "issuer", "issuer": "token_url"}[name]; other == server {
 						t.Errorf("%s with %s, %s: got %q, want what is set", way, server, code, hint)
 					}
-					if name == "client_secret" && !needsSecret(c.method()) && c.method() != authNone {
+					if name == "client_secret" && !needsSecret(c.authMethod()) && c.authMethod() != authNone {
 						t.Errorf("%s, %s: got %q, want nothing about a secret that is not sent", way, code, hint)
 					}
 				}

@@ -107,7 +107,7 @@ func (t *Transport) upstreamClient(ctx caddy.Context, repl *caddy.Replacer, u *U
 // provisionClient provisions credentials and everything that they need.
 func (t *Transport) provisionClient(ctx caddy.Context, repl *caddy.Replacer, c Credentials, transports map[*reverseproxy.HTTPTransport]tokenTransport) (*client, error) {
 	template := c.TokenURL
-	c, err := c.resolve(repl)
+	c, err := c.expand(repl)
 	if err != nil {
 		return nil, err
 	}
@@ -125,7 +125,7 @@ func (t *Transport) provisionClient(ctx caddy.Context, repl *caddy.Replacer, c C
 	if err := t.locate(e, transport); err != nil {
 		return nil, err
 	}
-	if _, _, _, err := e.resolveKeys(repl); err != nil {
+	if _, _, _, err := c.resolveKeys(repl, &e.certificates); err != nil {
 		return nil, err
 	}
 	var bound *boundTransport
@@ -149,7 +149,7 @@ func (t *Transport) provisionClient(ctx caddy.Context, repl *caddy.Replacer, c C
 func (t *Transport) locate(e *endpoint, transport tokenTransport) (err error) {
 	c := &e.credentials
 	permit := func(u *url.URL) error {
-		if u.Scheme != "https" && (c.method() == authTLS || c.BindCertificate) {
+		if u.Scheme != "https" && (c.authMethod() == authTLS || c.BindCertificate) {
 			return errors.New("the client_certificate can be presented in TLS only; use https://")
 		}
 		if slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {

@@ -29,12 +29,8 @@ type resolved struct {
 // Format keeps the secrets out of everything that prints values.
 func (resolved) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("resolved")) }
 
-// fingerprint implements requester.
-func (e *endpoint) fingerprint(ctx context.Context) string {
-	r, err := e.resolve(ctx)
-	if err != nil {
-		return err.Error()
-	}
+// fingerprint tells these secrets from others without holding them.
+func (r resolved) fingerprint() string {
 	var chain [][]byte
 	if r.certificate != nil {
 		chain = r.certificate.Certificate
@@ -47,7 +43,7 @@ func (e *endpoint) fingerprint(ctx context.Context) string {
 // resolve replaces the placeholders by the values that they have now, with a
 // replacer that knows nothing of any request. They may name files, and reading
 // a file can't be interrupted: then it goes on by itself when ctx ends.
-func (e *endpoint) resolve(ctx context.Context) (resolved, error) {
+func (c *Credentials) resolve(ctx context.Context, certificates *certificateCache) (resolved, error) {
 	type result struct {
 		resolved
 		err error
@@ -56,7 +52,7 @@ func (e *endpoint) resolve(ctx context.Context) (resolved, error) {
 	go func() {
 		var res result
 		res.err = safely(func() (err error) {
-			res.resolved, err = e.resolveNow()
+			res.resolved, err = c.resolveNow(certificates)
 			return err
 		})
 		done <- res
@@ -64,16 +60,15 @@ func (e *endpoint) resolve(ctx context.Context) (resolved, error) {
 	select {
 	case res := <-done:
 		if res.err != nil {
-			return resolved{}, &tokenError{Endpoint: e.host(), Code: codeConfiguration, Description: res.err.Error(), permanent: true}
+			return resolved{}, &tokenError{Endpoint: c.host(), Code: codeConfiguration, Description: res.err.Error(), permanent: true}
 		}
 		return res.resolved, nil
 	case <-ctx.Done():
-		return resolved{}, &tokenError{Endpoint: e.host(), Code: codeTimeout, Description: "reading the client's secrets from their files took too long"}
+		return resolved{}, &tokenError{Endpoint: c.host(), Code: codeTimeout, Description: "reading the client's secrets from their files took too long"}
 	}
 }
 
-func (e *endpoint) resolveNow() (r resolved, err error) {
-	c := &e.credentials
+func (c *Credentials) resolveNow(certificates *certificateCache) (r resolved, err error) {
 	repl := caddy.NewReplacer()
 	if c.ClientSecret != "" {
 		if r.secret, err = resolveSecret(repl, "client_secret", c.ClientSecret); err != nil {
@@ -90,7 +85,7 @@ func (e *endpoint) resolveNow() (r resolved, err error) {
 			return resolved{}, err
 		}
 	}
-	if r.certificate, r.key, r.keySource, err = e.resolveKeys(repl); err != nil {
+	if r.certificate, r.key, r.keySource, err = c.resolveKeys(repl, certificates); err != nil {
 		return resolved{}, err
 	}
 	for _, values := range []struct {
@@ -119,10 +114,9 @@ func (e *endpoint) resolveNow() (r resolved, err error) {
 
 // resolveKeys reads certificate and key. Provision calls it as well: what
 // can't be read, or does not fit, is found at load.
-func (e *endpoint) resolveKeys(repl *caddy.Replacer) (certificate *tls.Certificate, key *privateKey, source []byte, err error) {
-	c := &e.credentials
+func (c *Credentials) resolveKeys(repl *caddy.Replacer, certificates *certificateCache) (certificate *tls.Certificate, key *privateKey, source []byte, err error) {
 	if c.ClientCertificate != nil {
-		if certificate, err = e.certificates.load(repl, c.ClientCertificate); err != nil {
+		if certificate, err = certificates.load(repl, c.ClientCertificate); err != nil {
 			return nil, nil, nil, err
 		}
 	}

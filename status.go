@@ -18,9 +18,8 @@ var tokenStates = []string{stateFresh, stateStale, stateExpired, stateAbsent}
 // sourceStatus is what a token source is like at one instant. It holds no
 // token, and no secret.
 type sourceStatus struct {
-	key      sourceKey
-	name     string // of the client
-	endpoint *endpoint
+	key sourceKey
+	description
 
 	state                      string
 	obtained, renewal, expires time.Time // zero: no token
@@ -64,6 +63,9 @@ func sourceStatuses() []sourceStatus {
 func (s *tokenSource) statuses(now time.Time) []sourceStatus {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.last == nil {
+		return nil
+	}
 	status := sourceStatus{state: stateAbsent, failures: s.failures, fetching: s.inflight != nil}
 	if t := s.current; t != nil {
 		status.obtained, status.renewal, status.expires = t.obtained, t.refreshAt, t.expires
@@ -82,10 +84,9 @@ func (s *tokenSource) statuses(now time.Time) []sourceStatus {
 
 	var statuses []sourceStatus
 	for _, client := range slices.Backward(append([]requester{s.last}, s.requesters...)) {
-		e, ok := client.(*endpoint)
-		named := func(other sourceStatus) bool { return other.name == e.metrics.name }
-		if ok && !slices.ContainsFunc(statuses, named) {
-			status.name, status.endpoint = e.metrics.name, e
+		status.description = client.describe()
+		named := func(other sourceStatus) bool { return other.name == status.name }
+		if !slices.ContainsFunc(statuses, named) {
 			statuses = append(statuses, status)
 		}
 	}

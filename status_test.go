@@ -1,14 +1,13 @@
 package outboundauth
 
 import (
-	"context"
 	"errors"
+	"net/url"
 	"slices"
+	"strconv"
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"go.opentelemetry.io/otel/attribute"
 )
 
 // A token's state changes by the mere passing of time.
@@ -19,8 +18,7 @@ func TestStatusOfASource(t *testing.T) {
 		if got := source.statuses(time.Now()); len(got) > 0 {
 			t.Errorf("got %v, want no status of a source without a client", got)
 		}
-		e := &endpoint{metrics: &clientMetrics{name: "orders"}}
-		source.attach(e)
+		source.attach(newNamedEndpoint("orders", "one"))
 		wantState := func(want string) sourceStatus {
 			t.Helper()
 			statuses := source.statuses(time.Now())
@@ -28,8 +26,8 @@ func TestStatusOfASource(t *testing.T) {
 				t.Fatalf("got %d statuses, want 1", len(statuses))
 			}
 			s := statuses[0]
-			if s.state != want || s.name != "orders" || s.endpoint != e {
-				t.Errorf("got %q of %q, want %s of orders", s.state, s.name, want)
+			if s.state != want || s.name != "orders" || s.ClientID != "one" {
+				t.Errorf("got %q of %q, client %q, want %s of orders, client one", s.state, s.name, s.ClientID, want)
 			}
 			return s
 		}
@@ -74,19 +72,17 @@ func TestStatusOfASource(t *testing.T) {
 	})
 }
 
-// A requester that is no endpoint has nothing to show.
-type strangeRequester struct{}
+// newNamedEndpoint makes an endpoint that tells who its client is, and no more.
+func newNamedEndpoint(name, clientID string) *endpoint {
+	return &endpoint{url: new(url.URL), credentials: Credentials{ClientID: clientID}, metrics: &clientMetrics{name: name}}
+}
 
-func (strangeRequester) request(context.Context) (grant, error) { return grant{}, nil }
-func (strangeRequester) fingerprint(context.Context) string     { return "" }
-func (strangeRequester) attributes() []attribute.KeyValue       { return nil }
-func (strangeRequester) fetched(*token, *fetchError, int)       {}
-
-func TestStatusNeedsAnEndpoint(t *testing.T) {
+// Whatever makes the requests: none is left out.
+func TestStatusNeedsNoEndpoint(t *testing.T) {
 	source := newTokenSource(lifecycle{})
-	source.attach(strangeRequester{})
-	if got := source.statuses(time.Now()); len(got) > 0 {
-		t.Errorf("got %v, want no status", got)
+	source.attach(new(scriptedRequester))
+	if got := source.statuses(time.Now()); len(got) != 1 || got[0].name != "scripted" {
+		t.Errorf("got %v, want the status of the client", got)
 	}
 }
 
@@ -94,26 +90,26 @@ func TestStatusNeedsAnEndpoint(t *testing.T) {
 func TestStatusForEachName(t *testing.T) {
 	source := newTokenSource(lifecycle{})
 	var clients []*endpoint
-	for _, name := range []string{"orders", "billing", "orders"} {
-		clients = append(clients, &endpoint{metrics: &clientMetrics{name: name}})
-		source.attach(clients[len(clients)-1])
+	for i, name := range []string{"orders", "billing", "orders"} {
+		clients = append(clients, newNamedEndpoint(name, strconv.Itoa(i)))
+		source.attach(clients[i])
 	}
-	check := func(when string, want ...*endpoint) {
+	check := func(when string, want ...string) {
 		t.Helper()
-		var got []*endpoint
+		var got []string
 		for _, s := range source.statuses(time.Now()) {
-			got = append(got, s.endpoint)
+			got = append(got, s.ClientID)
 		}
 		if !slices.Equal(got, want) {
 			t.Errorf("%s: got %v, want %v", when, got, want)
 		}
 	}
-	check("all are attached", clients[2], clients[1])
+	check("all are attached", "2", "1")
 	source.detach(clients[2])
-	check("the newest is gone", clients[1], clients[0])
+	check("the newest is gone", "1", "0")
 	source.detach(clients[0])
 	source.detach(clients[1])
-	check("requests are still on their way", clients[1])
+	check("requests are still on their way", "1")
 }
 
 func TestWorseStatus(t *testing.T) {

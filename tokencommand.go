@@ -239,8 +239,8 @@ func (c *upstreamClient) report() tokenReport {
 		Upstreams:  c.upstreams,
 		Issuer:     credentials.Issuer,
 		ClientID:   credentials.ClientID,
-		AuthMethod: credentials.method(),
-		GrantType:  credentials.grant(),
+		AuthMethod: credentials.authMethod(),
+		GrantType:  credentials.grantType(),
 		Scopes:     credentials.Scopes,
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), c.source.fetchTimeout)

@@ -10,7 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/caddyserver/caddy/v2"
@@ -26,12 +25,25 @@ type requester interface {
 	// them. It may do I/O: placeholders can name files.
 	fingerprint(ctx context.Context) string
 
-	// attributes are what a span tells of the client and the server.
-	attributes() []attribute.KeyValue
+	// describe tells who the client is. It does no I/O.
+	describe() description
 
 	// fetched is told how each fetch ended: with a token, at the first try or
 	// after failures, or with err. It may be called while the next is told.
 	fetched(t *token, err *fetchError, failures int)
+}
+
+// description is who a client is, as far as everybody may know: in metrics, spans
+// and logs, and in JSON for the admin API and `caddy oauth2-token`.
+type description struct {
+	name string
+
+	TokenEndpoint string   `json:"token_endpoint,omitempty"` // not known before it has been discovered
+	Issuer        string   `json:"issuer,omitempty"`
+	ClientID      string   `json:"client_id,omitempty"`
+	AuthMethod    string   `json:"auth_method,omitempty"`
+	GrantType     string   `json:"grant_type"`
+	Scopes        []string `json:"scopes,omitempty"` // asked for
 }
 
 // errReleased ends the wait for a fetch that was given up because the last

@@ -10,8 +10,6 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"go.opentelemetry.io/otel/attribute"
 )
 
 // scriptedRequester is an authorization server as a token source sees it. It
@@ -66,7 +64,7 @@ func (r *scriptedRequester) fingerprint(context.Context) string {
 	return r.secret()
 }
 
-func (r *scriptedRequester) attributes() []attribute.KeyValue { return nil }
+func (r *scriptedRequester) describe() description { return description{name: "scripted"} }
 
 func (r *scriptedRequester) fetched(t *token, err *fetchError, failures int) {
 	r.mu.Lock()

@@ -3,6 +3,9 @@ package outboundauth
 import (
 	"context"
 	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
 	"time"
 
 	"go.opentelemetry.io/otel/attribute"
@@ -74,7 +77,7 @@ func (s *tokenSource) trace(f *fetch, r requester, err error) {
 	}
 	_, span := tracers.Tracer(tracerName).Start(context.Background(), spanName,
 		trace.WithSpanKind(trace.SpanKindClient), trace.WithTimestamp(f.started),
-		trace.WithLinks(links...), trace.WithAttributes(r.attributes()...))
+		trace.WithLinks(links...), trace.WithAttributes(attributes(r.describe())...))
 	defer span.End()
 	f.span = span.SpanContext()
 	if !span.IsRecording() {
@@ -96,6 +99,22 @@ func (s *tokenSource) trace(f *fetch, r requester, err error) {
 	if status != 0 {
 		span.SetAttributes(attribute.Int("http.response.status_code", status))
 	}
+}
+
+// attributes are what a span tells of a client, by the semantic conventions for
+// HTTP. All of them are UTF-8: one that is not would cost a whole batch of spans.
+func attributes(d description) []attribute.KeyValue {
+	attributes := []attribute.KeyValue{
+		attribute.String("oauth2.client", d.name),
+		attribute.String("http.request.method", http.MethodPost),
+	}
+	if u, err := url.Parse(d.TokenEndpoint); err == nil && u.Host != "" {
+		attributes = append(attributes, attribute.String("server.address", strings.ToValidUTF8(u.Hostname(), "\uFFFD")))
+		if port, err := strconv.Atoi(u.Port()); err == nil {
+			attributes = append(attributes, attribute.Int("server.port", port))
+		}
+	}
+	return attributes
 }
 
 func errorType(err error) attribute.KeyValue {

@@ -8,7 +8,6 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -191,12 +190,7 @@ func TestFetchesOfAnOutageAreTraced(t *testing.T) {
 }
 
 func TestSpansAreUTF8(t *testing.T) {
-	u, err := url.Parse("https://x%ff.example:8443/token")
-	if err != nil {
-		t.Fatal(err)
-	}
-	e := &endpoint{url: u, metrics: &clientMetrics{name: "orders"}}
-	for _, a := range e.attributes() {
+	for _, a := range attributes(description{name: "orders", TokenEndpoint: "https://x%ff.example:8443/token"}) {
 		if value := a.Value.String(); !utf8.ValidString(value) {
 			t.Errorf("got %s %q, want UTF-8", a.Key, value)
 		}
