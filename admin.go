@@ -1,3 +1,5 @@
+// The admin API: the state of the OAuth clients, and what an operator can have done.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// How long to wait: after a failure, and after a refusal.
+
 package outboundauth
 
 import (

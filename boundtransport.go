@@ -1,3 +1,5 @@
+// The way upstream for tokens that are bound to a certificate.
+
 package outboundauth
 
 import (

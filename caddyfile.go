@@ -1,3 +1,5 @@
+// The Caddyfile grammar.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// The certificate that a client presents.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// One OAuth client at work, and what it does about a refused token.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// How a token request says who the client is, and what the token is granted for.
+
 package outboundauth
 
 import (

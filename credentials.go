@@ -1,3 +1,5 @@
+// The settings of an OAuth client, and of what its upstreams are sent.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// Which settings can't work, alone or together.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// What an upstream's credentials take from those around them.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// The token endpoint of an issuer, looked up in its metadata.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// The token request: what is sent, and what the answer says.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// The events that operators can subscribe to.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// One request to the authorization server, and its answer.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// How a missing token becomes an error of the handler, not of the upstream.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// The headers that are sent upstream, and those that never pass.
+
 package outboundauth
 
 import (

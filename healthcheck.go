@@ -1,3 +1,5 @@
+// The reverse proxy's own requests: active health checks.
+
 package outboundauth
 
 import (

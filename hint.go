@@ -1,3 +1,5 @@
+// What to change when the authorization server refuses.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// The metrics, and the placeholders that tell how a request got its token.
+
 package outboundauth
 
 import (

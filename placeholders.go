@@ -1,3 +1,5 @@
+// The placeholders that the transport sets.
+
 package outboundauth
 
 // The placeholders that the transport sets in each request.

@@ -1,3 +1,5 @@
+// Where secrets may travel unencrypted, and the URLs that they travel to.
+
 package outboundauth
 
 import (
@@ -22,9 +24,16 @@ var plaintextTargets = []string{plaintextTokenURL, plaintextUpstream}
 // staysOnMachine tells whether a connection to host over network can be seen
 // by nobody outside this machine, so that secrets may pass it unencrypted
 // (RFC 6749 §3.2 and RFC 6750 §5.3 ask for TLS). An empty host is dialed on
-// the loopback interface.
-func staysOnMachine(network, host string) bool {
-	if caddy.IsUnixNetwork(network) || caddy.IsFdNetwork(network) {
+// the loopback interface. proxied says that a proxy makes the connection, which
+// it does but for Unix sockets; see usesProxy.
+func staysOnMachine(network, host string, proxied bool) bool {
+	if caddy.IsUnixNetwork(network) {
+		return true
+	}
+	if proxied {
+		return false
+	}
+	if caddy.IsFdNetwork(network) {
 		return true
 	}
 	if host == "" || strings.EqualFold(host, "localhost") {
@@ -39,7 +48,7 @@ func staysOnMachine(network, host string) bool {
 func isThisMachine(host string) bool {
 	host = strings.ToLower(strings.TrimSuffix(host, "."))
 	addr, err := netip.ParseAddr(host)
-	return staysOnMachine("tcp", host) || strings.HasSuffix(host, ".localhost") || (err == nil && addr.IsUnspecified())
+	return staysOnMachine("tcp", host, false) || strings.HasSuffix(host, ".localhost") || (err == nil && addr.IsUnspecified())
 }
 
 // usesProxy tells whether connections are made through a proxy, which may be
@@ -81,9 +90,14 @@ func parseIssuer(raw string) (*url.URL, error) {
 // checkPlaintext refuses a token endpoint to which the client's secret would
 // travel unencrypted.
 func checkPlaintext(u *url.URL, proxied bool) error {
-	if u.Scheme == "https" || (!proxied && staysOnMachine("tcp", u.Hostname())) {
+	if u.Scheme == "https" || staysOnMachine("tcp", u.Hostname(), proxied) {
 		return nil
 	}
 	return fmt.Errorf("the client's credentials would go to %s unencrypted; use https://, or allow it with `insecure_plaintext %s`",
 		u.Host, plaintextTokenURL)
+}
+
+func plaintextError(address string) error {
+	return fmt.Errorf("the token would go to upstream %s unencrypted; use https://, or allow it with `insecure_plaintext %s`",
+		address, plaintextUpstream)
 }

@@ -43,7 +43,7 @@ func TestStaysOnMachine(t *testing.T) {
 		{"tcp", "2130706433", false},
 		{"udp", "192.0.2.1", false},
 	} {
-		if got := staysOnMachine(test.network, test.host); got != test.want {
+		if got := staysOnMachine(test.network, test.host, false); got != test.want {
 			t.Errorf("staysOnMachine(%q, %q): got %v, want %v", test.network, test.host, got, test.want)
 		}
 	}

@@ -1,3 +1,5 @@
+// The keys that sign JWTs.
+
 package outboundauth
 
 import (

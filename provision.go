@@ -1,3 +1,5 @@
+// A config becomes a transport: its clients, and what is wrong at load.
+
 package outboundauth
 
 import (
@@ -303,12 +305,7 @@ func (t *Transport) encrypted(dial dialAddress) bool {
 	if t.TLS != nil && !slices.Contains(t.TLS.ExceptPorts, port) {
 		return true
 	}
-	return t.staysOnMachine(dial.network, host)
-}
-
-func plaintextError(address string) error {
-	return fmt.Errorf("the token would go to upstream %s unencrypted; use https://, or allow it with `insecure_plaintext %s`",
-		address, plaintextUpstream)
+	return staysOnMachine(dial.network, host, t.proxied)
 }
 
 // parseDialAddress normalizes an address as the reverse proxy does before it

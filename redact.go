@@ -1,3 +1,5 @@
+// What of a foreign text may be shown: nothing that is secret, nothing that breaks a line.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// A request's body that can be sent twice.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// The way of a request: its token, its headers, its upstream, and a refusal.
+
 package outboundauth
 
 import (
@@ -73,12 +75,7 @@ func (t *Transport) clientFor(req *http.Request) (cl *client, off bool, err erro
 // was not allowed.
 func (t *Transport) exposes(req *http.Request, dial reverseproxy.DialInfo) bool {
 	t.SetScheme(req) // as the http transport would, which shares the URL
-	return req.URL.Scheme != "https" && !t.plaintext && !t.staysOnMachine(dial.Network, dial.Host)
-}
-
-// staysOnMachine is the same for this transport.
-func (t *Transport) staysOnMachine(network, host string) bool {
-	return staysOnMachine(network, host) && (!t.proxied || caddy.IsUnixNetwork(network))
+	return req.URL.Scheme != "https" && !t.plaintext && !staysOnMachine(dial.Network, dial.Host, t.proxied)
 }
 
 // outbound returns req as it goes upstream: a shallow copy but for its header.

@@ -1,3 +1,5 @@
+// Settings that are secrets, and files that hold one.
+
 package outboundauth
 
 import (

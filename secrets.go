@@ -1,3 +1,5 @@
+// The secrets, keys and files that are read again for each token request.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// What a token source is like at one instant.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// caddy oauth2-status: the admin API's answer as a table.
+
 package outboundauth
 
 import (

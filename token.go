@@ -1,3 +1,5 @@
+// A token, and the instants that govern its use.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// caddy oauth2-token: the tokens of a config, obtained and shown.
+
 package outboundauth
 
 import (

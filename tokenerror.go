@@ -1,3 +1,5 @@
+// Why there is no token, in words that may be shown.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// How a token endpoint's answer is read.
+
 package outboundauth
 
 import (

@@ -1,3 +1,5 @@
+// One cached access token: when it is fetched, who waits, and when it is tried again.
+
 package outboundauth
 
 import (

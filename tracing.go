@@ -1,3 +1,5 @@
+// The spans of fetches.
+
 package outboundauth
 
 import (
