@@ -15,6 +15,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/replay"
 )
 
 // A client is Credentials at work: the source of the token, and the headers
@@ -195,16 +197,9 @@ func (cl *client) invalidate(ctx context.Context, refused *token) {
 
 // announce has the upstream asked whether it wants the body of out, if that may
 // be longer than what can be kept of it, and the upstream heeds such questions.
-func (cl *client) announce(out *http.Request, body *replayBody) *http.Request {
+func (cl *client) announce(out *http.Request, body *replay.Body) *http.Request {
 	if cl.replayLimit == 0 || cl.expectsNothing.Load() {
 		return out
 	}
-	switch {
-	case out.ContentLength > int64(cl.replayLimit):
-		return expectContinue(out, body)
-	case out.ContentLength < 0 && mayBeLarge(out):
-		body.pauseAt = cl.replayLimit // what can be kept need not wait
-		return expectContinue(out, body)
-	}
-	return out
+	return body.Announce(out)
 }

@@ -12,6 +12,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/replay"
 )
 
 // Credentials are what an upstream is sent: the OAuth client that obtains its
@@ -272,6 +274,7 @@ const (
 	defaultBearerScheme  = "Bearer"
 	defaultTokenTimeout  = 10 * time.Second
 	defaultTokenLifetime = 5 * time.Minute
+	defaultReplayBody    = replay.DefaultLimit
 
 	defaultAssertionLifetime = 1 * time.Minute
 

@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/replay"
 )
 
 // Whatever an upstream and its clients do, refusals cause few token requests.
@@ -159,7 +161,7 @@ func TestExpectationThatIsNotHeededIsNotRepeated(t *testing.T) {
 	up.script(func(_ http.ResponseWriter, r *http.Request) bool {
 		if r.Header.Get("Expect") != "" {
 			expected.Add(1)
-			time.Sleep(2 * maxPause) // before it reads
+			time.Sleep(2 * replay.MaxPause) // before it reads
 		}
 		return false
 	})

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/replay/replaytest"
 )
 
 // theSource is the only token source of the running config.
@@ -42,7 +44,7 @@ func TestTokenRevokedUnderLoad(t *testing.T) {
 	const requests, every = 1500, 2 * time.Millisecond
 	g, auth, up := gateAndFakes(t, "")
 	eventually(t, func() bool { return cached() == 1 }, "the token of the warm-up")
-	body := string(pattern(10_000))
+	body := string(replaytest.Pattern(10_000))
 	replies := make([]reply, requests)
 	tick := time.NewTicker(every) // the load, not a way to wait
 	defer tick.Stop()
@@ -431,7 +433,7 @@ func TestFaultsLeaveNothingBehind(t *testing.T) {
 		fmt.Fprintf(&site, "handle /%d {\n%s\n}\n", i, strings.Replace(proxySite(up, auth, "token_timeout 200ms"), "client_id gateway", fmt.Sprint("client_id c", i), 1))
 	}
 	g := startGateway(t, site.String())
-	long := string(pattern(2 * defaultReplayBody))
+	long := string(replaytest.Pattern(2 * defaultReplayBody))
 	seen := make(map[int]int)
 	run := func(n int) {
 		var mu sync.Mutex

@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/replay/replaytest"
 )
 
 // newBothUpstream starts an upstream that speaks HTTP/1.1 and HTTP/2.
@@ -147,7 +149,7 @@ func TestBufferedBodyIsRepeated(t *testing.T) {
 				if test.unread {
 					up.script(up.refuseUnread)
 				}
-				data := string(pattern(test.size))
+				data := string(replaytest.Pattern(test.size))
 				var body io.Reader = strings.NewReader(data)
 				if !known {
 					body = chunked{body}
@@ -175,7 +177,7 @@ func TestClientsOwnExpectationIsKept(t *testing.T) {
 					auth.revoke()
 				}
 				up.script(up.refuseUnread)
-				data := string(pattern(size))
+				data := string(replaytest.Pattern(size))
 				req := newRequest(t, http.MethodPost, "http://"+g.addr, strings.NewReader(data))
 				req.Header.Set("Expect", "100-continue")
 				var asked atomic.Int32
@@ -257,7 +259,7 @@ func TestRecoveryForHTTP2Clients(t *testing.T) {
 			do(t, client, newRequest(t, http.MethodGet, "http://"+g.addr, nil)).want(t, http.StatusOK)
 			auth.revoke()
 
-			data := string(pattern(10_000))
+			data := string(replaytest.Pattern(10_000))
 			var wg sync.WaitGroup
 			for i := range 40 {
 				var body io.Reader
@@ -341,10 +343,10 @@ func TestBodyOfUnknownLengthInAGet(t *testing.T) {
 				up := newUpstream(t, auth)
 				transport := newTransport(t, expand("token_url $AUTH/token\nclient_id gateway\nclient_secret s", "$AUTH", auth.URL))
 				ctx := upstreamContext(t, up.addr)
-				data := string(pattern(size))
-				send := func() *watchedBody {
+				data := string(replaytest.Pattern(size))
+				send := func() *replaytest.Body {
 					t.Helper()
-					watched := &watchedBody{Reader: strings.NewReader(data)}
+					watched := &replaytest.Body{Reader: strings.NewReader(data)}
 					req := newRequest(t, http.MethodGet, "http://"+up.addr, watched).WithContext(ctx)
 					req.ContentLength = -1
 					res, err := transport.RoundTrip(req)
@@ -366,9 +368,9 @@ func TestBodyOfUnknownLengthInAGet(t *testing.T) {
 				if got := up.last(t); got.body != data || got.bodyErr != nil {
 					t.Errorf("got a body of %d bytes, err %v, want all %d", len(got.body), got.bodyErr, len(data))
 				}
-				eventually(t, func() bool { return watched.closes.Load() == 1 && !watched.reading.Load() }, "the body closed once")
-				if watched.twice.Load() || watched.late.Load() {
-					t.Errorf("got the body read by two at once: %v, after its end: %v, want neither", watched.twice.Load(), watched.late.Load())
+				eventually(t, func() bool { return watched.Closes.Load() == 1 && !watched.Reading.Load() }, "the body closed once")
+				if watched.Twice.Load() || watched.Late.Load() {
+					t.Errorf("got the body read by two at once: %v, after its end: %v, want neither", watched.Twice.Load(), watched.Late.Load())
 				}
 				auth.wantAsked(t, 1+map[bool]int{true: 1}[revoked])
 			})
@@ -396,7 +398,7 @@ func TestWhoAsksWhetherTheBodyIsWanted(t *testing.T) {
 		{name: "upgrade", method: "POST", length: -1, header: "Upgrade: other"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			req := newRequest(t, test.method, "http://"+up.addr, bytes.NewReader(pattern(int(max(test.length, 100))))).
+			req := newRequest(t, test.method, "http://"+up.addr, bytes.NewReader(replaytest.Pattern(int(max(test.length, 100))))).
 				WithContext(upstreamContext(t, up.addr))
 			req.ContentLength = test.length
 			if field, value, ok := strings.Cut(test.header, ": "); ok {

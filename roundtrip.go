@@ -15,6 +15,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/replay"
 )
 
 // RoundTrip implements http.RoundTripper. The request's header is left as it
@@ -93,15 +95,15 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 	if err != nil {
 		return t.refuse(req, http.StatusBadGateway, err)
 	}
-	var body *replayBody
+	var body *replay.Body
 	var trailer http.Header // as announced
 	if hasBody(req) {
 		trailer = t.reserved.without(req.Trailer)
 		reader := req.Body
 		if len(cl.retryOn) > 0 {
-			body = newReplayBody(req.Body, cl.replayLimit)
-			defer body.commit(req.Context())
-			reader = body.first()
+			body = replay.New(req.Body, cl.replayLimit)
+			defer body.Commit(req.Context())
+			reader = body.First()
 		}
 		t.setBody(out, reader, trailer)
 	}
@@ -109,7 +111,7 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 		out = cl.announce(out, body)
 	}
 	res, err = t.send(out, cl, tok)
-	if body != nil && body.ignored.Load() {
+	if body != nil && body.Ignored() {
 		cl.expectsNothing.Store(true)
 	}
 	if err != nil {
@@ -121,7 +123,7 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 	case slices.Contains(cl.retryOn, res.StatusCode):
 		// While the new token is fetched, the first attempt must not go on
 		// reading the body, or too much of it would be gone.
-		if body != nil && !body.hold() {
+		if body != nil && !body.Hold() {
 			cl.endpoint.metrics.refused(req.Context(), rejectionNotRepeatable)
 			cl.replace(req.Context(), tok) // for the next request
 			return res, nil
@@ -130,11 +132,11 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 			cl.endpoint.metrics.refused(req.Context(), rejectionNoToken)
 			return res, nil // as the upstream answered
 		}
-	case res.StatusCode == http.StatusExpectationFailed && body != nil && body.expected:
+	case res.StatusCode == http.StatusExpectationFailed && body != nil && body.Expected():
 		// The expectation was ours, so this is not for the client. RFC 9110
 		// §10.1.1: repeat the request without it.
 		cl.expectsNothing.Store(true)
-		if !body.hold() {
+		if !body.Hold() {
 			return res, nil
 		}
 	default:
@@ -145,7 +147,7 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 		return res, nil //nolint:nilerr // it was possible before
 	}
 	if body != nil {
-		t.setBody(out, body.again(), trailer)
+		t.setBody(out, body.Again(), trailer)
 	}
 	go discard(res.Body)
 	res, err = t.send(out, cl, next)
@@ -197,7 +199,7 @@ func (t *Transport) setBody(out *http.Request, body io.ReadCloser, announced htt
 // sentBefore returns the error of a second attempt. To the proxy, an error of
 // the dialer says that nothing was sent, so that it goes on to the next
 // upstream; but what the first attempt sent of the body is not there any more.
-func sentBefore(err error, body *replayBody) error {
+func sentBefore(err error, body *replay.Body) error {
 	if _, ok := errors.AsType[reverseproxy.DialError](err); ok && body != nil {
 		return errors.New(err.Error())
 	}
@@ -252,6 +254,21 @@ func statusOf(err error) int {
 	}
 	return http.StatusServiceUnavailable
 }
+
+// maxDrain is how much of a refusal's body is read so that its connection can
+// be used again.
+const maxDrain = 64 << 10
+
+// discard ends an answer that nobody wants. In a goroutine of its own: it may
+// come slowly, and over HTTP/2 its end waits until the request's body is not
+// being read any more. The request's context ends it in any case.
+func discard(body io.ReadCloser) {
+	_, _ = io.CopyN(io.Discard, body, maxDrain)
+	_ = body.Close()
+}
+
+// hasBody reports whether a request has a body to be sent.
+func hasBody(req *http.Request) bool { return req.Body != nil && req.Body != http.NoBody }
 
 // closeBody does what a RoundTripper owes to a request that it does not send.
 func closeBody(req *http.Request) {

@@ -1,4 +1,4 @@
-package outboundauth
+package replay
 
 import (
 	"bytes"
@@ -8,6 +8,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/replay/replaytest"
 )
 
 // A body that is too large to be recorded waits until the upstream wants it.
@@ -15,19 +17,19 @@ func TestLargeBodyPausesForTheUpstream(t *testing.T) {
 	const limit, pause = 1000, time.Second
 	for _, test := range []struct {
 		name string
-		do   func(*replayBody)
+		do   func(*Body)
 		want time.Duration
 	}{
-		{"the upstream says nothing", func(*replayBody) {}, pause},
-		{"it wants the body", func(b *replayBody) { time.Sleep(pause / 4); b.proceed() }, pause / 4},
-		{"it wanted it before", func(b *replayBody) { b.proceed() }, 0},
+		{"the upstream says nothing", func(*Body) {}, pause},
+		{"it wants the body", func(b *Body) { time.Sleep(pause / 4); b.proceed() }, pause / 4},
+		{"it wanted it before", func(b *Body) { b.proceed() }, 0},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				data := pattern(3 * limit)
-				b := newReplayBody(io.NopCloser(bytes.NewReader(data)), limit)
+				data := replaytest.Pattern(3 * limit)
+				b := New(io.NopCloser(bytes.NewReader(data)), limit)
 				b.pause = pause
-				first := b.first()
+				first := b.First()
 				start := time.Now()
 				go test.do(b)
 				synctest.Wait()
@@ -55,10 +57,10 @@ func TestBodyOfUnknownLengthPausesWhenItIsTooLong(t *testing.T) {
 		want time.Duration
 	}{{0, 0}, {limit - 1, 0}, {limit + 1, pause}, {3 * limit, pause}} {
 		synctest.Test(t, func(t *testing.T) {
-			data := pattern(test.size)
-			b := newReplayBody(io.NopCloser(bytes.NewReader(data)), limit)
+			data := replaytest.Pattern(test.size)
+			b := New(io.NopCloser(bytes.NewReader(data)), limit)
 			b.pause, b.pauseAt = pause, limit
-			first := b.first()
+			first := b.First()
 			start := time.Now()
 			readN(t, first, min(test.size, limit))
 			if got := time.Since(start); got != 0 {
@@ -80,12 +82,12 @@ func TestBodyOfUnknownLengthPausesWhenItIsTooLong(t *testing.T) {
 func TestHeldAttemptGoesOnForASlowAnswer(t *testing.T) {
 	for _, slow := range []bool{true, false} {
 		synctest.Test(t, func(t *testing.T) {
-			watched := &watchedBody{Reader: bytes.NewReader(pattern(3000))}
-			b := newReplayBody(watched, 1000)
-			first := b.first()
+			watched := &replaytest.Body{Reader: bytes.NewReader(replaytest.Pattern(3000))}
+			b := New(watched, 1000)
+			first := b.First()
 			readN(t, first, 10)
-			if !b.hold() {
-				t.Fatal("hold: got false, want true")
+			if !b.Hold() {
+				t.Fatal("Hold: got false, want true")
 			}
 			ended := make(chan error, 1)
 			go func() {
@@ -95,7 +97,7 @@ func TestHeldAttemptGoesOnForASlowAnswer(t *testing.T) {
 			synctest.Wait()
 			ctx, requestEnds := context.WithCancel(t.Context())
 			defer requestEnds()
-			b.commit(ctx)
+			b.Commit(ctx)
 			left := 0
 			if !slow {
 				requestEnds()
@@ -113,17 +115,17 @@ func TestHeldAttemptGoesOnForASlowAnswer(t *testing.T) {
 // The attempt must not read it, but not end either while the answer comes.
 func TestBodyThatIsNotWantedIsNotRead(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		watched := &watchedBody{Reader: bytes.NewReader(pattern(3000))}
-		b := newReplayBody(watched, 1000)
+		watched := &replaytest.Body{Reader: bytes.NewReader(replaytest.Pattern(3000))}
+		b := New(watched, 1000)
 		b.pause = time.Second
 		ended := make(chan error, 1)
 		go func() {
-			_, err := b.first().Read(make([]byte, 100))
+			_, err := b.First().Read(make([]byte, 100))
 			ended <- err
 		}()
 		synctest.Wait()
 		ctx, requestEnds := context.WithCancel(t.Context())
-		b.commit(ctx)
+		b.Commit(ctx)
 		time.Sleep(time.Minute)
 		select {
 		case err := <-ended:
@@ -142,17 +144,17 @@ func TestBodyThatIsNotWantedIsNotRead(t *testing.T) {
 
 func TestRefusalDuringThePause(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		data := pattern(3000)
-		b := newReplayBody(io.NopCloser(bytes.NewReader(data)), 1000)
+		data := replaytest.Pattern(3000)
+		b := New(io.NopCloser(bytes.NewReader(data)), 1000)
 		b.pause = time.Second
-		first := b.first()
+		first := b.First()
 		go func() { _, _ = io.ReadAll(first) }()
 		synctest.Wait()
-		if !b.hold() {
-			t.Fatal("hold: got false, want true")
+		if !b.Hold() {
+			t.Fatal("Hold: got false, want true")
 		}
 		time.Sleep(time.Minute) // getting the token takes longer than the pause
-		if got, err := io.ReadAll(b.again()); err != nil || !bytes.Equal(got, data) {
+		if got, err := io.ReadAll(b.Again()); err != nil || !bytes.Equal(got, data) {
 			t.Errorf("got %d bytes, err %v, want all %d", len(got), err, len(data))
 		}
 	})

@@ -1,4 +1,4 @@
-package outboundauth
+package replay
 
 import (
 	"bytes"
@@ -8,46 +8,13 @@ import (
 	"math/rand/v2"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/iotest"
 	"testing/synctest"
 	"time"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/replay/replaytest"
 )
-
-// A watchedBody is a request's body that notes how it is used.
-type watchedBody struct {
-	io.Reader
-	reading atomic.Bool
-	twice   atomic.Bool // was read by two at once
-	late    atomic.Bool // was read after Close
-	closes  atomic.Int32
-}
-
-func (b *watchedBody) Read(p []byte) (int, error) {
-	if !b.reading.CompareAndSwap(false, true) {
-		b.twice.Store(true)
-	}
-	defer b.reading.Store(false)
-	if b.closes.Load() > 0 {
-		b.late.Store(true)
-	}
-	return b.Reader.Read(p)
-}
-
-func (b *watchedBody) Close() error {
-	b.closes.Add(1)
-	return nil
-}
-
-// pattern is n bytes of which each stretch is different.
-func pattern(n int) []byte {
-	b := make([]byte, 0, n+8)
-	for i := 0; len(b) < n; i++ {
-		b = fmt.Append(b, i, " ")
-	}
-	return b[:n]
-}
 
 func readN(t *testing.T, r io.Reader, n int) []byte {
 	t.Helper()
@@ -77,24 +44,24 @@ func TestReplayRepeatsWhatIsRecorded(t *testing.T) {
 		{50 * limit, 50 * limit, false},
 	} {
 		t.Run(fmt.Sprintf("%d of %d", test.read, test.size), func(t *testing.T) {
-			data := pattern(test.size)
-			source := &watchedBody{Reader: bytes.NewReader(data)}
-			b := newReplayBody(source, limit)
-			first := b.first()
+			data := replaytest.Pattern(test.size)
+			source := &replaytest.Body{Reader: bytes.NewReader(data)}
+			b := New(source, limit)
+			first := b.First()
 			if got := readN(t, first, test.read); !bytes.Equal(got, data[:test.read]) {
 				t.Errorf("first attempt: got %d other bytes, want those of the body", len(got))
 			}
-			if got := b.hold(); got != test.want {
-				t.Fatalf("hold: got %v, want %v", got, test.want)
+			if got := b.Hold(); got != test.want {
+				t.Fatalf("Hold: got %v, want %v", got, test.want)
 			}
 			attempt, want := first, data[test.read:]
 			if test.want {
-				attempt, want = b.again(), data
+				attempt, want = b.Again(), data
 				if n, err := first.Read(make([]byte, 1)); n != 0 || !errors.Is(err, errSuperseded) {
 					t.Errorf("first attempt after that: got %d, %v, want %v", n, err, errSuperseded)
 				}
 			}
-			b.commit(t.Context())
+			b.Commit(t.Context())
 			if got, err := io.ReadAll(attempt); err != nil || !bytes.Equal(got, want) {
 				t.Errorf("got %d bytes, err %v, want %d and none", len(got), err, len(want))
 			}
@@ -105,19 +72,19 @@ func TestReplayRepeatsWhatIsRecorded(t *testing.T) {
 // RoundTrip of an HTTP transport may return while the body is still sent: the
 // recording must last until then, though others reuse the buffers.
 func TestRecordingLastsUntilItIsSent(t *testing.T) {
-	data := pattern(5000)
-	b := newReplayBody(&watchedBody{Reader: bytes.NewReader(data)}, 4000)
-	readN(t, b.first(), 3000)
-	if !b.hold() {
-		t.Fatal("hold: got false, want true")
+	data := replaytest.Pattern(5000)
+	b := New(&replaytest.Body{Reader: bytes.NewReader(data)}, 4000)
+	readN(t, b.First(), 3000)
+	if !b.Hold() {
+		t.Fatal("Hold: got false, want true")
 	}
-	second := b.again()
+	second := b.Again()
 	got := readN(t, second, 100)
-	b.commit(t.Context()) // RoundTrip has returned
+	b.Commit(t.Context()) // RoundTrip has returned
 	for range 10 {
-		other := newReplayBody(io.NopCloser(strings.NewReader(strings.Repeat("-", 4000))), 4000)
-		readN(t, other.first(), 4000)
-		other.commit(t.Context())
+		other := New(io.NopCloser(strings.NewReader(strings.Repeat("-", 4000))), 4000)
+		readN(t, other.First(), 4000)
+		other.Commit(t.Context())
 	}
 	rest, err := io.ReadAll(second)
 	if got = append(got, rest...); err != nil || !bytes.Equal(got, data) {
@@ -127,8 +94,8 @@ func TestRecordingLastsUntilItIsSent(t *testing.T) {
 
 func TestRecordingIsBounded(t *testing.T) {
 	const limit = 1000
-	b := newReplayBody(io.NopCloser(bytes.NewReader(pattern(100*limit))), limit)
-	first := b.first()
+	b := New(io.NopCloser(bytes.NewReader(replaytest.Pattern(100*limit))), limit)
+	first := b.First()
 	for buf := make([]byte, 700); ; {
 		_, err := first.Read(buf)
 		b.mu.Lock()
@@ -149,9 +116,9 @@ func TestRecordingIsBounded(t *testing.T) {
 func TestReadThatIsUnderWayIsNotLost(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		source, sink := io.Pipe()
-		watched := &watchedBody{Reader: source}
-		b := newReplayBody(watched, 1000)
-		first := b.first()
+		watched := &replaytest.Body{Reader: source}
+		b := New(watched, 1000)
+		first := b.First()
 		firstErr := make(chan error, 1)
 		go func() {
 			got, err := io.ReadAll(first)
@@ -162,10 +129,10 @@ func TestReadThatIsUnderWayIsNotLost(t *testing.T) {
 		}()
 		_, _ = io.WriteString(sink, "one ")
 		synctest.Wait() // the first attempt reads again
-		if !b.hold() {
-			t.Fatal("hold: got false, want true")
+		if !b.Hold() {
+			t.Fatal("Hold: got false, want true")
 		}
-		second := b.again()
+		second := b.Again()
 		secondGot := make(chan []byte, 1)
 		go func() {
 			got, err := io.ReadAll(second)
@@ -184,7 +151,7 @@ func TestReadThatIsUnderWayIsNotLost(t *testing.T) {
 		if got := <-secondGot; string(got) != "one two three" {
 			t.Errorf("second attempt: got %q, want the whole body", got)
 		}
-		if watched.twice.Load() {
+		if watched.Twice.Load() {
 			t.Error("the body was read by two at once, want one at a time")
 		}
 	})
@@ -195,13 +162,13 @@ func TestHeldAttemptWaits(t *testing.T) {
 	for _, retried := range []bool{true, false} {
 		t.Run(fmt.Sprint("sent again: ", retried), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				data := pattern(5000)
-				watched := &watchedBody{Reader: bytes.NewReader(data)}
-				b := newReplayBody(watched, 1000)
-				first := b.first()
+				data := replaytest.Pattern(5000)
+				watched := &replaytest.Body{Reader: bytes.NewReader(data)}
+				b := New(watched, 1000)
+				first := b.First()
 				readN(t, first, 500)
-				if !b.hold() {
-					t.Fatal("hold: got false, want true")
+				if !b.Hold() {
+					t.Fatal("Hold: got false, want true")
 				}
 				done := make(chan error, 1)
 				go func() {
@@ -213,11 +180,11 @@ func TestHeldAttemptWaits(t *testing.T) {
 					t.Errorf("got %d bytes read, want no more than 500 while held", got)
 				}
 				if retried {
-					if got, err := io.ReadAll(b.again()); err != nil || !bytes.Equal(got, data) {
+					if got, err := io.ReadAll(b.Again()); err != nil || !bytes.Equal(got, data) {
 						t.Errorf("got %d bytes, err %v, want all %d", len(got), err, len(data))
 					}
 				} else {
-					b.commit(t.Context())
+					b.Commit(t.Context())
 				}
 				if err := <-done; (err != nil) != retried {
 					t.Errorf("first attempt: got %v, want an error only if there is a second", err)
@@ -240,13 +207,13 @@ func TestReplayPassesOnTheEndOfTheBody(t *testing.T) {
 		{"error with the last byte", iotest.DataErrReader(io.MultiReader(strings.NewReader("body"), iotest.ErrReader(broken))), broken},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			b := newReplayBody(io.NopCloser(test.reader), 100)
-			for i, attempt := range []func() io.ReadCloser{b.first, b.again} {
+			b := New(io.NopCloser(test.reader), 100)
+			for i, attempt := range []func() io.ReadCloser{b.First, b.Again} {
 				if got, err := io.ReadAll(attempt()); string(got) != "body" || !errors.Is(err, test.want) {
 					t.Errorf("attempt %d: got %q, %v, want the body and %v", i+1, got, err, test.want)
 				}
-				if i == 0 && !b.hold() {
-					t.Fatal("hold: got false, want true")
+				if i == 0 && !b.Hold() {
+					t.Fatal("Hold: got false, want true")
 				}
 			}
 		})
@@ -271,23 +238,23 @@ func TestReplayClosesTheBodyOnce(t *testing.T) {
 		{"never closed", "c", []int{0}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			watched := &watchedBody{Reader: strings.NewReader("body")}
-			b := newReplayBody(watched, 100)
-			first := b.first()
+			watched := &replaytest.Body{Reader: strings.NewReader("body")}
+			b := New(watched, 100)
+			first := b.First()
 			var second io.ReadCloser
 			for i, step := range test.steps {
 				switch step {
 				case 'f':
 					first.Close()
 				case 'a':
-					b.hold()
-					second = b.again()
+					b.Hold()
+					second = b.Again()
 				case 's':
 					second.Close()
 				case 'c':
-					b.commit(t.Context())
+					b.Commit(t.Context())
 				}
-				if got := int(watched.closes.Load()); got != test.want[i] {
+				if got := int(watched.Closes.Load()); got != test.want[i] {
 					t.Errorf("after %s: got the body closed %d times, want %d", test.steps[:i+1], got, test.want[i])
 				}
 			}
@@ -304,8 +271,8 @@ func TestSlowCloseHoldsNothingUp(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			client, closing := make(chan struct{}), make(chan struct{})
-			b := newReplayBody(slowClose{strings.NewReader("body"), closing, client}, 100)
-			first := b.first()
+			b := New(slowClose{strings.NewReader("body"), closing, client}, 100)
+			first := b.First()
 			second := first
 			_, _ = first.Read(make([]byte, 1)) // closing what nobody has read costs nothing
 			for _, step := range test.steps {
@@ -313,15 +280,15 @@ func TestSlowCloseHoldsNothingUp(t *testing.T) {
 				case 'f':
 					first.Close() // not yet the body itself
 				case 'a':
-					b.hold()
-					second = b.again()
+					b.Hold()
+					second = b.Again()
 				case 's':
 					go second.Close() // as net/http does for HTTP/2
 					<-closing
 				}
 			}
 			committed := make(chan struct{})
-			go func() { b.commit(t.Context()); close(committed) }()
+			go func() { b.Commit(t.Context()); close(committed) }()
 			select {
 			case <-committed:
 			case <-time.After(time.Second):
@@ -358,14 +325,14 @@ func TestReplayInterleavings(t *testing.T) {
 
 func interleave(t *testing.T, seed uint64) bool {
 	r := rand.New(rand.NewPCG(seed, 0))
-	data := pattern(r.IntN(3000))
+	data := replaytest.Pattern(r.IntN(3000))
 	limit := r.IntN(2000)
 	refusedAfter := r.IntN(len(data) + 1) // bytes that the first attempt has sent
 	chunks := [3]int{1 + r.IntN(700), 1 + r.IntN(700), 1 + r.IntN(700)}
 
-	watched := &watchedBody{Reader: &chunkReader{bytes.NewReader(data), chunks[0]}}
-	b := newReplayBody(watched, limit)
-	first := b.first()
+	watched := &replaytest.Body{Reader: &chunkReader{bytes.NewReader(data), chunks[0]}}
+	b := New(watched, limit)
+	first := b.First()
 	refused := make(chan struct{})
 	var got1 []byte
 	var err1 error
@@ -385,9 +352,9 @@ func interleave(t *testing.T, seed uint64) bool {
 	})
 	<-refused
 	want1 := data
-	held := b.hold()
+	held := b.Hold()
 	if held {
-		second := b.again()
+		second := b.Again()
 		var got2 []byte
 		buf := make([]byte, chunks[2])
 		var err error
@@ -406,16 +373,20 @@ func interleave(t *testing.T, seed uint64) bool {
 			t.Errorf("got a second attempt after %d bytes, want none after %d", len(got1), limit)
 		}
 	}
-	b.commit(t.Context())
+	b.Commit(t.Context())
 	wg.Wait()
 	if !bytes.Equal(got1, want1) {
 		t.Errorf("first attempt, held %v: got %d bytes, want %d", held, len(got1), len(want1))
 	}
 	// It may be closed in a goroutine of its own.
-	eventually(t, func() bool { return watched.closes.Load() > 0 }, "the body closed")
-	if watched.twice.Load() || watched.late.Load() || watched.closes.Load() != 1 {
+	for deadline := time.Now().Add(10 * time.Second); watched.Closes.Load() == 0; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("got the body open after 10 s, want it closed")
+		}
+	}
+	if watched.Twice.Load() || watched.Late.Load() || watched.Closes.Load() != 1 {
 		t.Errorf("got the body read by two %v, read late %v, closed %d times, want it read by one and closed once",
-			watched.twice.Load(), watched.late.Load(), watched.closes.Load())
+			watched.Twice.Load(), watched.Late.Load(), watched.Closes.Load())
 	}
 	return !t.Failed()
 }

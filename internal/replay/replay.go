@@ -1,15 +1,11 @@
-// A request's body that can be sent twice.
-
-package outboundauth
+// Package replay sends a request's body twice: what was read of it for the first
+// time is recorded, up to a limit, and sent again before the rest.
+package replay
 
 import (
 	"context"
 	"errors"
 	"io"
-	"net/http"
-	"net/http/httptrace"
-	"net/textproto"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -19,42 +15,32 @@ import (
 // again.
 var errSuperseded = errors.New("the request is being sent again")
 
-// defaultReplayBody is how much of a body is kept for sending it once more, in
+// DefaultLimit is how much of a body is kept for sending it once more, in
 // bytes.
-const defaultReplayBody = 64 << 10
+const DefaultLimit = 64 << 10
 
-// maxPause is how long a large body waits for an upstream that does not say
-// whether it wants it.
-const maxPause = 100 * time.Millisecond
-
-// maxDrain is how much of a refusal's body is read so that its connection can
-// be used again.
-const maxDrain = 64 << 10
-
-// A replayBody is a request's body that can be sent twice. While it is sent
-// for the first time, what is read of it is recorded, up to limit; the second
-// time, the recording is sent first, and then what nobody has read yet.
+// A Body is a request's body that can be sent twice. While it is sent for the
+// first time, what is read of it is recorded, up to limit; the second time, the
+// recording is sent first, and then what nobody has read yet.
 //
 // Each attempt reads through a body of its own, so that one which was given
 // up, and may still be reading in a goroutine of net/http, takes nothing away
 // from the next.
-type replayBody struct {
+type Body struct {
 	body    io.ReadCloser
 	limit   int
-	pause   time.Duration // at most
+	pause   time.Duration // at most; see Announce
 	pauseAt int           // after so many bytes
 
-	// The upstream was asked by us, not by the client, to say whether it wants
-	// the body; it did not in time.
-	expected bool
-	ignored  atomic.Bool
+	expected bool        // see Expected
+	ignored  atomic.Bool // see Ignored
 
 	mu       sync.Mutex  // guards all below; not held while body is read
 	changed  sync.Cond   // of reading, held, paused and attempt
 	attempt  int         // the one that may read
 	reading  bool        // body is being read
 	touched  bool        // body has been read, or is being read
-	held     bool        // the attempt has to wait, for hold
+	held     bool        // the attempt has to wait, for Hold
 	paused   *time.Timer // the attempt has to wait, until proceed; then nil
 	recorded *[]byte     // nil: not recording any more
 	overflow bool        // more was read than is recorded
@@ -67,18 +53,19 @@ type replayBody struct {
 // recordings are reused: most bodies are small, and few are sent again.
 var recordings = sync.Pool{New: func() any { return new([]byte) }}
 
-func newReplayBody(body io.ReadCloser, limit int) *replayBody {
-	b := &replayBody{body: body, limit: limit, recorded: recordings.Get().(*[]byte)}
+// New returns a body of which limit bytes can be sent twice.
+func New(body io.ReadCloser, limit int) *Body {
+	b := &Body{body: body, limit: limit, recorded: recordings.Get().(*[]byte)}
 	b.changed.L = &b.mu
 	return b
 }
 
-// first returns the body of the first attempt.
-func (b *replayBody) first() io.ReadCloser { return &attemptBody{of: b} }
+// First returns the body of the first attempt.
+func (b *Body) First() io.ReadCloser { return &attemptBody{of: b} }
 
-// hold makes the first attempt wait before it reads on. It returns false if
+// Hold makes the first attempt wait before it reads on. It returns false if
 // more was read than is recorded, so that the body cannot be sent again.
-func (b *replayBody) hold() bool {
+func (b *Body) Hold() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	overflowing := b.reading && b.recorded != nil && len(*b.recorded) == b.limit
@@ -86,8 +73,8 @@ func (b *replayBody) hold() bool {
 	return b.held
 }
 
-// resume ends hold.
-func (b *replayBody) resume() {
+// resume ends Hold.
+func (b *Body) resume() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.held = false
@@ -95,7 +82,7 @@ func (b *replayBody) resume() {
 }
 
 // supersede ends the current attempt.
-func (b *replayBody) supersede() {
+func (b *Body) supersede() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.attempt++
@@ -103,7 +90,7 @@ func (b *replayBody) supersede() {
 }
 
 // proceed ends the pause: the upstream wants the body.
-func (b *replayBody) proceed() {
+func (b *Body) proceed() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.endPause()
@@ -111,7 +98,7 @@ func (b *replayBody) proceed() {
 }
 
 // endPause makes sure that there is no pause, and will be none. mu is held.
-func (b *replayBody) endPause() {
+func (b *Body) endPause() {
 	b.pause = 0
 	if b.paused != nil {
 		b.paused.Stop()
@@ -119,9 +106,9 @@ func (b *replayBody) endPause() {
 	}
 }
 
-// again returns the body of the second attempt, after hold has returned true.
+// Again returns the body of the second attempt, after Hold has returned true.
 // The first reads nothing from then on.
-func (b *replayBody) again() io.ReadCloser {
+func (b *Body) Again() io.ReadCloser {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.attempt++
@@ -131,7 +118,7 @@ func (b *replayBody) again() io.ReadCloser {
 	return &attemptBody{of: b, number: b.attempt}
 }
 
-// commit tells that the current attempt is the last. Only now may the body
+// Commit tells that the current attempt is the last. Only now may the body
 // itself be closed. If the attempt is still waiting to be told whether the
 // upstream wants the body, it does not: nothing is read, and the wait ends
 // with ctx, the request's. Ended before, it would break the connection on
@@ -141,7 +128,7 @@ func (b *replayBody) again() io.ReadCloser {
 // its body any more. It goes on only after a while, for an upstream that ends
 // its answer when it has read all: at once, it would be reading the body while
 // the request ends and Caddy counts what was read of it.
-func (b *replayBody) commit(ctx context.Context) {
+func (b *Body) Commit(ctx context.Context) {
 	b.mu.Lock()
 	if b.final {
 		b.mu.Unlock()
@@ -154,7 +141,7 @@ func (b *replayBody) commit(ctx context.Context) {
 		context.AfterFunc(ctx, b.supersede)
 	case b.held:
 		b.endPause()
-		resume := time.AfterFunc(maxPause, b.resume)
+		resume := time.AfterFunc(MaxPause, b.resume)
 		context.AfterFunc(ctx, func() {
 			resume.Stop()
 			b.supersede()
@@ -180,18 +167,18 @@ func (b *replayBody) commit(ctx context.Context) {
 // closable tells whether the body itself may be closed now: not while it is
 // being read, which few bodies allow. Then it is closed after that. mu is
 // held, and must not be while the body is closed.
-func (b *replayBody) closable() bool {
+func (b *Body) closable() bool {
 	b.closing = b.reading
 	return !b.reading
 }
 
 // forget gives the recording back. mu is held.
-func (b *replayBody) forget() {
+func (b *Body) forget() {
 	if b.recorded == nil {
 		return
 	}
 	b.overflow = true
-	if cap(*b.recorded) <= defaultReplayBody { // no hoard of rare, large ones
+	if cap(*b.recorded) <= DefaultLimit { // no hoard of rare, large ones
 		*b.recorded = (*b.recorded)[:0]
 		recordings.Put(b.recorded)
 	}
@@ -200,7 +187,7 @@ func (b *replayBody) forget() {
 
 // attemptBody is the body as one attempt sees it.
 type attemptBody struct {
-	of     *replayBody
+	of     *Body
 	number int
 	sent   int // of the recording
 }
@@ -267,7 +254,7 @@ func (a *attemptBody) readOn(p []byte) (int, error) {
 
 // pausing tells whether the first attempt has to wait for the upstream before
 // it reads. It starts the pause. mu is held.
-func (b *replayBody) pausing() bool {
+func (b *Body) pausing() bool {
 	if b.pause > 0 && b.recorded != nil && len(*b.recorded) >= b.pauseAt {
 		b.paused = time.AfterFunc(b.pause, func() {
 			b.ignored.Store(true)
@@ -296,49 +283,4 @@ func (a *attemptBody) Close() error {
 		return b.body.Close()
 	}
 	return nil
-}
-
-// hasBody tells whether a request has a body to be sent.
-func hasBody(req *http.Request) bool { return req.Body != nil && req.Body != http.NoBody }
-
-// expectContinue asks the upstream to say whether it wants the body of out
-// (RFC 9110 §10.1.1), which is longer than what can be kept of it, or may be:
-// what can't be kept waits for that. Once it is on its way, it would be too
-// late to send it again, and an upstream that refuses it may reset the
-// connection with its own answer.
-func expectContinue(out *http.Request, body *replayBody) *http.Request {
-	body.expected = out.Header.Get("Expect") == ""
-	body.pause = maxPause
-	out.Header["Expect"] = []string{"100-continue"}
-	trace := &httptrace.ClientTrace{Got100Continue: body.proceed}
-	ctx := httptrace.WithClientTrace(out.Context(), trace) // has added the proxy's hooks
-	if forward := trace.Got1xxResponse; forward != nil && body.expected {
-		trace.Got1xxResponse = func(code int, header textproto.MIMEHeader) error {
-			if code == http.StatusContinue {
-				return nil // the client has not asked
-			}
-			return forward(code, header)
-		}
-	}
-	return out.WithContext(ctx)
-}
-
-// mayBeLarge tells whether a body of unknown length is an upload, which may
-// grow beyond what can be kept. HTTP/3 requests without any body have an
-// unknown length, too, and both sides of a gRPC call or an upgraded connection
-// talk at once: there, nothing waits for an interim answer.
-func mayBeLarge(out *http.Request) bool {
-	switch out.Method {
-	case http.MethodPost, http.MethodPut, http.MethodPatch:
-		return !strings.HasPrefix(out.Header.Get("Content-Type"), "application/grpc") && out.Header.Get("Upgrade") == ""
-	}
-	return false
-}
-
-// discard ends an answer that nobody wants. In a goroutine of its own: it may
-// come slowly, and over HTTP/2 its end waits until the request's body is not
-// being read any more. The request's context ends it in any case.
-func discard(body io.ReadCloser) {
-	_, _ = io.CopyN(io.Discard, body, maxDrain)
-	_ = body.Close()
 }
