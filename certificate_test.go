@@ -348,7 +348,7 @@ func TestClientKeyIsNotSeen(t *testing.T) {
 	// Literally in the environment: errors might quote it.
 	t.Setenv("TEST_CLIENT_KEY_PEM", string(first.key))
 	g := newGateway(t)
-	g.admin = freeAddress(t)
+	g.admin = heldAddress(t)
 	g.load(strings.Replace(m.site("bind_certificate"), m.dir+"/client.key", "{env.TEST_CLIENT_KEY_PEM}", 1) + `
 	handle_errors {
 		respond "{err.message} {err.trace} {http.oauth2.error_description}"

@@ -22,13 +22,24 @@ func Example() {
 	defer authServer.Close()
 	upstream := httptest.NewServer(ordersAPI{})
 	defer upstream.Close()
-	gateway := unusedAddress()
+	// Caddy is handed a listener, so that its port is known before it starts, and
+	// taken by nobody else.
+	gateway, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer gateway.Close()
+	socket, err := gateway.(*net.TCPListener).File()
+	if err != nil {
+		log.Fatal(err)
+	}
+	defer socket.Close()
 
 	caddyfile := fmt.Sprintf(`
 		{
 			admin off
 			auto_https off
-			default_bind 127.0.0.1
+			default_bind fd/%d
 			persist_config off
 			storage_check off
 			storage_clean_interval off
@@ -46,7 +57,7 @@ func Example() {
 					tenant acme
 				}
 			}
-		}`, gateway, upstream.URL, authServer.URL)
+		}`, socket.Fd(), gateway.Addr(), upstream.URL, authServer.URL)
 	config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(caddyfile), nil)
 	if err != nil {
 		log.Fatal(err)
@@ -56,7 +67,7 @@ func Example() {
 	}
 	defer caddy.Stop()
 
-	res, err := http.Get("http://" + gateway + "/orders/42")
+	res, err := http.Get("http://" + gateway.Addr().String() + "/orders/42")
 	if err != nil {
 		log.Fatal(err)
 	}
@@ -94,14 +105,4 @@ func (ordersAPI) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	for _, field := range []string{"Authorization", "X-Tenant-Id"} {
 		fmt.Fprintf(w, "  %s: %s\n", field, r.Header.Get(field))
 	}
-}
-
-// unusedAddress is where nobody listens at the moment.
-func unusedAddress() string {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		log.Fatal(err)
-	}
-	defer listener.Close()
-	return listener.Addr().String()
 }

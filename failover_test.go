@@ -98,7 +98,7 @@ func TestUnreachableUpstreamLeavesTheBody(t *testing.T) {
 			client_id gateway
 			client_secret s
 		}
-	}`, "$NOBODY", freeAddress(t), "$B", b.addr, "$AUTH", auth.URL))
+	}`, "$NOBODY", heldAddress(t), "$B", b.addr, "$AUTH", auth.URL))
 	body := strings.Repeat("0123456789", 20_000)
 	g.send(http.MethodPost, "/", strings.NewReader(body)).want(t, http.StatusOK)
 	if got := b.last(t); got.body != body || got.bodyErr != nil {

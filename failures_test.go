@@ -147,7 +147,7 @@ func TestUnreachableAuthorizationServer(t *testing.T) {
 			client_id gateway
 			client_secret s
 		}
-	}`, "$UP", up.addr, "$NOBODY", freeAddress(t))+handleErrors)
+	}`, "$UP", up.addr, "$NOBODY", heldAddress(t))+handleErrors)
 	r := g.get().want(t, http.StatusServiceUnavailable)
 	if !strings.Contains(r.body, "network") || !strings.Contains(r.body, "refused") {
 		t.Errorf("got %q, want that the connection was refused", r.body)
@@ -261,7 +261,7 @@ func TestUpstreamFailureIsTheUpstreams(t *testing.T) {
 			client_id gateway
 			client_secret s
 		}
-	}`, "$NOBODY", freeAddress(t), "$AUTH", auth.URL)+handleErrors)
+	}`, "$NOBODY", heldAddress(t), "$AUTH", auth.URL)+handleErrors)
 	for _, method := range []string{http.MethodGet, http.MethodPost} {
 		r := g.send(method, "/", nil).want(t, http.StatusBadGateway)
 		if !strings.Contains(r.body, "connection refused") {

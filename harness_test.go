@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -25,6 +26,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
+	"golang.org/x/sys/unix"
 )
 
 // patience is how long a test waits for what has to happen.
@@ -56,15 +58,36 @@ func expand(text string, pairs ...string) string {
 	return os.Expand(os.Expand(text, value), value)
 }
 
-// freeAddress is where nobody listens at the moment.
-func freeAddress(t *testing.T) string {
+// heldAddress is where nobody listens, and nobody but Caddy will: a socket is
+// bound to it until the test ends, so that it is given to no other listener and
+// to no outgoing connection, and connections to it are refused. Caddy can listen
+// there, again and again, since it shares its ports with sockets that have these
+// options.
+func heldAddress(t *testing.T) string {
 	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
+	syscall.ForkLock.RLock()
+	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM, 0)
+	if err == nil {
+		unix.CloseOnExec(fd)
+	}
+	syscall.ForkLock.RUnlock()
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer l.Close()
-	return l.Addr().String()
+	t.Cleanup(func() { _ = unix.Close(fd) })
+	for _, option := range []int{unix.SO_REUSEADDR, unix.SO_REUSEPORT} {
+		if err := unix.SetsockoptInt(fd, unix.SOL_SOCKET, option, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := unix.Bind(fd, &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	bound, err := unix.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return fmt.Sprintf("127.0.0.1:%d", bound.(*unix.SockaddrInet4).Port)
 }
 
 // A gateway is Caddy, running in the process of the test. There is one Caddy
@@ -89,7 +112,7 @@ func startGateway(t *testing.T, site string) *gateway {
 
 func newGateway(t *testing.T) *gateway {
 	t.Helper()
-	g := &gateway{t: t, addr: freeAddress(t), admin: "off", dir: t.TempDir()}
+	g := &gateway{t: t, addr: heldAddress(t), admin: "off", dir: t.TempDir()}
 	t.Setenv("XDG_CONFIG_HOME", filepath.Join(g.dir, "config"))
 	t.Setenv("XDG_DATA_HOME", filepath.Join(g.dir, "data"))
 	transport := &http.Transport{MaxIdleConnsPerHost: 1000, DisableCompression: true, DialContext: dialThroughReload}

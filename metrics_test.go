@@ -24,7 +24,7 @@ import (
 func newOperableGateway(t *testing.T) *gateway {
 	t.Helper()
 	g := newGateway(t)
-	g.admin = freeAddress(t)
+	g.admin = heldAddress(t)
 	t.Cleanup(func() {
 		if err := caddy.Load([]byte(`{"admin":{"disabled":true,"config":{"persist":false}}}`), true); err != nil {
 			t.Errorf("ending the admin API: got %v, want no error", err)

@@ -149,7 +149,7 @@ func TestSecretsAreNotSeen(t *testing.T) {
 					defer func() { caddy.ConfigAutosavePath = autosave }()
 					g := newGateway(t)
 					caddy.ConfigAutosavePath = filepath.Join(g.dir, "autosave.json")
-					g.admin = freeAddress(t)
+					g.admin = heldAddress(t)
 					g.global = "metrics\n"
 					if logCredentials {
 						g.global += "servers {\nlog_credentials\n}\n"

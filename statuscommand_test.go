@@ -192,7 +192,7 @@ func TestStatusCommandWithoutAnAdminAPI(t *testing.T) {
 	missing := httptest.NewServer(http.NotFoundHandler()) // as a Caddy without this module
 	t.Cleanup(missing.Close)
 	for name, test := range map[string]struct{ address, want string }{
-		"nobody listens": {freeAddress(t), "asking the admin API"},
+		"nobody listens": {heldAddress(t), "asking the admin API"},
 		"no address":     {"127.0.0.1:1-2", "invalid admin address"},
 		"something else": {html.Listener.Addr().String(), "answered with something else"},
 		"another Caddy":  {missing.Listener.Addr().String(), "is it a Caddy with transport oauth2?"},

@@ -351,13 +351,8 @@ func TestResetConnectionIsNetworkError(t *testing.T) {
 }
 
 func TestUnreachableServerIsNamed(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_ = l.Close() // nobody listens there now
-	cl := newTestClient(t, canaryCredentials("http://"+l.Addr().String()), networkTransport(t))
-	_, err = cl.endpoint.request(t.Context())
+	cl := newTestClient(t, canaryCredentials("http://"+heldAddress(t)), networkTransport(t))
+	_, err := cl.endpoint.request(t.Context())
 	wantTokenError(t, err, codeNetwork, false)
 	if err != nil && !strings.Contains(err.Error(), "connection refused") {
 		t.Errorf("error = %v, want it to say that the connection was refused", err)
