@@ -450,9 +450,7 @@ func TestFetchesAreLoggedWithoutSecrets(t *testing.T) {
 		tok, _ := cl.source.Token(t.Context())
 		cl.source.Invalidate(tok)
 		// The fetch ends, for its callers, before its line is written.
-		for deadline := time.Now().Add(5 * time.Second); logs.Len() < n && time.Now().Before(deadline); {
-			time.Sleep(time.Millisecond)
-		}
+		eventually(t, func() bool { return logs.Len() >= n }, "%d lines", n)
 	}
 	fetch(1)
 	cl.endpoint.fetched(nil, &fetchError{err: errReleased}, 1) // no news

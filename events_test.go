@@ -107,7 +107,7 @@ func TestEventsReachSubscribers(t *testing.T) {
 	wantAll(t, g.burst(20), http.StatusOK) // one token is rejected, by whomever
 	log.wait(t, 3)
 	source := sourceOf(t, "orders")
-	for _, answer := range []func(http.ResponseWriter, tokenRequest) bool{
+	for i, answer := range []func(http.ResponseWriter, tokenRequest) bool{
 		refusing(http.StatusUnauthorized, `{"error":"invalid_client","error_description":"unknown client"}`),
 		func(w http.ResponseWriter, r tokenRequest) bool {
 			return refusing(http.StatusBadRequest, fmt.Sprintf(`{"error":"invalid_client","error_description":"%s"}`, r.secret))(w, r)
@@ -117,6 +117,7 @@ func TestEventsReachSubscribers(t *testing.T) {
 		if _, err := source.Renew(t.Context()); err == nil {
 			t.Fatal("got a token, want the error")
 		}
+		log.wait(t, 4+i) // each is told beside the end of its fetch, and might come after the next
 	}
 	// A rejection is told beside the renewal that follows it.
 	events := log.wait(t, 5)

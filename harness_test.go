@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -167,15 +168,60 @@ $MORE
 	if err != nil {
 		g.t.Fatalf("adapting the Caddyfile: %v\n%s", err, source)
 	}
-	return adapted
+	return bytes.ReplaceAll(adapted, []byte(`"listen":[`), []byte(`"listener_wrappers":[{"wrapper":"counted"}],"listen":[`))
 }
 
-// load starts Caddy, or reloads it.
+// load starts Caddy, or reloads it. A new config runs before the servers of the
+// old one have closed: a request could still be answered by them, or have its
+// connection reset. So load waits for their end, and leaves no connection to them.
 func (g *gateway) load(site string) {
 	g.t.Helper()
+	reload := countedAt(g.addr).Load() > 0
 	if err := g.tryLoad(site); err != nil {
 		g.t.Fatalf("loading the config: %v", err)
 	}
+	if !reload {
+		return
+	}
+	eventually(g.t, func() bool { return countedAt(g.addr).Load() == 1 }, "the end of the old config's server")
+	if g.admin != "off" {
+		eventually(g.t, func() bool {
+			return len(g.logged("admin endpoint started", g.admin)) == len(g.logged("stopped previous server", g.admin))+1
+		}, "the end of the old config's admin API")
+	}
+	g.client.CloseIdleConnections()
+}
+
+// countedListeners counts the listeners of a gateway that are open.
+type countedListeners struct{}
+
+func init() { caddy.RegisterModule(countedListeners{}) }
+
+func (countedListeners) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "caddy.listeners.counted", New: func() caddy.Module { return countedListeners{} }}
+}
+
+func (countedListeners) WrapListener(l net.Listener) net.Listener {
+	countedAt(l.Addr().String()).Add(1)
+	return &countedListener{Listener: l}
+}
+
+type countedListener struct {
+	net.Listener
+	once sync.Once
+}
+
+func (l *countedListener) Close() error {
+	err := l.Listener.Close()
+	l.once.Do(func() { countedAt(l.Addr().String()).Add(-1) })
+	return err
+}
+
+var counted sync.Map // address → *atomic.Int32
+
+func countedAt(addr string) *atomic.Int32 {
+	n, _ := counted.LoadOrStore(addr, new(atomic.Int32))
+	return n.(*atomic.Int32)
 }
 
 func (g *gateway) tryLoad(site string) error {

@@ -62,11 +62,14 @@ func TestRefusalsCauseFewTokenRequests(t *testing.T) {
 			g.get().want(t, http.StatusOK)
 			requests.Store(0)
 			up.script(test.answer)
+			started := time.Now()
 			for range 60 {
 				test.send(g)
 			}
-			if got := len(auth.asked()); got > 4 {
-				t.Errorf("got %d token requests for 60 refusals, want a handful", got)
+			took := time.Since(started)
+			// On a slow machine, there is time for more.
+			if got := len(auth.asked()); got > 4+int(took/renewalInterval) {
+				t.Errorf("got %d token requests for 60 refusals in %v, want a handful", got, took)
 			}
 		})
 	}

@@ -279,6 +279,8 @@ func TestRecoveryForHTTP2Clients(t *testing.T) {
 			}
 			wg.Wait()
 			auth.wantAsked(t, 2)
+			// Their lines come after the answers.
+			eventually(t, func() bool { return len(g.logged("handled request")) >= 41 }, "41 lines in the access log")
 			if got := g.logged("handled request", `"proto":"HTTP/2.0"`); len(got) != 41 {
 				t.Errorf("got %d requests over HTTP/2, want all 41", len(got))
 			}

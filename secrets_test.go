@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"net/url"
 	"os"
@@ -265,12 +266,16 @@ func TestHugeAnswerCostsNoMoreToSearch(t *testing.T) {
 			fmt.Fprintf(&text, "%x-", i*i)
 		}
 		body := encode(t, map[string]string{"error": "invalid_scope", member: text.String()})
-		return testing.AllocsPerRun(5, func() {
-			a := serverAnswer{status: http.StatusBadRequest, header: http.Header{}, body: body}
-			if _, err := e.read(mustParse(testTokenURL), a, confidential{canarySecret}); err == nil {
-				t.Errorf("%s: got a token, want an error", member)
-			}
-		})
+		least := math.Inf(1) // what others allocate meanwhile is counted as well
+		for range 3 {
+			least = min(least, testing.AllocsPerRun(5, func() {
+				a := serverAnswer{status: http.StatusBadRequest, header: http.Header{}, body: body}
+				if _, err := e.read(mustParse(testTokenURL), a, confidential{canarySecret}); err == nil {
+					t.Errorf("%s: got a token, want an error", member)
+				}
+			}))
+		}
+		return least
 	}
 	for _, member := range []string{"error", "error_description", "access_token"} {
 		small, large := allocations(member, 8<<10), allocations(member, 500<<10)
@@ -341,9 +346,8 @@ func TestQueryOfTheTokenURLThatIsNoSecret(t *testing.T) {
 		g := newGateway(t)
 		g.load(strings.Replace(proxySite(newUpstream(t, nil), auth, ""), "/token\n", "/token"+query+"\n", 1))
 		g.get().want(t, http.StatusServiceUnavailable)
-		if len(g.logged(description)) == 0 {
-			t.Errorf("%s: got nothing of %q in the log, want it", query, description)
-		}
+		// The lines of a fetch are written while those who wait for it go on.
+		eventually(t, func() bool { return len(g.logged(description)) > 0 }, "%q in the log with %q", description, query)
 	}
 }
 

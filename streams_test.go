@@ -208,7 +208,6 @@ func TestAnswerBeforeTheEndOfTheBody(t *testing.T) {
 					auth.revoke()
 				}
 				conn := g.raw()
-				_ = conn.SetDeadline(time.Now().Add(2 * time.Second))
 				fmt.Fprint(conn, "POST / HTTP/1.1\r\nHost: gateway.test\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n5\r\nstart\r\n")
 				res, err := http.ReadResponse(bufio.NewReader(conn), nil)
 				if err != nil {

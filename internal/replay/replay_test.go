@@ -291,7 +291,7 @@ func TestSlowCloseHoldsNothingUp(t *testing.T) {
 			go func() { b.Commit(t.Context()); close(committed) }()
 			select {
 			case <-committed:
-			case <-time.After(time.Second):
+			case <-time.After(patience):
 				t.Error("got RoundTrip waiting for the client, want that it returns")
 			}
 			close(client)
