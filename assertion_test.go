@@ -680,7 +680,7 @@ func TestRotatedKeyIsUsedForTheNextRequest(t *testing.T) {
 			}
 			c.TokenURL, c.ClientID = testTokenURL, "id"
 			server := answering(http.StatusOK, goodAnswer)
-			cl := newTestClient(t, c, server)
+			var cl *client
 			var before string
 			// Another kind of key needs another algorithm.
 			for _, kind := range []string{"P-256", "Ed25519", "P-256"} {
@@ -691,6 +691,9 @@ func TestRotatedKeyIsUsedForTheNextRequest(t *testing.T) {
 				writeFile(t, file, pkcs8PEM(t, key))
 				writeFile(t, filepath.Join(dir, "crt"), certificatePEM(t, key))
 				t.Setenv("TEST_ROTATED_KEY", string(pkcs8PEM(t, key)))
+				if cl == nil { // which reads the key as well
+					cl = newTestClient(t, c, server)
+				}
 
 				fingerprint := cl.endpoint.fingerprint(t.Context())
 				if fingerprint == before || fingerprint != cl.endpoint.fingerprint(t.Context()) {

@@ -7,7 +7,6 @@ import (
 	"maps"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -61,31 +60,27 @@ func (g *grabTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 // the address in dial, each with a fresh token.
 func benchTransport(tb testing.TB, n int, dial dialAddress) *Transport {
 	tb.Helper()
-	t := &Transport{HTTPTransport: new(reverseproxy.HTTPTransport), clients: make(map[dialAddress]*client), logger: zap.NewNop()}
+	t := &Transport{HTTPTransport: new(reverseproxy.HTTPTransport), routes: make(map[dialAddress]route), logger: zap.NewNop()}
 	ctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
 	tb.Cleanup(cancel)
 	if err := t.HTTPTransport.Provision(ctx); err != nil {
 		tb.Fatal(err)
 	}
 	tb.Cleanup(func() { _ = t.Cleanup() })
-	tokenURL := &url.URL{Scheme: "https", Host: "auth.example", Path: "/token"}
 	for i := range n {
-		cl, err := newClient(&endpoint{url: tokenURL, logger: zap.NewNop(), credentials: Credentials{
+		b := newBlock(newTestClient(tb, Credentials{
+			TokenURL: "https://auth.example/token",
 			ClientID: fmt.Sprint("client-", i), ClientSecret: "secret",
 			Tenant: &Tenant{Value: fmt.Sprint("tenant-", i)},
-		}}, []byte("null"))
-		if err != nil {
-			tb.Fatal(err)
-		}
+		}, nil))
 		now := time.Now()
-		cl.source.current = &token{
+		b.source.current = &token{
 			value:     strings.Repeat("x", 800),
 			refreshAt: now.Add(time.Hour), usableTo: now.Add(time.Hour), expires: now.Add(time.Hour),
 		}
-		cl.fields(&t.reserved)
-		t.acquired = append(t.acquired, cl)
-		t.clients[dialAddress{"tcp", fmt.Sprintf("127.0.0.1:%d", 20000+i)}] = cl
-		t.clients[dial] = cl
+		b.fields(&t.reserved)
+		t.routes[dialAddress{"tcp", fmt.Sprintf("127.0.0.1:%d", 20000+i)}] = route{block: b}
+		t.routes[dial] = route{block: b}
 	}
 	t.reserved.add(defaultBearerField)
 	return t
@@ -141,12 +136,12 @@ func BenchmarkRoundTrip(b *testing.B) {
 			if credentials == 1 {
 				// With the headers that the other one adds: the server's
 				// part of the work counts too.
-				header := make(http.Header)
-				cl := t.clients[dial]
-				if err := cl.header(ctx, header, cl.source.Cached()); err != nil {
+				dressed := (&http.Request{Header: make(http.Header)}).WithContext(ctx)
+				r := t.routes[dial]
+				if err := r.dress(dressed, r.source.Cached()); err != nil {
 					b.Fatal(err)
 				}
-				run("http", t.HTTPTransport, header)
+				run("http", t.HTTPTransport, dressed.Header)
 			}
 			run("oauth2", t, nil)
 		}

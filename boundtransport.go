@@ -47,7 +47,6 @@ func newBoundTransport(like *reverseproxy.HTTPTransport) (*boundTransport, error
 
 // send sends a request upstream on a connection with this certificate.
 func (b *boundTransport) send(req *http.Request, certificate *tls.Certificate) (*http.Response, error) {
-	b.like.SetScheme(req)
 	ctx, _ := withCertificate(req.Context(), certificate)
 	return b.pool(certificate).RoundTrip(req.WithContext(ctx))
 }

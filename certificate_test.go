@@ -422,7 +422,7 @@ func TestDialThatOutlivesItsRequest(t *testing.T) {
 		client_certificate %[2]s/client.crt %[2]s/client.key
 		token_transport {
 			tls_insecure_skip_verify
-		}`, relay.Addr(), m.dir)).fallback
+		}`, relay.Addr(), m.dir)).fallback.client
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
 	_, err = cl.endpoint.request(ctx)

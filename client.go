@@ -3,97 +3,40 @@
 package outboundauth
 
 import (
-	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
-	"net/http"
 	"sync/atomic"
-	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
-
-	"github.com/outboundauth/caddy-outbound-auth/internal/replay"
 )
 
-// A client is Credentials at work: the source of the token, and the headers
-// as they are sent.
+// A client is an OAuth client at work: the source of its token, and the endpoint
+// that fills it.
 type client struct {
 	key      sourceKey
 	source   *tokenSource
 	endpoint *endpoint
 
-	spare bool // no upstream needs it: all have credentials of their own
+	renewals renewals // of tokens that requests were refused with
+	checks   renewals // after health checks, which must not hold up those after requests
 
-	bearerField  string
-	bearerPrefix string // with the space, if there is a scheme
-	identity     []headerTemplate
-
-	retryOn     []int // statuses
-	replayLimit int   // bytes
-	renewals    renewals
-	checks      renewals // after health checks, which must not hold up those after requests
-
+	spare   bool        // no upstream needs it: all have credentials of their own
 	started atomic.Bool // the config runs
-
-	expectsNothing atomic.Bool // the upstream has failed an expectation
-
-	bound *boundTransport // bind_certificate; nil without it
-
-	// The header of the latest token, made once for all requests. Its values
-	// are shared by them and never written to.
-	bearer atomic.Pointer[bearer]
 }
 
-type bearer struct {
-	of     *token
-	values []string
-}
-
-// newClient makes a client of e and its credentials, which are resolved and
-// complete. transportConfig describes the transport of e. The client has to be
-// released.
+// newClient makes a client of e. transportConfig describes the transport of e.
+// The client has to be released; then it releases e.
 func newClient(e *endpoint, transportConfig []byte) (*client, error) {
-	c := e.credentials
-	life := lifecycle{
-		refreshBefore:   time.Duration(c.RefreshBefore),
-		defaultLifetime: cmp.Or(time.Duration(c.DefaultLifetime), defaultTokenLifetime),
-		fetchTimeout:    cmp.Or(time.Duration(c.TokenTimeout), defaultTokenTimeout),
-	}
-	shape, err := c.shape(life, transportConfig)
+	life := e.credentials.lifecycle()
+	shape, err := e.credentials.shape(life, transportConfig)
 	if err != nil {
 		return nil, err
 	}
 	cl := &client{key: sha256.Sum256(shape), endpoint: e}
-
-	e.metrics = metricsOf(c.name())
-	field, scheme := c.BearerHeader.withDefaults()
-	cl.bearerField = http.CanonicalHeaderKey(field)
-	if scheme != "" {
-		cl.bearerPrefix = scheme + " "
-	}
-	cl.retryOn = c.RetryOn
-	if len(c.RetryOn) == 0 {
-		cl.retryOn = []int{http.StatusUnauthorized}
-	} else if c.RetryOn[0] == retryOff {
-		cl.retryOn = nil
-	}
-	cl.replayLimit = int(max(0, cmp.Or(c.ReplayBody, defaultReplayBody)))
-	if c.Tenant != nil {
-		cl.identity = append(cl.identity, newHeaderTemplate(c.Tenant.field(), c.Tenant.Value))
-	}
-	for _, field := range sortedKeys(c.Headers) {
-		cl.identity = append(cl.identity, newHeaderTemplate(field, c.Headers[field]))
-	}
-
-	if e.discovery != nil {
-		if e.discovery.issuerMetadata, err = acquireIssuer(&c, transportConfig); err != nil {
-			return nil, err
-		}
-	}
 	source, _, err := sources.LoadOrNew(cl.key, func() (caddy.Destructor, error) {
 		return newTokenSource(life), nil
 	})
@@ -110,39 +53,7 @@ func newClient(e *endpoint, transportConfig []byte) (*client, error) {
 func (cl *client) release() error {
 	cl.source.detach(cl.endpoint)
 	_, err := sources.Delete(cl.key)
-	if d := cl.endpoint.discovery; d != nil {
-		err = errors.Join(err, d.release())
-	}
-	return err
-}
-
-// header sets the bearer and identity headers for the request that ctx
-// belongs to. t may be nil: then only the identity is sent.
-func (cl *client) header(ctx context.Context, out http.Header, t *token) error {
-	for i := range cl.identity {
-		if err := cl.identity[i].set(ctx, out); err != nil {
-			return err
-		}
-	}
-	if t == nil {
-		return nil
-	}
-	b := cl.bearer.Load()
-	if b == nil || b.of != t {
-		b = &bearer{of: t, values: []string{cl.bearerPrefix + t.value}}
-		cl.bearer.Store(b)
-		cl.source.Traced(ctx) // asked here, as it is rare
-	}
-	out[cl.bearerField] = b.values
-	return nil
-}
-
-// fields adds the names of all headers that the client sends to s.
-func (cl *client) fields(s *fieldSet) {
-	s.add(cl.bearerField)
-	for i := range cl.identity {
-		s.add(cl.identity[i].field)
-	}
+	return errors.Join(err, cl.endpoint.release())
 }
 
 // renew replaces a token that an upstream has refused. It returns nil if
@@ -193,13 +104,4 @@ func (cl *client) invalidate(ctx context.Context, refused *token) {
 	// In a goroutine of its own: the request goes on, however slow the
 	// handlers are.
 	go cl.endpoint.events.emit(eventRejected, map[string]any{"client": cl.endpoint.metrics.name, "upstream": dial.Address})
-}
-
-// announce has the upstream asked whether it wants the body of out, if that may
-// be longer than what can be kept of it, and the upstream heeds such questions.
-func (cl *client) announce(out *http.Request, body *replay.Body) *http.Request {
-	if cl.replayLimit == 0 || cl.expectsNothing.Load() {
-		return out
-	}
-	return body.Announce(out)
 }

@@ -393,6 +393,15 @@ func presentsCertificate(h *reverseproxy.HTTPTransport) bool {
 	return h != nil && h.TLS != nil && (h.TLS.ClientCertificateFile != "" || h.TLS.ClientCertificateAutomate != "")
 }
 
+// lifecycle returns how long a token is used.
+func (c *Credentials) lifecycle() lifecycle {
+	return lifecycle{
+		refreshBefore:   time.Duration(c.RefreshBefore),
+		defaultLifetime: cmp.Or(time.Duration(c.DefaultLifetime), defaultTokenLifetime),
+		fetchTimeout:    cmp.Or(time.Duration(c.TokenTimeout), defaultTokenTimeout),
+	}
+}
+
 // shape returns everything that shapes a token request and the life of its
 // token: all settings but those of what the upstream is sent.
 func (c Credentials) shape(life lifecycle, transportConfig []byte) ([]byte, error) {

@@ -337,7 +337,7 @@ func TestIncompleteBaseIsOnlyInheritedFrom(t *testing.T) {
 				return
 			}
 			for _, transport := range []*Transport{fromJSON, fromCaddyfile} {
-				if got := transport.clients[dialAddress{"tcp", "127.0.0.1:9000"}].endpoint.credentials; !test.wantMerged(got) {
+				if got := transport.routes[dialAddress{"tcp", "127.0.0.1:9000"}].endpoint.credentials; !test.wantMerged(got) {
 					t.Errorf("got %+v, want what is inherited as far as it has an effect", got)
 				}
 			}
@@ -419,7 +419,7 @@ func wantUsable(t *testing.T, name string, c Credentials) {
 
 // Two spellings of one header would be sent in an order that nobody chose.
 func TestInheritedHeadersAreOverriddenInAnyCase(t *testing.T) {
-	load := func(t *testing.T, setting, base, own string) *client {
+	load := func(t *testing.T, setting, base, own string) *block {
 		t.Helper()
 		credentials := map[string]any{"token_url": "https://auth.example.com/token", "client_id": "gateway", "client_secret": "secret"}
 		credentials[setting] = map[string]string{base: "base"}
@@ -430,7 +430,7 @@ func TestInheritedHeadersAreOverriddenInAnyCase(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		return transport.clients[dialAddress{"tcp", "127.0.0.1:9000"}]
+		return transport.routes[dialAddress{"tcp", "127.0.0.1:9000"}].block
 	}
 	for _, names := range [][2]string{{"X-Region", "X-Region"}, {"X-Region", "x-region"}, {"x-region", "X-Region"}} {
 		t.Run("header "+names[0]+" "+names[1], func(t *testing.T) {
@@ -459,7 +459,7 @@ func loadCredentials(t *testing.T, a, b Credentials) (first, second *client) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		clients = append(clients, transport.fallback)
+		clients = append(clients, transport.fallback.client)
 	}
 	return clients[0], clients[1]
 }
@@ -532,7 +532,7 @@ func TestCleanupReleasesWhatWasAcquired(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cl := first.fallback
+	cl := first.fallback.client
 	if got := references(cl); got != 1 {
 		t.Fatalf("got %d references, want 1", got)
 	}
@@ -574,7 +574,7 @@ func TestFailedProvisionReleasesWhatWasAcquired(t *testing.T) {
 			_, cleanUp, err := loadSettings(t, "127.0.0.1:9000", test.settings)
 			wantError(t, err, test.want)
 			cleanUp()
-			if got := references(held.fallback); got != 1 {
+			if got := references(held.fallback.client); got != 1 {
 				t.Errorf("got %d references, want 1 of the transport that is in use", got)
 			}
 		})

@@ -37,6 +37,18 @@ type discovery struct {
 	warned atomic.Pointer[string]  // of what the server does not list, last
 }
 
+// newDiscovery returns the discovery of the endpoints of c, which are permitted
+// what permit allows. It has to be released.
+func newDiscovery(issuer *url.URL, c *Credentials, transport tokenTransport, permit func(*url.URL) error, logger *zap.Logger) (*discovery, error) {
+	shared, err := acquireIssuer(c, transport.config)
+	if err != nil {
+		return nil, err
+	}
+	return &discovery{
+		issuer: issuer, credentials: c, transport: transport.RoundTripper, permit: permit, logger: logger, issuerMetadata: shared,
+	}, nil
+}
+
 // tokenEndpoint returns the URL of the token endpoint, for requests that
 // present what ctx says.
 func (d *discovery) tokenEndpoint(ctx context.Context) (*url.URL, error) {

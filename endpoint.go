@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 // endpoint makes the token requests of one client at one token endpoint
@@ -35,6 +37,52 @@ type endpoint struct {
 	logger       *zap.Logger
 
 	narrowed atomic.Pointer[string] // the granted scopes of the last warning
+}
+
+// newEndpoint makes the endpoint of c, which is expanded and complete;
+// urlTemplate is its token_url before. What can be found wrong without a request
+// is found here. It has to be released.
+func newEndpoint(c Credentials, urlTemplate string, transport tokenTransport, plaintext bool, logger *zap.Logger, events *emitter) (*endpoint, error) {
+	e := &endpoint{credentials: c, urlTemplate: urlTemplate, transport: transport.RoundTripper, logger: logger, events: events}
+	permit := func(u *url.URL) error {
+		if u.Scheme != "https" && (c.authMethod() == authTLS || c.BindCertificate) {
+			return errors.New("the client_certificate can be presented in TLS only; use https://")
+		}
+		if plaintext {
+			return nil
+		}
+		return checkPlaintext(u, transport.proxied)
+	}
+	setting, parse, raw := "token_url", parseTokenURL, c.TokenURL
+	if c.Issuer != "" {
+		setting, parse, raw = "issuer", parseIssuer, c.Issuer
+	}
+	server, err := parse(raw)
+	if err == nil {
+		err = permit(server)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", setting, err)
+	}
+	if _, _, _, err := e.credentials.resolveKeys(caddy.NewReplacer(), &e.certificates); err != nil {
+		return nil, err
+	}
+	if c.Issuer == "" {
+		e.url = server
+	} else if e.discovery, err = newDiscovery(server, &e.credentials, transport, permit, logger); err != nil {
+		return nil, err
+	}
+	e.metrics = metricsOf(c.name())
+	return e, nil
+}
+
+// release gives back what the endpoint shares with others. It stays usable for
+// requests that are still on their way.
+func (e *endpoint) release() error {
+	if e.discovery == nil {
+		return nil
+	}
+	return e.discovery.release()
 }
 
 // knownURL returns the token endpoint's URL, without a query, which may hold a

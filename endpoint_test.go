@@ -78,22 +78,22 @@ func answering(status int, body string) *wire {
 }
 
 // newTestClient makes a client of c as the product does.
-func newTestClient(t *testing.T, c Credentials, tokenTransport http.RoundTripper) *client {
+func newTestClient(t testing.TB, c Credentials, way http.RoundTripper) *client {
 	t.Helper()
-	return newLoggingClient(t, c, tokenTransport, zap.NewNop())
+	return newLoggingClient(t, c, way, zap.NewNop())
 }
 
-func newLoggingClient(t *testing.T, c Credentials, tokenTransport http.RoundTripper, logger *zap.Logger) *client {
+func newLoggingClient(t testing.TB, c Credentials, way http.RoundTripper, logger *zap.Logger) *client {
 	t.Helper()
-	resolved, err := c.expand(caddy.NewReplacer())
+	expanded, err := c.expand(caddy.NewReplacer())
 	if err != nil {
-		t.Fatalf("resolve() = %v, want no error", err)
+		t.Fatalf("expand() = %v, want no error", err)
 	}
-	u, err := parseTokenURL(resolved.TokenURL)
+	e, err := newEndpoint(expanded, c.TokenURL, tokenTransport{way, []byte("null"), false}, false, logger, nil)
 	if err != nil {
-		t.Fatalf("parseTokenURL() = %v, want no error", err)
+		t.Fatalf("newEndpoint() = %v, want no error", err)
 	}
-	cl, err := newClient(&endpoint{credentials: resolved, url: u, transport: tokenTransport, logger: logger}, []byte("null"))
+	cl, err := newClient(e, []byte("null"))
 	if err != nil {
 		t.Fatalf("newClient() = %v, want no error", err)
 	}

@@ -12,6 +12,14 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
+// tokenTransport is the way to a token endpoint: the transport, and its config,
+// which is part of what tells token sources apart.
+type tokenTransport struct {
+	http.RoundTripper
+	config  []byte
+	proxied bool // see usesProxy
+}
+
 // newServerRequest makes a request to the authorization server. An empty body is
 // none.
 func newServerRequest(ctx context.Context, method string, u *url.URL, header http.Header, body string) *http.Request {

@@ -18,54 +18,54 @@ import (
 func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 	dial, _ := reverseproxy.GetDialInfo(req.Context())
 	checked := dialAddress{dial.Network, dial.Address}
-	cl, listed := t.clients[checked]
+	r, listed := t.routes[checked]
 	switch {
 	case listed:
 	case slices.Contains(t.dials, checked) && !t.listedOnly: // as for a request
-		cl = t.fallback
+		r = t.fallback
 	default:
-		cl = t.clientByHost(dial.Host)
+		r = t.routeByHost(dial.Host)
 	}
-	if cl == nil || redirectedElsewhere(req) || t.exposes(req, dial) {
+	if r.block == nil || redirectedElsewhere(req) || t.exposes(req, dial) {
 		return t.send(req, nil, nil)
 	}
-	tok := cl.source.Cached()
-	if cl.started.Load() { // and not just being validated: Caddy checks before it runs a config
-		tok = cl.source.Ready()
+	tok := r.source.Cached()
+	if r.started.Load() { // and not just being validated: Caddy checks before it runs a config
+		tok = r.source.Ready()
 	}
-	out, err := t.outbound(req, cl, tok)
+	out, err := t.outbound(req, r.block, tok)
 	if err != nil {
 		return t.refuse(req, http.StatusBadGateway, err)
 	}
-	res, err := t.send(out, cl, tok)
-	if err == nil && tok != nil && t.refusesCheck(cl, res.StatusCode) && cl.checks.allow(tok) {
-		cl.invalidate(req.Context(), tok)
-		cl.source.Warm()
+	res, err := t.send(out, r.block, tok)
+	if err == nil && tok != nil && t.refusesCheck(r.block, res.StatusCode) && r.checks.allow(tok) {
+		r.invalidate(req.Context(), tok)
+		r.source.Warm()
 	}
 	return res, err
 }
 
-// refusesCheck tells whether a check was answered as a request is whose token
+// refusesCheck reports whether a check was answered as a request is whose token
 // the upstream does not accept. It is down then, so that there will be no
 // request by which the token is replaced. A check that expects this answer
 // says nothing about the token.
-func (t *Transport) refusesCheck(cl *client, status int) bool {
+func (t *Transport) refusesCheck(b *block, status int) bool {
 	expected := t.healthStatus != 0 && caddyhttp.StatusCodeMatches(status, t.healthStatus)
-	return slices.Contains(cl.retryOn, status) && !expected
+	return b.refuses(status) && !expected
 }
 
-// clientByHost returns the client of a check whose address is none of an
-// upstream: that of all the proxy's upstreams on this host, as a
-// check may go to another port of theirs (health_port). If they differ, or
-// there are none, and there are several clients, nobody can tell.
-func (t *Transport) clientByHost(host string) *client {
-	if len(t.clients) == 0 {
+// routeByHost returns the route of a check whose address is none of an
+// upstream: that of all the proxy's upstreams on this host, as a check may go to
+// another port of theirs (health_port). If they differ, or there are none, and
+// there are several routes, nobody can tell.
+func (t *Transport) routeByHost(host string) route {
+	if len(t.routes) == 0 {
 		return t.fallback
 	}
-	var found *client
+	var found route
 	for i, upstream := range t.static[host] {
 		if i > 0 && upstream != found {
-			return nil
+			return route{}
 		}
 		found = upstream
 	}

@@ -91,7 +91,7 @@ func TestNamesOfClients(t *testing.T) {
 		"127.0.0.1:9002": "login.example.com:8443/gateway",
 		"127.0.0.1:9003": "orders",
 	} {
-		if got := transport.clients[dialAddress{"tcp", address}].endpoint.metrics.name; got != want {
+		if got := transport.routes[dialAddress{"tcp", address}].endpoint.metrics.name; got != want {
 			t.Errorf("%s: got the name %q, want %q", address, got, want)
 		}
 	}
@@ -109,7 +109,7 @@ func TestNamesOfClients(t *testing.T) {
 			client_id billing
 		}`)
 	for address, want := range map[string]string{"127.0.0.1:9000": "main", "127.0.0.1:9001": "auth.example.com/billing"} {
-		if got := transport.clients[dialAddress{"tcp", address}].endpoint.metrics.name; got != want {
+		if got := transport.routes[dialAddress{"tcp", address}].endpoint.metrics.name; got != want {
 			t.Errorf("%s: got the name %q, want %q", address, got, want)
 		}
 	}

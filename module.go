@@ -56,20 +56,18 @@ type Transport struct {
 
 	*reverseproxy.HTTPTransport
 
-	clients      map[dialAddress]*client // of the addresses in Upstreams; nil: off
-	fallback     *client                 // for all other addresses; nil: refused
-	static       map[string][]*client    // of the proxy's upstreams, by host
-	dials        []dialAddress           // of the proxy's upstreams, as far as they are static
-	acquired     []*client               // to be released
-	transports   []caddy.CleanerUpper    // that belong to the clients
-	reserved     fieldSet                // headers that only the transport sets
-	plaintext    bool                    // to upstreams, allowed
-	proxied      bool                    // by a network_proxy, so nothing stays on this machine
-	listedOnly   bool                    // no fallback: see checkUpstreams
-	healthStatus int                     // that active health checks expect; 0: any of success
-	routed       bool                    // the handler has the route for failures
+	clients      clients               // all of them
+	routes       map[dialAddress]route // of the addresses in Upstreams
+	fallback     route                 // of all other addresses
+	static       map[string][]route    // of the proxy's upstreams, by host
+	dials        []dialAddress         // of the proxy's upstreams, as far as they are static
+	reserved     fieldSet              // headers that only the transport sets
+	plaintext    bool                  // to upstreams, allowed
+	proxied      bool                  // by a network_proxy, so nothing stays on this machine
+	listedOnly   bool                  // no fallback: see checkUpstreams
+	healthStatus int                   // that active health checks expect; 0: any of success
+	routed       bool                  // the handler has the route for failures
 	logger       *zap.Logger
-	events       *emitter
 }
 
 // Upstream has the credentials of one or more upstreams.
@@ -91,6 +89,17 @@ type Upstream struct {
 // dialAddress is what a connection is made to, as in reverseproxy.DialInfo.
 // The URL of a request does not tell: the PROXY protocol rewrites it.
 type dialAddress struct{ network, address string }
+
+// A route is where the requests to an upstream address lead: to a block of
+// credentials, or past all of them. The zero route is for addresses that the
+// config says nothing of.
+type route struct {
+	*block      // nil: see off
+	off    bool // proxied as the http transport does
+}
+
+// refused reports whether requests must not go upstream.
+func (r route) refused() bool { return r.block == nil && !r.off }
 
 // CaddyModule returns the Caddy module information.
 func (*Transport) CaddyModule() caddy.ModuleInfo {
@@ -126,8 +135,12 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return fmt.Errorf("getting events app: %w", err)
 	}
-	t.events = &emitter{app.(*caddyevents.App), ctx, t.logger}
-	if err := t.provisionClients(ctx); err != nil {
+	t.clients = clients{
+		logger:    t.logger,
+		events:    &emitter{app.(*caddyevents.App), ctx, t.logger},
+		plaintext: slices.Contains(t.InsecurePlaintext, plaintextTokenURL),
+	}
+	if err := t.provisionRoutes(ctx); err != nil {
 		return err
 	}
 	if handler, ok := parentHandler(ctx); ok {
@@ -151,22 +164,14 @@ func (t *Transport) addresses() []dialAddress {
 	if t.routed {
 		return t.dials
 	}
-	return slices.Collect(maps.Keys(t.clients))
+	return slices.Collect(maps.Keys(t.routes))
 }
 
 // Cleanup releases the tokens, which other configs may go on using. It
 // releases only what was acquired: Caddy calls it after a failed Provision too.
 func (t *Transport) Cleanup() error {
 	t.unload()
-	err := t.HTTPTransport.Cleanup()
-	for _, cl := range t.acquired {
-		err = errors.Join(err, cl.release())
-	}
-	for _, transport := range t.transports {
-		err = errors.Join(err, transport.Cleanup())
-	}
-	t.acquired, t.transports = nil, nil
-	return err
+	return errors.Join(t.HTTPTransport.Cleanup(), t.clients.close())
 }
 
 // loaded is the transports that are provisioned, oldest first.

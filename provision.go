@@ -3,13 +3,10 @@
 package outboundauth
 
 import (
-	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"net"
-	"net/url"
 	"slices"
 	"strings"
 
@@ -19,21 +16,10 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
-// tokenTransport is a provisioned token_transport with its config, which is
-// part of what tells token sources apart.
-type tokenTransport struct {
-	*reverseproxy.HTTPTransport
-	config  []byte
-	proxied bool
-}
-
-// provisionClients makes the clients of all credentials, and the table by
-// which a request finds its own.
-func (t *Transport) provisionClients(ctx caddy.Context) error {
+// provisionRoutes makes the table by which a request finds its credentials, and
+// opens their clients.
+func (t *Transport) provisionRoutes(ctx caddy.Context) error {
 	repl := caddy.NewReplacer()
-	// Upstreams that inherit their token_transport share it.
-	transports := make(map[*reverseproxy.HTTPTransport]tokenTransport)
-
 	if len(t.Upstreams) == 0 && t.Credentials == nil {
 		return errors.New("transport oauth2: token_url, client_id and client_secret are missing")
 	}
@@ -45,7 +31,7 @@ func (t *Transport) provisionClients(ctx caddy.Context) error {
 		}
 		base = &own
 		if missing := own.missing(); missing == "" {
-			if t.fallback, err = t.provisionClient(ctx, repl, own, transports); err != nil {
+			if t.fallback, err = t.open(ctx, own); err != nil {
 				return err
 			}
 		} else if len(t.Upstreams) == 0 {
@@ -55,12 +41,12 @@ func (t *Transport) provisionClients(ctx caddy.Context) error {
 		}
 	}
 
-	t.clients = make(map[dialAddress]*client)
+	t.routes = make(map[dialAddress]route)
 	for i, upstream := range t.Upstreams {
 		if upstream == nil {
 			return fmt.Errorf("upstream %d: is null", i)
 		}
-		cl, err := t.upstreamClient(ctx, repl, upstream, base, transports)
+		r, err := t.openUpstream(ctx, upstream, base)
 		if err != nil {
 			return fmt.Errorf("upstream %d (%s): %w", i, strings.Join(upstream.Addresses, " "), err)
 		}
@@ -69,146 +55,58 @@ func (t *Transport) provisionClients(ctx caddy.Context) error {
 			if err != nil {
 				return fmt.Errorf("upstream %s: %w", address, err)
 			}
-			if _, ok := t.clients[dial]; ok {
+			if _, ok := t.routes[dial]; ok {
 				return fmt.Errorf("upstream %s: named twice; each address belongs to one upstream block", address)
 			}
-			t.clients[dial] = cl
+			t.routes[dial] = r
 		}
 	}
 	return nil
 }
 
-// upstreamClient makes the client of one upstream block; nil if it is off.
-func (t *Transport) upstreamClient(ctx caddy.Context, repl *caddy.Replacer, u *Upstream, base *Credentials, transports map[*reverseproxy.HTTPTransport]tokenTransport) (*client, error) {
+// openUpstream opens the route of one upstream block.
+func (t *Transport) openUpstream(ctx caddy.Context, u *Upstream, base *Credentials) (route, error) {
 	if len(u.Addresses) == 0 {
-		return nil, errors.New("addresses is missing: name the upstream")
+		return route{}, errors.New("addresses is missing: name the upstream")
 	}
 	if u.Off {
 		if u.Credentials != nil {
-			return nil, errors.New("off contradicts its other settings: remove one of the two")
+			return route{}, errors.New("off contradicts its other settings: remove one of the two")
 		}
-		return nil, nil
+		return route{off: true}, nil
 	}
 	var own Credentials
 	if u.Credentials != nil {
 		var err error
 		if own, err = u.Credentials.canonical(); err != nil {
-			return nil, err
+			return route{}, err
 		}
 	}
 	if err := own.check(); err != nil {
-		return nil, err
+		return route{}, err
 	}
 	merged := own.inherit(base)
 	if missing := merged.missing(); missing != "" {
-		return nil, errors.New(missing)
+		return route{}, errors.New(missing)
 	}
-	return t.provisionClient(ctx, repl, merged, transports)
+	return t.open(ctx, merged)
 }
 
-// provisionClient provisions credentials and everything that they need.
-func (t *Transport) provisionClient(ctx caddy.Context, repl *caddy.Replacer, c Credentials, transports map[*reverseproxy.HTTPTransport]tokenTransport) (*client, error) {
-	template := c.TokenURL
-	c, err := c.expand(repl)
+// open opens the route of credentials that are complete.
+func (t *Transport) open(ctx caddy.Context, c Credentials) (route, error) {
+	cl, err := t.clients.open(ctx, c)
 	if err != nil {
-		return nil, err
+		return route{}, err
 	}
-	e := &endpoint{urlTemplate: template, credentials: c, logger: t.logger, events: t.events}
-	transport, ok := transports[c.TokenTransport]
-	if !ok || c.ClientCertificate != nil { // which others must not use
-		if transport, err = t.provisionTokenTransport(ctx, c); err != nil {
-			return nil, err
-		}
-		if c.ClientCertificate == nil {
-			transports[c.TokenTransport] = transport
-		}
-	}
-	e.transport = transport
-	if err := t.locate(e, transport); err != nil {
-		return nil, err
-	}
-	if _, _, _, err := c.resolveKeys(repl, &e.certificates); err != nil {
-		return nil, err
-	}
-	var bound *boundTransport
+	b := newBlock(cl)
 	if c.BindCertificate {
-		if bound, err = newBoundTransport(t.HTTPTransport); err != nil {
-			return nil, fmt.Errorf("bind_certificate: %w", err)
+		if b.bound, err = newBoundTransport(t.HTTPTransport); err != nil {
+			return route{}, fmt.Errorf("bind_certificate: %w", err)
 		}
-		t.transports = append(t.transports, bound)
+		t.clients.provisioned = append(t.clients.provisioned, b.bound)
 	}
-	cl, err := newClient(e, transport.config)
-	if err != nil {
-		return nil, err
-	}
-	cl.bound = bound
-	t.acquired = append(t.acquired, cl)
-	cl.fields(&t.reserved)
-	return cl, nil
-}
-
-// locate sets where the token endpoint is, or how it is found.
-func (t *Transport) locate(e *endpoint, transport tokenTransport) (err error) {
-	c := &e.credentials
-	permit := func(u *url.URL) error {
-		if u.Scheme != "https" && (c.authMethod() == authTLS || c.BindCertificate) {
-			return errors.New("the client_certificate can be presented in TLS only; use https://")
-		}
-		if slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {
-			return nil
-		}
-		return checkPlaintext(u, transport.proxied)
-	}
-	if c.Issuer != "" {
-		issuer, err := parseIssuer(c.Issuer)
-		if err == nil {
-			err = permit(issuer)
-		}
-		if err != nil {
-			return fmt.Errorf("issuer: %w", err)
-		}
-		e.discovery = &discovery{issuer: issuer, credentials: c, transport: transport, permit: permit, logger: t.logger}
-		return nil
-	}
-	if e.url, err = parseTokenURL(c.TokenURL); err == nil {
-		err = permit(e.url)
-	}
-	if err != nil {
-		return fmt.Errorf("token_url: %w", err)
-	}
-	return nil
-}
-
-// provisionTokenTransport provisions the token_transport of c, or the default
-// transport if there is none.
-func (t *Transport) provisionTokenTransport(ctx caddy.Context, c Credentials) (tokenTransport, error) {
-	h := new(reverseproxy.HTTPTransport)
-	config, err := json.Marshal(cmp.Or(c.TokenTransport, h)) // before Provision: it writes its defaults there
-	if err != nil {
-		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
-	}
-	// A copy: those that inherit it may need one each.
-	if err := json.Unmarshal(config, h); err != nil {
-		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
-	}
-	if len(h.Versions) == 0 {
-		// Over HTTP/2, requests that end their connection take each other's away.
-		h.Versions = []string{"1.1"}
-	}
-	t.transports = append(t.transports, h)
-	proxied := usesProxy(h) // Provision forgets it
-	if err := h.Provision(ctx); err != nil {
-		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
-	}
-	// Of a dial that outlives its request, net/http would keep the connection,
-	// and the next one be the client with the certificate of that time.
-	h.Transport.DisableKeepAlives = true
-	if c.ClientCertificate != nil {
-		if err := presentCertificates(h); err != nil {
-			return tokenTransport{}, fmt.Errorf("client_certificate: %w", err)
-		}
-	}
-	return tokenTransport{h, config, proxied}, nil
+	b.fields(&t.reserved)
+	return route{block: b}, nil
 }
 
 // parentHandler returns the handler that a transport which is being
@@ -243,38 +141,38 @@ func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 			t.dials = append(t.dials, dial)
 		} else { // it depends on the request, which will be checked
 			complete = false
-			t.listedOnly = len(t.clients) > 0
+			t.listedOnly = len(t.routes) > 0
 		}
 	}
 	if complete {
-		for dial := range t.clients {
+		for dial := range t.routes {
 			if _, ok := static[dial]; !ok {
 				return fmt.Errorf("upstream %s: reverse_proxy has no such upstream; write it as there", dial.address)
 			}
 		}
 	}
 	fallbackUsed := !complete
-	t.static = make(map[string][]*client)
+	t.static = make(map[string][]route)
 	for dial, address := range static {
-		cl, listed := t.clients[dial]
+		r, listed := t.routes[dial]
 		if !listed {
-			cl = t.fallback
+			r = t.fallback
 			fallbackUsed = true
 		}
 		host, _, _ := net.SplitHostPort(dial.address)
-		t.static[host] = append(t.static[host], cl)
-		if cl == nil && !listed {
+		t.static[host] = append(t.static[host], r)
+		if r.refused() {
 			missing := "token_url, client_id and client_secret are missing"
 			if t.Credentials != nil {
 				missing = t.Credentials.missing()
 			}
 			return fmt.Errorf("upstream %s has no credentials: %s; or add `upstream %s { … }` or `upstream %s off`", address, missing, address, address)
 		}
-		if cl != nil && !t.plaintext && !t.encrypted(dial) {
+		if r.block != nil && !t.plaintext && !t.encrypted(dial) {
 			return plaintextError(address)
 		}
 	}
-	if t.fallback != nil && !fallbackUsed {
+	if t.fallback.block != nil && !fallbackUsed {
 		t.fallback.spare = true
 	}
 	return nil
@@ -329,7 +227,7 @@ func parseDialAddress(repl *caddy.Replacer, address string) (dialAddress, error)
 // requests need not wait. Caddy emits the event at the start and after each
 // reload, but not when a config is merely validated.
 func (t *Transport) warmUp() error {
-	return t.events.app.On("started", onStarted(t.acquired))
+	return t.clients.events.app.On("started", onStarted(t.clients.acquired))
 }
 
 // onStarted is the clients to warm up when the config has started.

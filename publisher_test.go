@@ -147,7 +147,7 @@ func document(issuer, tokenEndpoint string, more ...string) string {
 // network.
 func discovering(t *testing.T, settings string, p http.RoundTripper) (*client, *observer.ObservedLogs) {
 	t.Helper()
-	cl := newTransport(t, settings).fallback
+	cl := newTransport(t, settings).fallback.client
 	core, logs := observer.New(zapcore.WarnLevel)
 	cl.endpoint.transport, cl.endpoint.logger = p, zap.New(core)
 	if d := cl.endpoint.discovery; d != nil {

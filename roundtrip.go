@@ -9,7 +9,6 @@ import (
 	"io"
 	"maps"
 	"net/http"
-	"slices"
 	"strings"
 
 	"github.com/caddyserver/caddy/v2"
@@ -23,20 +22,23 @@ import (
 // is: the proxy sends the same to the next upstream when it retries, and logs
 // it.
 func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
+	// As the http transport would, which shares the URL: whether a token may go
+	// there is asked of it.
+	t.SetScheme(req)
 	ctx := req.Context()
 	if isHealthCheck(ctx) {
 		return t.sendHealthCheck(req)
 	}
-	cl, off, err := t.clientFor(req)
+	r, err := t.routeOf(req)
 	if err != nil {
 		return t.refuse(req, http.StatusBadGateway, err)
 	}
-	if off {
+	if r.off {
 		forgetUse(ctx) // of another upstream that was tried before
 		return t.send(req, nil, nil)
 	}
-	tok, got, err := cl.source.obtain(ctx)
-	cl.endpoint.metrics.requested(ctx, got)
+	tok, got, err := r.source.obtain(ctx)
+	r.endpoint.metrics.requested(ctx, got)
 	if err != nil {
 		if ctxErr := ctx.Err(); ctxErr != nil && errors.Is(err, context.Canceled) {
 			closeBody(req)
@@ -44,54 +46,40 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		return t.refuse(req, statusOf(err), err)
 	}
-
-	return t.roundTrip(req, cl, tok)
+	return t.roundTrip(req, r.block, tok)
 }
 
-// clientFor returns the client whose token the request's upstream gets, or
-// that it gets none. It is an error if the config does not say, or if the
-// token would travel unencrypted.
-func (t *Transport) clientFor(req *http.Request) (cl *client, off bool, err error) {
+// routeOf returns where a request leads. It is an error if the config does not
+// say, or if the token would travel unencrypted.
+func (t *Transport) routeOf(req *http.Request) (route, error) {
 	dial, ok := reverseproxy.GetDialInfo(req.Context())
 	if !ok {
-		return nil, false, errors.New("transport oauth2 serves requests of reverse_proxy only")
+		return route{}, errors.New("transport oauth2 serves requests of reverse_proxy only")
 	}
-	cl, listed := t.clients[dialAddress{dial.Network, dial.Address}]
-	if listed && cl == nil {
-		return nil, true, nil
-	}
+	r, listed := t.routes[dialAddress{dial.Network, dial.Address}]
 	if !listed && !t.listedOnly {
-		cl = t.fallback
+		r = t.fallback
 	}
-	if cl == nil {
-		return nil, false, fmt.Errorf("upstream %s has no credentials: add `upstream %s { … }` or `upstream %s off` to transport oauth2",
+	if r.refused() {
+		return route{}, fmt.Errorf("upstream %s has no credentials: add `upstream %s { … }` or `upstream %s off` to transport oauth2",
 			dial.Address, dial.Address, dial.Address)
 	}
-	if t.exposes(req, dial) {
-		return nil, false, plaintextError(dial.Address)
+	if !r.off && t.exposes(req, dial) {
+		return route{}, plaintextError(dial.Address)
 	}
-	return cl, false, nil
+	return r, nil
 }
 
-// exposes tells whether others could read on the way what req says, and that
+// exposes reports whether others could read on the way what req says, and that
 // was not allowed.
 func (t *Transport) exposes(req *http.Request, dial reverseproxy.DialInfo) bool {
-	t.SetScheme(req) // as the http transport would, which shares the URL
 	return req.URL.Scheme != "https" && !t.plaintext && !staysOnMachine(dial.Network, dial.Host, t.proxied)
-}
-
-// outbound returns req as it goes upstream: a shallow copy but for its header.
-func (t *Transport) outbound(req *http.Request, cl *client, tok *token) (*http.Request, error) {
-	out := new(http.Request)
-	*out = *req
-	out.Header = t.reserved.without(req.Header)
-	return out, cl.header(req.Context(), out.Header, tok)
 }
 
 // roundTrip sends req with a token. If the upstream refuses the token, it is
 // replaced, and the request sent once more.
-func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *http.Response, err error) {
-	out, err := t.outbound(req, cl, tok)
+func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Response, error) {
+	out, err := t.outbound(req, b, tok)
 	if err != nil {
 		return t.refuse(req, http.StatusBadGateway, err)
 	}
@@ -100,84 +88,77 @@ func (t *Transport) roundTrip(req *http.Request, cl *client, tok *token) (res *h
 	if hasBody(req) {
 		trailer = t.reserved.without(req.Trailer)
 		reader := req.Body
-		if len(cl.retryOn) > 0 {
-			body = replay.New(req.Body, cl.replayLimit)
+		if len(b.retryOn) > 0 {
+			body = replay.New(req.Body, b.replayLimit)
 			defer body.Commit(req.Context())
 			reader = body.First()
 		}
 		t.setBody(out, reader, trailer)
 	}
 	if body != nil {
-		out = cl.announce(out, body)
+		out = b.announce(out, body)
 	}
-	res, err = t.send(out, cl, tok)
+	res, err := t.send(out, b, tok)
 	if body != nil && body.Ignored() {
-		cl.expectsNothing.Store(true)
+		b.expectsNothing.Store(true)
 	}
 	if err != nil {
 		return nil, conceal(err, tok)
 	}
 
 	next := tok
-	switch {
-	case slices.Contains(cl.retryOn, res.StatusCode):
-		// While the new token is fetched, the first attempt must not go on
-		// reading the body, or too much of it would be gone.
-		if body != nil && !body.Hold() {
-			cl.endpoint.metrics.refused(req.Context(), rejectionNotRepeatable)
-			cl.replace(req.Context(), tok) // for the next request
-			return res, nil
+	switch b.judge(res, body) {
+	case accept:
+		return res, nil
+	case giveUp:
+		if b.refuses(res.StatusCode) {
+			b.endpoint.metrics.refused(req.Context(), rejectionNotRepeatable)
+			b.replace(req.Context(), tok) // for the next request
 		}
-		if next = cl.renew(req.Context(), tok); next == nil {
-			cl.endpoint.metrics.refused(req.Context(), rejectionNoToken)
+		return res, nil
+	case replace:
+		if next = b.renew(req.Context(), tok); next == nil {
+			b.endpoint.metrics.refused(req.Context(), rejectionNoToken)
 			return res, nil // as the upstream answered
 		}
-	case res.StatusCode == http.StatusExpectationFailed && body != nil && body.Expected():
-		// The expectation was ours, so this is not for the client. RFC 9110
-		// §10.1.1: repeat the request without it.
-		cl.expectsNothing.Store(true)
-		if !body.Hold() {
-			return res, nil
-		}
-	default:
-		return res, nil
+	case resend:
 	}
 
-	if out, err = t.outbound(req, cl, next); err != nil {
+	if out, err = t.outbound(req, b, next); err != nil {
 		return res, nil //nolint:nilerr // it was possible before
 	}
 	if body != nil {
 		t.setBody(out, body.Again(), trailer)
 	}
 	go discard(res.Body)
-	res, err = t.send(out, cl, next)
-	if err != nil {
-		if next != tok {
-			cl.endpoint.metrics.refused(req.Context(), rejectionNoAnswer)
-		}
-		return nil, conceal(sentBefore(err, body), next)
+	res, err = t.send(out, b, next)
+	if next != tok {
+		b.settle(req.Context(), res, err)
 	}
-	switch {
-	case next == tok:
-	case slices.Contains(cl.retryOn, res.StatusCode):
-		cl.endpoint.metrics.refused(req.Context(), rejectionRefusedAgain)
-	default:
-		cl.endpoint.metrics.refused(req.Context(), rejectionRecovered)
-		cl.renewals.help()
+	if err != nil {
+		return nil, conceal(sentBefore(err, body), next)
 	}
 	return res, nil
 }
 
+// outbound returns req as it goes upstream: a shallow copy but for its header.
+func (t *Transport) outbound(req *http.Request, b *block, tok *token) (*http.Request, error) {
+	out := new(http.Request)
+	*out = *req
+	out.Header = t.reserved.without(req.Header)
+	return out, b.dress(out, tok)
+}
+
 // send sends a request upstream with Caddy's own transport or, if its token is
 // bound to a certificate, with that. What the upstream sends in the field of
-// the mark is removed. cl and tok may be nil.
-func (t *Transport) send(req *http.Request, cl *client, tok *token) (res *http.Response, err error) {
-	if cl != nil && cl.bound != nil {
-		certificate := cl.endpoint.certificates.latest() // of a health check without a token
+// the mark is removed. b and tok may be nil.
+func (t *Transport) send(req *http.Request, b *block, tok *token) (res *http.Response, err error) {
+	if b != nil && b.bound != nil {
+		certificate := b.endpoint.certificates.latest() // of a health check without a token
 		if tok != nil && tok.certificate != nil {
 			certificate = tok.certificate
 		}
-		res, err = cl.bound.send(req, certificate)
+		res, err = b.bound.send(req, certificate)
 	} else {
 		res, err = t.HTTPTransport.RoundTrip(req)
 	}

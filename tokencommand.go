@@ -152,29 +152,29 @@ func selectClients(transports []*Transport, upstream string) ([]*upstreamClient,
 	for _, t := range transports {
 		for _, dial := range t.addresses() {
 			known[dial.address] = true
-			cl, listed := t.clients[dial]
+			r, listed := t.routes[dial]
 			if !listed {
-				cl = t.fallback
+				r = t.fallback
 			}
 			if upstream != "" && dial != wanted {
 				continue
 			}
-			if cl == nil {
+			if r.block == nil {
 				off = true
 				continue
 			}
-			if _, ok := byKey[cl.key]; !ok {
-				byKey[cl.key] = &upstreamClient{client: cl}
-				selected = append(selected, byKey[cl.key])
+			if _, ok := byKey[r.key]; !ok {
+				byKey[r.key] = &upstreamClient{client: r.client}
+				selected = append(selected, byKey[r.key])
 			}
-			if c := byKey[cl.key]; !slices.Contains(c.upstreams, dial.address) {
+			if c := byKey[r.key]; !slices.Contains(c.upstreams, dial.address) {
 				c.upstreams = append(c.upstreams, dial.address)
 			}
 		}
 		// Upstreams that the config does not name get the token of this one.
-		if cl := t.fallback; cl != nil && !cl.spare && upstream == "" && byKey[cl.key] == nil {
-			byKey[cl.key] = &upstreamClient{client: cl}
-			selected = append(selected, byKey[cl.key])
+		if r := t.fallback; r.block != nil && !r.spare && upstream == "" && byKey[r.key] == nil {
+			byKey[r.key] = &upstreamClient{client: r.client}
+			selected = append(selected, byKey[r.key])
 		}
 	}
 	switch {

@@ -33,10 +33,10 @@ func TestTokenRequestsMakeOneConnectionEach(t *testing.T) {
 		fmt.Fprintf(&settings, "upstream 127.0.0.1:%d {\nclient_id c%d\nclient_secret s\n}\n", 20000+i, i)
 	}
 	transport := newTransport(t, settings.String())
-	if err := onStarted(transport.acquired).Handle(t.Context(), caddy.Event{}); err != nil {
+	if err := onStarted(transport.clients.acquired).Handle(t.Context(), caddy.Event{}); err != nil {
 		t.Fatal(err)
 	}
-	for _, cl := range transport.acquired {
+	for _, cl := range transport.clients.acquired {
 		if _, err := cl.source.Token(t.Context()); err != nil {
 			t.Fatal(err)
 		}

@@ -93,7 +93,7 @@ func TestRenewalInTheBackgroundIsTraced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newTestSource(t, &scriptedRequester{lifetime: time.Hour})
 		recorder, tracers := newTracers()
-		cl := &client{source: s, bearerField: "Authorization"}
+		b := &block{client: &client{source: s}, bearerField: "Authorization"}
 		s.Warm()
 		synctest.Wait()
 		ctx, span := tracedContext(t, tracers)
@@ -101,7 +101,7 @@ func TestRenewalInTheBackgroundIsTraced(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := cl.header(ctx, make(http.Header), tok); err != nil {
+		if err := b.dress((&http.Request{Header: make(http.Header)}).WithContext(ctx), tok); err != nil {
 			t.Fatal(err)
 		}
 		span.End()
