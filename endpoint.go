@@ -179,9 +179,9 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 	if err != nil {
 		return grant{}, e.advise(err, r, certificate)
 	}
-	g.sent = sent
+	g.issued, g.took = sent, time.Since(sent)
 	if e.credentials.BindCertificate {
-		g.certificate = r.certificate
+		g.binding = r.certificate
 	}
 	e.checkScope(g.scope)
 	return g, nil

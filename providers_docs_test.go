@@ -394,7 +394,7 @@ func TestProviderTokenRequests(t *testing.T) {
 			transport, dial, got := loadProvider(t, strings.ReplaceAll(blocks[i].text, " /run/secrets/", " "+dir+"/"), tokens, p.metadata)
 
 			g, err := transport.fallback.endpoint.request(t.Context())
-			g.sent = time.Time{}
+			g.issued, g.took = time.Time{}, 0
 			if err != nil || g != p.want {
 				t.Fatalf("request() = %v, %v, want %v", g, err, p.want)
 			}

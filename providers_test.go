@@ -218,7 +218,7 @@ func TestDocumentedProvidersAreSpokenTo(t *testing.T) {
 			}))
 
 			g, err := transport.fallback.endpoint.request(t.Context())
-			g.sent = time.Time{}
+			g.issued, g.took = time.Time{}, 0
 			if want := (grant{accessToken: p.wantToken, lifetime: p.wantLife, scope: p.wantScope}); err != nil || g != want {
 				t.Errorf("request() = %v, %v, want %v", g, err, want)
 			}

@@ -155,8 +155,8 @@ func (t *Transport) outbound(req *http.Request, b *block, tok *token) (*http.Req
 func (t *Transport) send(req *http.Request, b *block, tok *token) (res *http.Response, err error) {
 	if b != nil && b.bound != nil {
 		certificate := b.endpoint.certificates.latest() // of a health check without a token
-		if tok != nil && tok.certificate != nil {
-			certificate = tok.certificate
+		if tok != nil && tok.binding != nil {
+			certificate = tok.binding
 		}
 		res, err = b.bound.send(req, certificate)
 	} else {

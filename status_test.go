@@ -35,7 +35,7 @@ func TestStatusOfASource(t *testing.T) {
 			t.Errorf("got %+v, want nothing yet", s)
 		}
 
-		fresh, err := source.newToken(grant{accessToken: "canary-token"}, time.Now(), time.Now())
+		fresh, err := source.newToken(grant{accessToken: "canary-token", issued: time.Now()})
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -18,8 +18,8 @@ type token struct {
 	// it is not used any more: both leave the rest of its life as a reserve.
 	refreshAt, usableTo, expires time.Time
 
-	obtained    time.Time
-	certificate *tls.Certificate // see grant
+	obtained time.Time
+	binding  *tls.Certificate // see grant
 }
 
 // Format keeps the token out of everything that prints values.
@@ -30,10 +30,13 @@ type grant struct {
 	accessToken string
 	lifetime    time.Duration // 0: the server named none
 	scope       string        // "": as asked for
-	sent        time.Time     // the request, if that was not at once
+
+	// When the life of the token began, at the earliest: when it was asked for.
+	issued time.Time
+	took   time.Duration // the answer
 
 	// What the token is bound to (RFC 8705 §3), or nil.
-	certificate *tls.Certificate
+	binding *tls.Certificate
 }
 
 // lifecycle is how long a token is used; see the fields of Credentials.
@@ -47,22 +50,22 @@ type lifecycle struct {
 // request may need on its way, or clocks may differ.
 const maxReserve = 10 * time.Second
 
-// newToken computes the instants of a token. Its life began some time after
-// the request was sent; counting from there, it never lasts too long.
-func (l lifecycle) newToken(g grant, sent, now time.Time) (*token, error) {
+// newToken computes the instants of a token. Its life began some time after it
+// was asked for; counting from there, it never lasts too long.
+func (l lifecycle) newToken(g grant) (*token, error) {
+	now := time.Now()
 	life := g.lifetime
 	if life == 0 {
 		life = l.defaultLifetime
 	}
-	took := now.Sub(sent)
-	if g.certificate != nil { // nobody accepts the token without it
-		if left := g.certificate.Leaf.NotAfter.Sub(sent); left > 0 {
+	if g.binding != nil { // nobody accepts the token without it
+		if left := g.binding.Leaf.NotAfter.Sub(g.issued); left > 0 {
 			life = min(life, left)
 		}
 	}
 	usable := life - min(maxReserve, life/10)
-	if took >= usable {
-		return nil, fmt.Errorf("the token lives for %v, but took %v to get: nothing is left of it", life, took.Round(time.Millisecond))
+	if age := now.Sub(g.issued); age >= usable {
+		return nil, fmt.Errorf("the token lives for %v, but took %v to get: nothing is left of it", life, age.Round(time.Millisecond))
 	}
 
 	// The rest of a life outlasts an outage of a quarter of it, and a try after.
@@ -72,21 +75,21 @@ func (l lifecycle) newToken(g grant, sent, now time.Time) (*token, error) {
 	}
 	// A server that was slow this time is given twice that to answer the
 	// next, so that the new token is there before the old one ends.
-	refresh = min(refresh, usable-2*took)
+	refresh = min(refresh, usable-2*g.took)
 	// At random, so that a fleet that started together does not renew
 	// together. The first half of the life is never given away.
 	refresh = max(refresh-rand.N(life/25+1), life/2)
 
 	// By the wall clock: the monotonic one stands still while a machine is
 	// suspended, and tokens age.
-	sent = sent.Round(0)
+	issued := g.issued.Round(0)
 	return &token{
 		value:     g.accessToken,
-		refreshAt: sent.Add(refresh),
-		usableTo:  sent.Add(usable),
-		expires:   sent.Add(life),
+		refreshAt: issued.Add(refresh),
+		usableTo:  issued.Add(usable),
+		expires:   issued.Add(life),
 
-		obtained:    now,
-		certificate: g.certificate,
+		obtained: now,
+		binding:  g.binding,
 	}, nil
 }

@@ -213,12 +213,8 @@ func parseUpstream(upstream string) (dialAddress, error) {
 // tokenReport is what a token request of a client gave.
 type tokenReport struct {
 	Upstreams     []string `json:"upstreams,omitempty"`
-	TokenEndpoint string   `json:"token_endpoint"`
-	Issuer        string   `json:"issuer,omitempty"`
-	ClientID      string   `json:"client_id,omitempty"`
-	AuthMethod    string   `json:"auth_method,omitempty"`
-	GrantType     string   `json:"grant_type"`
-	Scopes        []string `json:"scopes,omitempty"` // asked for
+	TokenEndpoint string   `json:"token_endpoint"` // "" if it was not found
+	description
 
 	Granted  string     `json:"granted_scope,omitempty"`
 	Lifetime float64    `json:"lifetime,omitempty"` // seconds
@@ -234,32 +230,20 @@ type tokenReport struct {
 	length int // of the token
 }
 
-// report requests a token as the source would, but once, and tells what came.
+// report requests a token as the source does, but once, and tells what came.
 func (c *upstreamClient) report() tokenReport {
-	credentials := &c.endpoint.credentials
-	r := tokenReport{
-		Upstreams:  c.upstreams,
-		Issuer:     credentials.Issuer,
-		ClientID:   credentials.ClientID,
-		AuthMethod: credentials.authMethod(),
-		GrantType:  credentials.grantType(),
-		Scopes:     credentials.Scopes,
-	}
+	r := tokenReport{Upstreams: c.upstreams}
 	ctx, cancel := context.WithTimeout(context.Background(), c.source.fetchTimeout)
 	defer cancel()
-	sent := time.Now()
-	g, err := c.endpoint.request(ctx)
-	r.TokenEndpoint = c.endpoint.knownURL()
-	var t *token
-	if err == nil {
-		t, err = c.source.newToken(g, sent, time.Now())
-	}
+	t, g, err := c.source.requestToken(ctx, c.endpoint)
+	r.description = c.endpoint.describe()
+	r.TokenEndpoint = r.description.TokenEndpoint
 	if err != nil {
 		r.Error = reportError(err)
 		return r
 	}
-	r.Granted = cmp.Or(clean(g.scope, 1000), strings.Join(credentials.Scopes, " "))
-	r.Lifetime = t.expires.Sub(sent).Round(time.Second).Seconds()
+	r.Granted = cmp.Or(clean(g.scope, 1000), strings.Join(r.Scopes, " "))
+	r.Lifetime = t.expires.Sub(g.issued).Round(time.Second).Seconds()
 	r.Expires, r.Renewal = &t.expires, &t.refreshAt
 	r.Token, r.length = t.value, len(t.value)
 	r.Header, r.Claims, _ = decodeJWT(t.value)

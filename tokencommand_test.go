@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/caddyserver/caddy/v2"
 )
@@ -71,6 +73,24 @@ func TestTokenCommandShowsWhatTheGatewayGets(t *testing.T) {
 	if left := loadedTransports(); len(left) != 0 {
 		t.Errorf("got %d transports left, want none", len(left))
 	}
+}
+
+// The command had a way of its own from a grant to a token, in which the life of a
+// token began before its issuer had been looked up.
+func TestTokenCommandTakesWhatTheGatewayTakes(t *testing.T) {
+	p := newPublisher("")
+	p.publish(oauthPlace, func(w http.ResponseWriter, _ *http.Request) {
+		time.Sleep(2500 * time.Millisecond) // of the bubble
+		page(http.StatusOK, document(testIssuer, tokenPlace))(w, nil)
+	})
+	p.publish(tokenPlace, page(http.StatusOK, `{"access_token":"t0ken","token_type":"Bearer","expires_in":2}`))
+	cl, _ := discovering(t, issuerSecret, p)
+	synctest.Test(t, func(t *testing.T) {
+		report := (&upstreamClient{client: cl}).report()
+		if report.Error != nil || report.Token != "t0ken" || report.Lifetime != 2 || report.TokenEndpoint != tokenPlace {
+			t.Errorf("got %q of %s for %v s, err %+v, want t0ken of %s for 2 s", report.Token, report.TokenEndpoint, report.Lifetime, report.Error, tokenPlace)
+		}
+	})
 }
 
 func TestTokenCommandDecodesJWTs(t *testing.T) {

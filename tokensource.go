@@ -20,7 +20,7 @@ import (
 // requester makes the token requests of a source. A source is shared by all
 // configs that need the same token, and each of them brings its own.
 type requester interface {
-	// request makes one token request.
+	// request makes one token request. It tells when, and how long that took.
 	request(ctx context.Context) (grant, error)
 
 	// fingerprint tells the client's current secrets apart without holding
@@ -402,23 +402,16 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, a attempt) {
 	ctx, cancel := context.WithTimeout(ctx, s.fetchTimeout)
 	defer cancel()
 
-	var (
-		g           grant
-		sent        time.Time
-		fingerprint string
-	)
+	var fingerprint string
 	err := safely(func() error {
 		fingerprint = a.fingerprint(ctx)
 		return nil
 	})
 	f.unchanged = err == nil && a.failedWith != "" && a.failedWith == fingerprint
 	if err == nil && !f.unchanged {
-		g, sent, err = s.request(ctx, f, a)
+		f.t, err = s.request(ctx, f, a)
 	}
 	now := time.Now()
-	if err == nil && !f.unchanged {
-		f.t, err = s.newToken(g, sent, now)
-	}
 	released := err != nil && errors.Is(context.Cause(ctx), errReleased)
 	if !f.unchanged && !released {
 		_ = safely(func() error {
@@ -453,28 +446,28 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, a attempt) {
 }
 
 // request makes the token request, in case of a transient error up to three
-// times, and tells when the one that was granted was sent. Only the first
-// fetch that fails repeats itself: those that follow it are repetitions
-// already, at growing distances.
-func (s *tokenSource) request(ctx context.Context, f *fetch, a attempt) (grant, time.Time, error) {
+// times. Only the first fetch that fails repeats itself: those that follow it are
+// repetitions already, at growing distances. A grant of which nothing is left is
+// not asked for again at once: the next would be no better.
+func (s *tokenSource) request(ctx context.Context, f *fetch, a attempt) (*token, error) {
 	for try := 0; ; try++ {
-		var g grant
-		sent := time.Now()
+		var (
+			t *token
+			g grant
+		)
 		err := safely(func() (err error) {
-			g, err = a.requester.request(ctx)
+			t, g, err = s.requestToken(ctx, a.requester)
 			return err
 		})
 		if err == nil {
-			if !g.sent.IsZero() {
-				sent = g.sent
-			}
-			return g, sent, nil
+			return t, nil
 		}
 		if cause := context.Cause(ctx); errors.Is(cause, errReleased) {
-			return grant{}, sent, cause
+			return nil, cause
 		}
-		if ctx.Err() != nil || a.failures > 0 || try == quickRetries || isPermanent(err) || retryAfter(err) > 0 {
-			return grant{}, sent, err
+		granted := g.accessToken != ""
+		if ctx.Err() != nil || a.failures > 0 || try == quickRetries || granted || isPermanent(err) || retryAfter(err) > 0 {
+			return nil, err
 		}
 		f.retries = append(f.retries, retry{time.Now(), err})
 		delay := time.NewTimer(rand.N(quickRetryDelay << try))
@@ -482,7 +475,7 @@ func (s *tokenSource) request(ctx context.Context, f *fetch, a attempt) (grant, 
 		case <-delay.C:
 		case <-ctx.Done():
 			delay.Stop()
-			return grant{}, sent, err
+			return nil, err
 		}
 	}
 }
@@ -576,6 +569,18 @@ func (s *tokenSource) fail(err error, fingerprint string, now time.Time) *fetchE
 	s.failures++
 	s.lastErr = &fetchError{err: err, retryAt: now.Add(wait)}
 	return s.lastErr
+}
+
+// requestToken makes one token request, and a token of what is granted. A source
+// and `caddy oauth2-token` have no other way to one. The grant is returned beside
+// an error, too, if it is one of which nothing is left.
+func (l lifecycle) requestToken(ctx context.Context, r requester) (*token, grant, error) {
+	g, err := r.request(ctx)
+	if err != nil {
+		return nil, grant{}, err
+	}
+	t, err := l.newToken(g)
+	return t, g, err
 }
 
 // safely turns a panic into an error: in a goroutine of ours nobody else could

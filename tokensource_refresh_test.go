@@ -40,7 +40,7 @@ func TestRefreshTime(t *testing.T) {
 			sent := time.Now()
 			earliest, latest := 100*year, time.Duration(0)
 			for range 2000 {
-				tok, err := s.newToken(grant{accessToken: "t", lifetime: tt.lifetime}, sent, sent.Add(tt.took))
+				tok, err := s.newToken(grant{accessToken: "t", lifetime: tt.lifetime, issued: sent, took: tt.took})
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -58,6 +58,25 @@ func TestRefreshTime(t *testing.T) {
 			}
 		})
 	}
+}
+
+// How old a grant is says nothing about how fast its server answers.
+func TestRefreshTimeOfAGrantFromBefore(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const age = 25 * time.Minute
+		issued := time.Now()
+		time.Sleep(age)
+		tok, err := lifecycle{}.newToken(grant{accessToken: "t", lifetime: time.Hour, issued: issued, took: 100 * time.Millisecond})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := time.Until(tok.refreshAt); got < 42*time.Minute-age || got > 44*time.Minute+24*time.Second-age {
+			t.Errorf("got a renewal in %v, want it in 17m to 19m24s, as if the grant were new", got)
+		}
+		if got := time.Until(tok.expires); got != time.Hour-age {
+			t.Errorf("got an end in %v, want it in %v", got, time.Hour-age)
+		}
+	})
 }
 
 func TestTokenInUseIsRefreshedByTheTimer(t *testing.T) {

@@ -31,7 +31,7 @@ type scriptedRequester struct {
 func (r *scriptedRequester) request(ctx context.Context) (grant, error) {
 	r.mu.Lock()
 	r.sent = append(r.sent, time.Now())
-	n, delay := len(r.sent), r.delay
+	n, delay, sent := len(r.sent), r.delay, time.Now()
 	r.mu.Unlock()
 	defer func() {
 		r.mu.Lock()
@@ -51,7 +51,7 @@ func (r *scriptedRequester) request(ctx context.Context) (grant, error) {
 			return grant{}, err
 		}
 	}
-	return grant{accessToken: fmt.Sprintf("t%d", n), lifetime: r.lifetime}, nil
+	return grant{accessToken: fmt.Sprintf("t%d", n), lifetime: r.lifetime, issued: sent, took: time.Since(sent)}, nil
 }
 
 func (r *scriptedRequester) fingerprint(context.Context) string {
