@@ -151,7 +151,7 @@ func (adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 		if err := allow(w, r, http.MethodPost); err != nil {
 			return err
 		}
-		if _, err := source.Renew(r.Context()); err != nil {
+		if _, err := source.FetchNow(r.Context()); err != nil {
 			return adminError(http.StatusBadGateway, err)
 		}
 	case "token":

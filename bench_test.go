@@ -138,7 +138,7 @@ func BenchmarkRoundTrip(b *testing.B) {
 				// part of the work counts too.
 				dressed := (&http.Request{Header: make(http.Header)}).WithContext(ctx)
 				r := t.routes[dial]
-				if err := r.dress(dressed, r.source.Cached()); err != nil {
+				if err := r.dress(dressed, r.source.Peek()); err != nil {
 					b.Fatal(err)
 				}
 				run("http", t.HTTPTransport, dressed.Header)

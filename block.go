@@ -129,11 +129,11 @@ func (b *block) refuses(status int) bool { return slices.Contains(b.retryOn, sta
 func (b *block) settle(ctx context.Context, res *http.Response, err error) {
 	switch {
 	case err != nil:
-		b.endpoint.metrics.refused(ctx, rejectionNoAnswer)
+		b.endpoint.metrics.refused(ctx, refusalNoAnswer)
 	case b.refuses(res.StatusCode):
-		b.endpoint.metrics.refused(ctx, rejectionRefusedAgain)
+		b.endpoint.metrics.refused(ctx, refusalRefusedAgain)
 	default:
-		b.endpoint.metrics.refused(ctx, rejectionRecovered)
+		b.endpoint.metrics.refused(ctx, refusalRecovered)
 		b.renewals.help()
 	}
 }

@@ -56,13 +56,13 @@ func (cl *client) release() error {
 	return errors.Join(err, cl.endpoint.release())
 }
 
-// renew replaces a token that an upstream has refused. It returns nil if
-// there is no other token, or if it is too early to ask for one.
+// renew returns the token that replaces a token that an upstream has refused. It
+// returns nil if there is no other token, or if it is too early to ask for one.
 func (cl *client) renew(ctx context.Context, refused *token) *token {
-	if !cl.drop(ctx, refused) {
+	if !cl.mayReplace(ctx, refused) {
 		return nil
 	}
-	fresh, got, err := cl.source.obtain(ctx)
+	fresh, got, err := cl.source.Token(ctx)
 	if got.wait > 0 {
 		cl.endpoint.metrics.waitedAgain(ctx, got.wait)
 	}
@@ -72,36 +72,36 @@ func (cl *client) renew(ctx context.Context, refused *token) *token {
 	return fresh
 }
 
-// replace replaces a refused token without waiting for the new one.
-func (cl *client) replace(ctx context.Context, refused *token) {
-	if cl.drop(ctx, refused) {
+// renewLater replaces a refused token without waiting for the new one.
+func (cl *client) renewLater(ctx context.Context, refused *token) {
+	if cl.mayReplace(ctx, refused) {
 		cl.source.Warm()
 	}
 }
 
-// drop marks a token as refused, unless it has been replaced already.
-// It returns false if it is too early for that.
-func (cl *client) drop(ctx context.Context, refused *token) bool {
-	if current := cl.source.Cached(); current != nil && current != refused {
+// mayReplace takes a refused token out of use, unless it has been replaced
+// already. It returns false if it is too early for that.
+func (cl *client) mayReplace(ctx context.Context, refused *token) bool {
+	if current := cl.source.Peek(); current != nil && current != refused {
 		return true
 	}
 	if !cl.renewals.allow(refused) {
 		return false
 	}
-	cl.invalidate(ctx, refused)
+	cl.refuse(ctx, refused)
 	return true
 }
 
-// invalidate takes a token out of use that the upstream of a request has
-// refused. The first to do so tells operators.
-func (cl *client) invalidate(ctx context.Context, refused *token) {
-	if !cl.source.Invalidate(refused) {
+// refuse takes a token out of use that the upstream of a request has refused. The
+// first refusal is told to operators.
+func (cl *client) refuse(ctx context.Context, refused *token) {
+	if !cl.source.Refuse(refused) {
 		return
 	}
-	cl.endpoint.metrics.dropped.Inc()
+	cl.endpoint.metrics.refusedTokens.Inc()
 	dial, _ := reverseproxy.GetDialInfo(ctx)
 	cl.endpoint.logger.Warn("the upstream refused the token", append(cl.endpoint.logFields(), zap.String("upstream", dial.Address))...)
 	// In a goroutine of its own: the request goes on, however slow the
 	// handlers are.
-	go cl.endpoint.events.emit(eventRejected, map[string]any{"client": cl.endpoint.metrics.name, "upstream": dial.Address})
+	go cl.endpoint.events.emit(eventRefused, map[string]any{"client": cl.endpoint.metrics.name, "upstream": dial.Address})
 }

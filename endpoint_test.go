@@ -309,7 +309,7 @@ func TestTokenRequestHasNoValueOfAnotherContext(t *testing.T) {
 
 	server := answering(http.StatusOK, goodAnswer)
 	cl := newTestClient(t, Credentials{TokenURL: "https://auth.example.com/token", ClientID: "clean", ClientSecret: "secret"}, server)
-	if _, err := cl.source.Token(ctx); err != nil {
+	if _, _, err := cl.source.Token(ctx); err != nil {
 		t.Fatalf("Token() = %v, want no error", err)
 	}
 	got := server.contexts[0]
@@ -390,7 +390,7 @@ func TestSlowServerIsTimeout(t *testing.T) {
 			cl := newTestClient(t, c, networkTransport(t))
 
 			started := time.Now()
-			_, err := cl.source.Token(t.Context())
+			_, _, err := cl.source.Token(t.Context())
 			if took := time.Since(started); took > 5*time.Second {
 				t.Errorf("Token() took %v, want about 60ms", took)
 			}
@@ -422,7 +422,7 @@ func TestNoConnectionIsKept(t *testing.T) {
 		closed <- err
 	})
 	cl := newTestClient(t, canaryCredentials(url), networkTransport(t))
-	if _, err := cl.source.Token(t.Context()); err != nil {
+	if _, _, err := cl.source.Token(t.Context()); err != nil {
 		t.Fatalf("Token() = %v, want no error", err)
 	}
 	if err := <-closed; !errors.Is(err, io.EOF) {
@@ -447,8 +447,8 @@ func TestFetchesAreLoggedWithoutSecrets(t *testing.T) {
 	cl := newLoggingClient(t, c, server, zap.New(core))
 
 	fetch := func(n int) {
-		tok, _ := cl.source.Token(t.Context())
-		cl.source.Invalidate(tok)
+		tok, _, _ := cl.source.Token(t.Context())
+		cl.source.Refuse(tok)
 		// The fetch ends, for its callers, before its line is written.
 		eventually(t, func() bool { return logs.Len() >= n }, "%d lines", n)
 	}

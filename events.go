@@ -15,7 +15,7 @@ import (
 const (
 	eventObtained = "oauth2_token_obtained" // client, expires, renewal
 	eventFailed   = "oauth2_token_failed"   // client, error, error_description, status, failures, retry_at
-	eventRejected = "oauth2_token_rejected" // client, upstream
+	eventRefused  = "oauth2_token_rejected" // client, upstream
 )
 
 // emitter emits events in the name of a transport. Caddy calls the handlers

@@ -114,7 +114,7 @@ func TestEventsReachSubscribers(t *testing.T) {
 		},
 	} {
 		auth.script(answer)
-		if _, err := source.Renew(t.Context()); err == nil {
+		if _, err := source.FetchNow(t.Context()); err == nil {
 			t.Fatal("got a token, want the error")
 		}
 		log.wait(t, 4+i) // each is told beside the end of its fetch, and might come after the next
@@ -126,7 +126,7 @@ func TestEventsReachSubscribers(t *testing.T) {
 	for _, event := range events {
 		names = append(names, event.Name())
 	}
-	if want := []string{eventFailed, eventFailed, eventObtained, eventObtained, eventRejected}; !slices.Equal(names, want) {
+	if want := []string{eventFailed, eventFailed, eventObtained, eventObtained, eventRefused}; !slices.Equal(names, want) {
 		t.Fatalf("got the events %v, want %v", names, want)
 	}
 	for i, want := range []map[string]any{
@@ -138,7 +138,7 @@ func TestEventsReachSubscribers(t *testing.T) {
 	} {
 		data := maps.Clone(events[i].Data)
 		for _, instant := range map[string][]string{
-			eventObtained: {"renewal", "expires"}, eventFailed: {"retry_at"}, eventRejected: nil,
+			eventObtained: {"renewal", "expires"}, eventFailed: {"retry_at"}, eventRefused: nil,
 		}[events[i].Name()] {
 			if at, ok := data[instant].(time.Time); !ok || at.Before(start.Add(5*time.Second)) || at.After(start.Add(2*time.Hour)) {
 				t.Errorf("event %d: got %s %v, want it soon", i, instant, data[instant])
@@ -165,7 +165,7 @@ func TestEventsReachSubscribers(t *testing.T) {
 
 // Whatever an operator does in a handler, requests go on.
 func TestSlowEventHandlersHoldUpNobody(t *testing.T) {
-	for _, name := range []string{eventObtained, eventFailed, eventRejected} {
+	for _, name := range []string{eventObtained, eventFailed, eventRefused} {
 		t.Run(name, func(t *testing.T) {
 			entered, released := make(chan struct{}, 100), make(chan struct{})
 			release := sync.OnceFunc(func() { close(released) })
@@ -193,11 +193,11 @@ func TestSlowEventHandlersHoldUpNobody(t *testing.T) {
 				<-entered
 				wantAll(t, g.burst(3), http.StatusServiceUnavailable)
 				auth.script(nil)
-				if _, err := sourceOf(t, "orders").Renew(t.Context()); err != nil {
+				if _, err := sourceOf(t, "orders").FetchNow(t.Context()); err != nil {
 					t.Fatal(err)
 				}
 				g.get().want(t, http.StatusOK)
-			case eventRejected:
+			case eventRefused:
 				g.get().want(t, http.StatusOK)
 				auth.revoke()
 				wantAll(t, g.burst(3), http.StatusOK)
@@ -230,7 +230,7 @@ func TestPanickingEventHandlersEndNothing(t *testing.T) {
 	g.get().want(t, http.StatusOK)
 	auth.revoke()
 	g.get().want(t, http.StatusOK)
-	for _, event := range []string{eventObtained, eventRejected} {
+	for _, event := range []string{eventObtained, eventRefused} {
 		eventually(t, func() bool { return len(g.logged("a handler of an event panicked", event)) > 0 }, "a line in the log on %s", event)
 	}
 	if strings.Contains(g.logs(), "canary-panic") {
@@ -331,9 +331,9 @@ func TestAccessLogTellsHowRequestsGotTheirTokens(t *testing.T) {
 	waits(3, auth.hang(), logFields{"orders", "fresh", nil, true, http.StatusOK})
 	sourceOf(t, "orders").age(due)
 	next(4, logFields{"orders", "stale", 0.0, false, http.StatusOK})
-	eventually(t, func() bool { return len(auth.asked()) == 3 && sourceOf(t, "orders").Cached() != nil }, "the renewal")
+	eventually(t, func() bool { return len(auth.asked()) == 3 && sourceOf(t, "orders").Peek() != nil }, "the renewal")
 	auth.script(refusing(http.StatusUnauthorized, `{"error":"invalid_client"}`))
-	_, _ = sourceOf(t, "orders").Renew(t.Context())
+	_, _ = sourceOf(t, "orders").FetchNow(t.Context())
 	sourceOf(t, "orders").Forget()
 	g.get().want(t, http.StatusServiceUnavailable)
 	got := g.accesses(5)[4]

@@ -29,17 +29,17 @@ func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 	if r.block == nil || redirectedElsewhere(req) || t.exposes(req, dial) {
 		return t.send(req, nil, nil)
 	}
-	tok := r.source.Cached()
+	tok := r.source.Peek()
 	if r.started.Load() { // and not just being validated: Caddy checks before it runs a config
-		tok = r.source.Ready()
+		tok = r.source.PeekOrFetch()
 	}
 	out, err := t.outbound(req, r.block, tok)
 	if err != nil {
-		return t.refuse(req, http.StatusBadGateway, err)
+		return t.fail(req, http.StatusBadGateway, err)
 	}
 	res, err := t.send(out, r.block, tok)
 	if err == nil && tok != nil && t.refusesCheck(r.block, res.StatusCode) && r.checks.allow(tok) {
-		r.invalidate(req.Context(), tok)
+		r.refuse(req.Context(), tok)
 		r.source.Warm()
 	}
 	return res, err

@@ -19,15 +19,15 @@ var tokenUses = [...]string{tokenFresh: "fresh", tokenStale: "stale", tokenWaite
 
 // How a request ended whose token the upstream refused.
 const (
-	rejectionRecovered     = "recovered"      // with a new token
-	rejectionRefusedAgain  = "refused_again"  // with a new token as well
-	rejectionNoToken       = "no_token"       // there was no other
-	rejectionNotRepeatable = "not_repeatable" // too much of the body was gone
-	rejectionNoAnswer      = "no_answer"      // with a new token, which nobody answered
+	refusalRecovered     = "recovered"      // with a new token
+	refusalRefusedAgain  = "refused_again"  // with a new token as well
+	refusalNoToken       = "no_token"       // there was no other
+	refusalNotRepeatable = "not_repeatable" // too much of the body was gone
+	refusalNoAnswer      = "no_answer"      // with a new token, which nobody answered
 )
 
-var rejectionOutcomes = []string{
-	rejectionRecovered, rejectionRefusedAgain, rejectionNoToken, rejectionNotRepeatable, rejectionNoAnswer,
+var refusalOutcomes = []string{
+	refusalRecovered, refusalRefusedAgain, refusalNoToken, refusalNotRepeatable, refusalNoAnswer,
 }
 
 // resultOK is the result of a token request that brought a token; others are
@@ -64,11 +64,11 @@ var (
 		Namespace: "caddy", Subsystem: "oauth2", Name: "wait_duration_seconds",
 		Help: "How long requests waited, of those that had to wait for a token.",
 	}, []string{"client"})
-	rejectionsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
+	refusedRequestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "rejections_total",
 		Help: "Requests whose token the upstream refused, by how they ended.",
 	}, []string{"client", "outcome"})
-	invalidationsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
+	refusedTokensTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "invalidated_tokens_total",
 		Help: "Tokens taken out of use because an upstream refused them.",
 	}, []string{"client"})
@@ -79,7 +79,7 @@ var (
 func registerMetrics(ctx caddy.Context) error {
 	registry := ctx.GetMetricsRegistry()
 	for _, collector := range []prometheus.Collector{
-		tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, rejectionsTotal, invalidationsTotal,
+		tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, refusedRequestsTotal, refusedTokensTotal,
 		sourceCollector{},
 	} {
 		if err := registry.Register(collector); err != nil {
@@ -95,14 +95,14 @@ func registerMetrics(ctx caddy.Context) error {
 // metricsOf. All series but those of errors are there from the beginning, at 0: a
 // rate needs a value to start from.
 type clientMetrics struct {
-	name     string
-	client   any                 // name, as the value of a placeholder
-	values   [len(tokenUses)]any // of another
-	uses     [len(tokenUses)]prometheus.Counter
-	waits    prometheus.Observer
-	duration prometheus.Observer
-	rejected map[string]prometheus.Counter
-	dropped  prometheus.Counter
+	name          string
+	client        any                 // name, as the value of a placeholder
+	values        [len(tokenUses)]any // of another
+	uses          [len(tokenUses)]prometheus.Counter
+	waits         prometheus.Observer
+	duration      prometheus.Observer
+	outcomes      map[string]prometheus.Counter // of requests whose token was refused
+	refusedTokens prometheus.Counter
 
 	mu      sync.Mutex
 	results map[string]prometheus.Counter // guarded by mu
@@ -134,20 +134,20 @@ func metricsOf(name string) *clientMetrics {
 
 func newClientMetrics(name string) *clientMetrics {
 	m := &clientMetrics{
-		name:     name,
-		client:   name,
-		waits:    waitDuration.WithLabelValues(name),
-		duration: tokenRequestDuration.WithLabelValues(name),
-		rejected: make(map[string]prometheus.Counter),
-		results:  make(map[string]prometheus.Counter),
-		dropped:  invalidationsTotal.WithLabelValues(name),
+		name:          name,
+		client:        name,
+		waits:         waitDuration.WithLabelValues(name),
+		duration:      tokenRequestDuration.WithLabelValues(name),
+		outcomes:      make(map[string]prometheus.Counter),
+		results:       make(map[string]prometheus.Counter),
+		refusedTokens: refusedTokensTotal.WithLabelValues(name),
 	}
 	for use, label := range tokenUses {
 		m.values[use] = label
 		m.uses[use] = requestsTotal.WithLabelValues(name, label)
 	}
-	for _, outcome := range rejectionOutcomes {
-		m.rejected[outcome] = rejectionsTotal.WithLabelValues(name, outcome)
+	for _, outcome := range refusalOutcomes {
+		m.outcomes[outcome] = refusedRequestsTotal.WithLabelValues(name, outcome)
 	}
 	m.result(resultOK)
 	return m
@@ -190,8 +190,8 @@ func (m *clientMetrics) waitedAgain(ctx context.Context, wait time.Duration) {
 
 // refused counts a request whose token the upstream refused.
 func (m *clientMetrics) refused(ctx context.Context, outcome string) {
-	m.rejected[outcome].Inc()
-	if outcome == rejectionRecovered || outcome == rejectionRefusedAgain || outcome == rejectionNoAnswer {
+	m.outcomes[outcome].Inc()
+	if outcome == refusalRecovered || outcome == refusalRefusedAgain || outcome == refusalNoAnswer {
 		if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
 			repl.Set(phRetried, true)
 		}
@@ -199,20 +199,20 @@ func (m *clientMetrics) refused(ctx context.Context, outcome string) {
 }
 
 // counts returns the values of the counters, by label.
-func (m *clientMetrics) counts() (requests, tokenRequests, rejections map[string]uint64) {
-	requests, tokenRequests, rejections = make(map[string]uint64), make(map[string]uint64), make(map[string]uint64)
+func (m *clientMetrics) counts() (requests, tokenRequests, refusals map[string]uint64) {
+	requests, tokenRequests, refusals = make(map[string]uint64), make(map[string]uint64), make(map[string]uint64)
 	for use, counter := range m.uses {
 		requests[tokenUses[use]] = value(counter)
 	}
-	for outcome, counter := range m.rejected {
-		rejections[outcome] = value(counter)
+	for outcome, counter := range m.outcomes {
+		refusals[outcome] = value(counter)
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for result, counter := range m.results {
 		tokenRequests[result] = value(counter)
 	}
-	return requests, tokenRequests, rejections
+	return requests, tokenRequests, refusals
 }
 
 func value(c prometheus.Counter) uint64 {

@@ -147,7 +147,7 @@ func TestHostileClientsAddNoSeries(t *testing.T) {
 		return refusing(http.StatusBadRequest, fmt.Sprintf(`{"error":"hostile-%s"}`, rand.Text()))(w, r)
 	})
 	source := sourceOf(t, name)
-	if _, err := source.Renew(t.Context()); err == nil {
+	if _, err := source.FetchNow(t.Context()); err == nil {
 		t.Fatal("got a token, want the error")
 	}
 	before := g.scrape()
@@ -164,7 +164,7 @@ func TestHostileClientsAddNoSeries(t *testing.T) {
 					return
 				}
 				if i%1000 == 0 {
-					_, _ = source.Renew(t.Context()) // another code of the server's making
+					_, _ = source.FetchNow(t.Context()) // another code of the server's making
 				}
 			}
 		})
@@ -192,7 +192,7 @@ func TestHostileClientsAddNoSeries(t *testing.T) {
 func TestMetricsAreNamedByTheConventions(t *testing.T) {
 	newTransport(t, "token_url https://auth.example.com/token\nclient_id "+newName()+"\nclient_secret s")
 	registry := prometheus.NewPedanticRegistry()
-	registry.MustRegister(tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, rejectionsTotal, invalidationsTotal, sourceCollector{})
+	registry.MustRegister(tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, refusedRequestsTotal, refusedTokensTotal, sourceCollector{})
 	families, err := registry.Gather()
 	if err != nil || len(families) != 13 {
 		t.Fatalf("got %d metrics, err %v, want 13", len(families), err)

@@ -222,7 +222,7 @@ func TestMetricsTellResultsOfTokenRequestsApart(t *testing.T) {
 			}
 			g.load(site)
 			source := sourceOf(t, name)
-			if _, err := source.Token(t.Context()); err == nil {
+			if _, _, err := source.Token(t.Context()); err == nil {
 				t.Fatal("got a token, want the error")
 			}
 			got := g.scrape().of(name)
@@ -287,7 +287,7 @@ func TestMetricsTellHowRefusedRequestsEnded(t *testing.T) {
 			up.script(test.answer)
 			post().want(t, test.status)
 			want := series{"invalidated_tokens_total": 1}
-			for _, outcome := range rejectionOutcomes {
+			for _, outcome := range refusalOutcomes {
 				want[fmt.Sprintf("rejections_total{outcome=%q}", outcome)] = 0
 			}
 			want[fmt.Sprintf("rejections_total{outcome=%q}", test.outcome)] = 1
@@ -335,11 +335,11 @@ func TestMetricsTellTheStateOfTheToken(t *testing.T) {
 	wantState(stateStale, series{"token_renewal_timestamp_seconds": float64(renewed.UnixMilli()) / 1000})
 	source.age(spent)
 	wantState(stateExpired, nil)
-	if _, err := source.Renew(t.Context()); err != nil {
+	if _, err := source.FetchNow(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	wantState(stateFresh, nil)
-	source.Invalidate(source.Cached())
+	source.Refuse(source.Peek())
 	wantState(stateExpired, nil)
 	source.Forget()
 	wantState(stateAbsent, series{"token_expiry_timestamp_seconds": 0, "token_renewal_timestamp_seconds": 0})
@@ -349,7 +349,7 @@ func TestMetricsTellTheStateOfTheToken(t *testing.T) {
 		w.Header().Set("Retry-After", "60") // no other try while this is looked at
 		return refusing(http.StatusServiceUnavailable, "")(w, r)
 	})
-	if _, err := source.Renew(t.Context()); err == nil {
+	if _, err := source.FetchNow(t.Context()); err == nil {
 		t.Fatal("got a token, want the error")
 	}
 	retry := g.scrape().of(name)["retry_timestamp_seconds"]
@@ -357,7 +357,7 @@ func TestMetricsTellTheStateOfTheToken(t *testing.T) {
 	auth.script(refusing(http.StatusUnauthorized, `{"error":"invalid_client"}`))
 	for failures := range 2 {
 		before := time.Now()
-		if _, err := source.Renew(t.Context()); err == nil {
+		if _, err := source.FetchNow(t.Context()); err == nil {
 			t.Fatal("got a token, want the error")
 		}
 		retry = g.scrape().of(name)["retry_timestamp_seconds"]
@@ -367,7 +367,7 @@ func TestMetricsTellTheStateOfTheToken(t *testing.T) {
 		wantState(stateAbsent, series{"consecutive_failures": float64(failures + 1), "permanent_error": 1, "retry_timestamp_seconds": retry})
 	}
 	auth.script(nil)
-	if _, err := source.Renew(t.Context()); err != nil {
+	if _, err := source.FetchNow(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	wantState(stateFresh, nil)

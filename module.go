@@ -98,8 +98,9 @@ type route struct {
 	off    bool // proxied as the http transport does
 }
 
-// refused reports whether requests must not go upstream.
-func (r route) refused() bool { return r.block == nil && !r.off }
+// unknown reports whether the config says nothing of the address: then requests
+// do not go there.
+func (r route) unknown() bool { return r.block == nil && !r.off }
 
 // CaddyModule returns the Caddy module information.
 func (*Transport) CaddyModule() caddy.ModuleInfo {

@@ -333,9 +333,9 @@ func TestSourceSurvivesAnHourOfChaos(t *testing.T) {
 			time.Sleep(rand.N(time.Second))
 			switch rand.N(100) {
 			case 0:
-				if tok := s.Cached(); tok != nil {
+				if tok := s.Peek(); tok != nil {
 					invalidated.Add(1)
-					s.Invalidate(tok)
+					s.Refuse(tok)
 				}
 			case 1:
 				s.attach(c)
@@ -351,7 +351,7 @@ func TestSourceSurvivesAnHourOfChaos(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), time.Second+rand.N(15*time.Second))
 				defer cancel()
 				start := time.Now()
-				tok, err := s.Token(ctx)
+				tok, _, err := s.Token(ctx)
 				if waited := time.Since(start); waited > s.fetchTimeout {
 					t.Errorf("got an answer after %v, want it within %v", waited, s.fetchTimeout)
 				}
@@ -384,7 +384,7 @@ func TestSourceSurvivesAnHourOfChaos(t *testing.T) {
 
 		c.mended.Store(true)
 		time.Sleep(maxPermanentBackoff)
-		if _, err := s.Token(t.Context()); err != nil {
+		if _, _, err := s.Token(t.Context()); err != nil {
 			t.Errorf("got %v after all is well again, want a token", err)
 		}
 		destruct(t, s)

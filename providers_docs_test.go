@@ -434,7 +434,7 @@ func TestProviderTokenRequests(t *testing.T) {
 			if wantLifetime == 0 {
 				wantLifetime = 15 * time.Minute // default_lifetime of the block
 			}
-			tok, err := transport.fallback.source.Token(t.Context())
+			tok, _, err := transport.fallback.source.Token(t.Context())
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -237,7 +237,7 @@ func TestDocumentedProvidersAreSpokenTo(t *testing.T) {
 			if got := strings.Join(got["X-Tenant-Id"], ", "); got != p.wantTenant {
 				t.Errorf("the upstream was sent X-Tenant-Id %q, want %q", got, p.wantTenant)
 			}
-			tok, err := transport.fallback.source.Token(t.Context())
+			tok, _, err := transport.fallback.source.Token(t.Context())
 			if err != nil {
 				t.Fatal(err)
 			}

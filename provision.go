@@ -161,7 +161,7 @@ func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 		}
 		host, _, _ := net.SplitHostPort(dial.address)
 		t.static[host] = append(t.static[host], r)
-		if r.refused() {
+		if r.unknown() {
 			missing := "token_url, client_id and client_secret are missing"
 			if t.Credentials != nil {
 				missing = t.Credentials.missing()

@@ -131,7 +131,7 @@ func TestServerThatRemembersAssertions(t *testing.T) {
 	})
 	cl := newTestClient(t, asserting(), server)
 	wantGranted(t, cl)
-	if _, err := cl.source.Token(t.Context()); err != nil { // in two requests
+	if _, _, err := cl.source.Token(t.Context()); err != nil { // in two requests
 		t.Errorf("Token() = %v, want no error", err)
 	}
 	if requests != 3 {
@@ -193,7 +193,7 @@ func TestServerThatWantsDPoP(t *testing.T) {
 	})
 	cl := newTestClient(t, canaryCredentials(tokenPlace), server)
 	wantRefused(t, cl, "use_dpop_nonce", "without DPoP")
-	if _, err := cl.source.Token(t.Context()); err == nil {
+	if _, _, err := cl.source.Token(t.Context()); err == nil {
 		t.Error("Token() = nil, want an error")
 	}
 	if got := len(server.requests()); got != 2 {
@@ -233,7 +233,7 @@ func TestServerThatSaysOneSecondLess(t *testing.T) {
 		cl := newTestClient(t, canaryCredentials(tokenPlace), server)
 		for started := time.Now(); time.Since(started) < use; time.Sleep(100 * time.Millisecond) {
 			asked := time.Now()
-			tok, err := cl.source.Token(t.Context())
+			tok, _, err := cl.source.Token(t.Context())
 			if err != nil {
 				t.Fatalf("Token() = %v after %v, want no error", err, time.Since(started))
 			}

@@ -31,20 +31,20 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	r, err := t.routeOf(req)
 	if err != nil {
-		return t.refuse(req, http.StatusBadGateway, err)
+		return t.fail(req, http.StatusBadGateway, err)
 	}
 	if r.off {
 		forgetUse(ctx) // of another upstream that was tried before
 		return t.send(req, nil, nil)
 	}
-	tok, got, err := r.source.obtain(ctx)
+	tok, got, err := r.source.Token(ctx)
 	r.endpoint.metrics.requested(ctx, got)
 	if err != nil {
 		if ctxErr := ctx.Err(); ctxErr != nil && errors.Is(err, context.Canceled) {
 			closeBody(req)
 			return nil, ctxErr // the client went away
 		}
-		return t.refuse(req, statusOf(err), err)
+		return t.fail(req, statusOf(err), err)
 	}
 	return t.roundTrip(req, r.block, tok)
 }
@@ -60,7 +60,7 @@ func (t *Transport) routeOf(req *http.Request) (route, error) {
 	if !listed && !t.listedOnly {
 		r = t.fallback
 	}
-	if r.refused() {
+	if r.unknown() {
 		return route{}, fmt.Errorf("upstream %s has no credentials: add `upstream %s { … }` or `upstream %s off` to transport oauth2",
 			dial.Address, dial.Address, dial.Address)
 	}
@@ -81,7 +81,7 @@ func (t *Transport) exposes(req *http.Request, dial reverseproxy.DialInfo) bool 
 func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Response, error) {
 	out, err := t.outbound(req, b, tok)
 	if err != nil {
-		return t.refuse(req, http.StatusBadGateway, err)
+		return t.fail(req, http.StatusBadGateway, err)
 	}
 	var body *replay.Body
 	var trailer http.Header // as announced
@@ -112,13 +112,13 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 		return res, nil
 	case giveUp:
 		if b.refuses(res.StatusCode) {
-			b.endpoint.metrics.refused(req.Context(), rejectionNotRepeatable)
-			b.replace(req.Context(), tok) // for the next request
+			b.endpoint.metrics.refused(req.Context(), refusalNotRepeatable)
+			b.renewLater(req.Context(), tok) // for the next request
 		}
 		return res, nil
 	case replace:
 		if next = b.renew(req.Context(), tok); next == nil {
-			b.endpoint.metrics.refused(req.Context(), rejectionNoToken)
+			b.endpoint.metrics.refused(req.Context(), refusalNoToken)
 			return res, nil // as the upstream answered
 		}
 	case resend:
@@ -202,9 +202,9 @@ func isHealthCheck(ctx context.Context) bool {
 	return ctx.Value(caddyhttp.VarsCtxKey) == nil
 }
 
-// refuse answers a request that does not go upstream, with an error that has
+// fail answers a request that does not go upstream, with an error that has
 // this status when it reaches handle_errors.
-func (t *Transport) refuse(req *http.Request, status int, err error) (*http.Response, error) {
+func (t *Transport) fail(req *http.Request, status int, err error) (*http.Response, error) {
 	closeBody(req)
 	ctx := req.Context()
 	repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)

@@ -64,13 +64,23 @@ const (
 // concurrent use. A fetch belongs to the source and not to a caller: it goes
 // on when the caller leaves, and its result serves everybody.
 //
-//	state            a caller gets              side effect
-//	fresh            the token, at once         none
-//	stale            the token, at once         one fetch in the background
-//	absent, expired  the result of the one      starts it; within a back-off
-//	                 fetch in flight            the last error, at once
-//	refused by an    the same, or the refused   the same
-//	upstream         one if it is still valid
+// What happens depends on the state of its token, which is stale when it is due
+// to be replaced:
+//
+//	event        fresh      stale              absent, expired or refused
+//	Token        the token  the token; fetch   waits for the one fetch in flight, which it starts;
+//	                                           within a back-off the last error, at once; instead
+//	                                           of an error a token that is refused but valid
+//	Peek         the token  the token          nothing
+//	PeekOrFetch  the token  the token; fetch   nothing; fetch
+//	Warm         -          -                  fetch
+//	FetchNow     waits for a fetch             waits for a fetch
+//	Refuse       refused    refused            -
+//	Forget       absent     absent             absent
+//	timer        -          fetch, if wanted   fetch, if wanted
+//
+// A fetch that nobody waits for does not start within a back-off, nor, but for a
+// request, after the last config that uses the source has ended.
 type tokenSource struct {
 	lifecycle
 
@@ -136,16 +146,10 @@ type acquisition struct {
 	wait time.Duration
 }
 
-// Token returns a token that may be used now. It waits for at most one fetch
-// and no longer than ctx lasts; the error is then ctx's own, otherwise a
-// *fetchError.
-func (s *tokenSource) Token(ctx context.Context) (*token, error) {
-	t, _, err := s.obtain(ctx)
-	return t, err
-}
-
-// obtain is Token, and tells how the caller got it.
-func (s *tokenSource) obtain(ctx context.Context) (*token, acquisition, error) {
+// Token returns a token that may be used now, and how the caller got it. It waits
+// for at most one fetch and no longer than ctx lasts; the error is then ctx's own,
+// otherwise a *fetchError.
+func (s *tokenSource) Token(ctx context.Context) (*token, acquisition, error) {
 	now := time.Now()
 	s.mu.Lock()
 	s.wanted = true
@@ -153,7 +157,7 @@ func (s *tokenSource) obtain(ctx context.Context) (*token, acquisition, error) {
 		got := acquisition{use: tokenFresh}
 		if !now.Before(t.refreshAt) {
 			got.use = tokenStale
-			if !s.backingOff(now) {
+			if s.due(now) {
 				s.start(false)
 			}
 		}
@@ -205,31 +209,37 @@ func (s *tokenSource) lastResort(since, now time.Time, err error) (*token, acqui
 	return nil, got, err
 }
 
-// Cached returns the token if there is one that may be used now and was not
+// due reports whether it is time for a fetch that nobody waits for: the token is
+// not fresh, and it is not too early after a failure. mu is held.
+func (s *tokenSource) due(now time.Time) bool {
+	fresh := s.usable(now) != nil && now.Before(s.current.refreshAt)
+	return !fresh && !s.backingOff(now)
+}
+
+// Peek returns the token if there is one that may be used now and was not
 // refused, otherwise nil. It neither waits nor fetches.
-func (s *tokenSource) Cached() *token {
+func (s *tokenSource) Peek() *token {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.usable(time.Now())
 }
 
-// Ready is Token for those who can't wait: it returns nil if there is no token
-// at hand, and has it fetched in the background.
-func (s *tokenSource) Ready() *token {
+// PeekOrFetch is Token for those who can't wait: it returns nil if there is no
+// token at hand, and has it fetched in the background.
+func (s *tokenSource) PeekOrFetch() *token {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
 	s.wanted = true
-	t := s.usable(now)
-	if (t == nil || !now.Before(t.refreshAt)) && !s.released && !s.backingOff(now) {
+	if !s.released && s.due(now) {
 		s.start(false)
 	}
-	return t
+	return s.usable(now)
 }
 
-// Renew requests a token now, even if the current one is good or the last
+// FetchNow requests a token now, even if the current one is good or the last
 // failure was just now, and waits for it as Token does.
-func (s *tokenSource) Renew(ctx context.Context) (*token, error) {
+func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
 	for {
 		s.mu.Lock()
 		f := s.start(false)
@@ -256,10 +266,10 @@ func (s *tokenSource) Forget() {
 	s.current = nil
 }
 
-// Invalidate takes t, which an upstream refused, out of use. A token that has
-// replaced t meanwhile stays: a late refusal says nothing about it. It returns
-// whether this was the first to take t out of use.
-func (s *tokenSource) Invalidate(t *token) bool {
+// Refuse takes t, which an upstream refused, out of use. A token that has
+// replaced t meanwhile stays: a late refusal says nothing about it. It reports
+// whether this was the first refusal of t.
+func (s *tokenSource) Refuse(t *token) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.current != t || s.refused {
@@ -275,7 +285,7 @@ func (s *tokenSource) Warm() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
-	if s.usable(now) == nil && !s.released && !s.backingOff(now) {
+	if !s.released && s.usable(now) == nil && s.due(now) {
 		s.start(false)
 	}
 }
@@ -519,9 +529,8 @@ func (s *tokenSource) refresh() {
 	now := time.Now()
 	// A failed renewal is repeated while its token lives, asked for or not.
 	renewing := s.failures > 0 && s.current != nil && now.Before(s.current.usableTo)
-	// The timer may have fired while somebody else saw to it.
-	due := s.usable(now) == nil || !now.Before(s.current.refreshAt)
-	if due && (s.wanted || renewing) && !s.released && !s.backingOff(now) {
+	// The timer may have fired while somebody else saw to it: then it is not due.
+	if (s.wanted || renewing) && !s.released && s.due(now) {
 		s.start(false)
 	}
 }

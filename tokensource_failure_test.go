@@ -27,7 +27,7 @@ func during(from, to time.Duration, err error) func(context.Context, int) error 
 // wraps cause.
 func expectError(t *testing.T, s *tokenSource, cause error) *fetchError {
 	t.Helper()
-	_, err := s.Token(t.Context())
+	_, _, err := s.Token(t.Context())
 	var failed *fetchError
 	if !errors.As(err, &failed) || !errors.Is(err, cause) || err.Error() != cause.Error() {
 		t.Fatalf("Token() = %v, want a *fetchError of %v", err, cause)
@@ -40,7 +40,7 @@ func untilMended(t *testing.T, s *tokenSource) time.Duration {
 	t.Helper()
 	start := time.Now()
 	for range 3600 {
-		if _, err := s.Token(t.Context()); err == nil {
+		if _, _, err := s.Token(t.Context()); err == nil {
 			return time.Since(start)
 		}
 		time.Sleep(time.Second)
@@ -121,7 +121,7 @@ func TestFirstFetchAfterASuccessRetriesQuickly(t *testing.T) {
 		untilMended(t, s)
 		r.fail = during(0, time.Hour, errTransient)
 		before := len(r.requests())
-		time.Sleep(time.Until(s.Cached().refreshAt))
+		time.Sleep(time.Until(s.Peek().refreshAt))
 		time.Sleep(300 * time.Millisecond) // the quick retries, with their distance
 		if got := len(r.requests()) - before; got < 3 {
 			t.Errorf("%d token requests at the renewal, want 3", got)
@@ -283,7 +283,7 @@ func TestLongOutageWithinTheReserve(t *testing.T) {
 			s := newTestSource(t, r)
 			expectToken(t, s, "t1", r.delay)
 			start := time.Now()
-			from := time.Until(s.Cached().refreshAt)
+			from := time.Until(s.Peek().refreshAt)
 			to := from + 15*time.Minute
 			r.fail = during(from, to, errTransient)
 			for i, got := range load(t.Context(), s, time.Second, 2*time.Hour) {

@@ -121,9 +121,9 @@ func TestRenewalDuringALookAtTheSecret(t *testing.T) {
 		s := newTestSource(t, r)
 		expectError(t, s, cause)
 		time.Sleep(secretCheckInterval)
-		go func() { _, _ = s.Token(t.Context()) }()
+		go func() { _, _, _ = s.Token(t.Context()) }()
 		time.Sleep(secretCheckInterval)
-		if tok, err := s.Renew(t.Context()); err != nil || tok.value != "t2" {
+		if tok, err := s.FetchNow(t.Context()); err != nil || tok.value != "t2" {
 			t.Errorf("Renew() = %v, %v, want the token of a second request", tok, err)
 		}
 	})
@@ -167,7 +167,7 @@ func TestBackoffStartsAnewForAnotherKindOfError(t *testing.T) {
 		}}
 		s := newTestSource(t, r)
 		for {
-			_, err := s.Token(t.Context())
+			_, _, err := s.Token(t.Context())
 			failed, ok := errors.AsType[*fetchError](err)
 			if !ok {
 				t.Fatalf("Token() = %v, want a *fetchError", err)
@@ -229,9 +229,9 @@ func TestRefusedTokenIsKeptUntilThereIsAnother(t *testing.T) {
 		r := &scriptedRequester{lifetime: time.Hour, fail: during(time.Second, 10*time.Minute, errTransient)}
 		s := newTestSource(t, r)
 		expectToken(t, s, "t1", 0)
-		refused := s.Cached()
+		refused := s.Peek()
 		time.Sleep(2 * time.Second)
-		s.Invalidate(refused)
+		s.Refuse(refused)
 		for range 100 {
 			if a := ask(t.Context(), s); a.err != nil || a.value != "t1" {
 				t.Fatalf("Token() = %v, want t1: there is no other", a)

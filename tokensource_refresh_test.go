@@ -86,7 +86,7 @@ func TestTokenInUseIsRefreshedByTheTimer(t *testing.T) {
 		if got := ask(t.Context(), s); got.value != "t1" {
 			t.Fatalf("Token() = %v, want t1", got)
 		}
-		first := s.Cached()
+		first := s.Peek()
 		time.Sleep(time.Until(first.expires))
 		if got := r.requests(); len(got) != 2 || !got[1].Equal(first.refreshAt) {
 			t.Errorf("token requests at %v, want the second at %v", got, first.refreshAt)
@@ -137,7 +137,7 @@ func TestSourceInUseStaysWarm(t *testing.T) {
 				}
 				for range callers {
 					time.Sleep(tt.every)
-					tok, err := s.Token(t.Context())
+					tok, _, err := s.Token(t.Context())
 					if err != nil || !time.Now().Before(tok.usableTo) {
 						t.Fatalf("Token() = %v, %v, want a token that may be used", tok, err)
 					}
@@ -245,7 +245,7 @@ func TestLifeCountsFromTheRequestThatWasGranted(t *testing.T) {
 			t.Fatalf("Token() = %v, want t2", got)
 		}
 		sent := r.requests()
-		if life := s.Cached().expires.Sub(sent[1]); life != r.lifetime {
+		if life := s.Peek().expires.Sub(sent[1]); life != r.lifetime {
 			t.Errorf("the token lives for %v, want %v", life, r.lifetime)
 		}
 	})

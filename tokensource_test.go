@@ -118,7 +118,7 @@ func (a answer) String() string {
 
 func ask(ctx context.Context, s *tokenSource) answer {
 	start := time.Now()
-	t, err := s.Token(ctx)
+	t, _, err := s.Token(ctx)
 	a := answer{err: err, waited: time.Since(start)}
 	if t != nil {
 		a.value = t.value
@@ -150,7 +150,7 @@ func expectToken(t *testing.T, s *tokenSource, value string, waited time.Duratio
 // expectCached compares by address, as the users of tokens do.
 func expectCached(t *testing.T, s *tokenSource, want *token) {
 	t.Helper()
-	if got := s.Cached(); got != want {
+	if got := s.Peek(); got != want {
 		t.Errorf("Cached() = %p, want %p", got, want)
 	}
 }
@@ -201,7 +201,7 @@ func TestFreshTokenIsServedAtOnce(t *testing.T) {
 		s := newTestSource(t, r)
 		expectCached(t, s, nil)
 		expectToken(t, s, "t1", time.Second)
-		first := s.Cached()
+		first := s.Peek()
 		refreshAt := first.refreshAt
 		for time.Until(refreshAt) > 0 {
 			expectToken(t, s, "t1", 0)
@@ -251,7 +251,7 @@ func TestExpiredTokenIsNotServed(t *testing.T) {
 				time.Sleep(tt.usable - 1)
 				r.setDelay(100 * time.Millisecond)
 				expectToken(t, s, "t1", 0)
-				if s.Cached() == nil {
+				if s.Peek() == nil {
 					t.Error("Cached() = nil, want the token")
 				}
 				time.Sleep(time.Nanosecond)
@@ -337,17 +337,17 @@ func TestInvalidateDropsTheCurrentToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &scriptedRequester{lifetime: time.Hour, delay: time.Second}
 		s := newTestSource(t, r)
-		refused, err := s.Token(t.Context())
+		refused, _, err := s.Token(t.Context())
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.Invalidate(refused)
+		s.Refuse(refused)
 		expectCached(t, s, nil)
 		expectToken(t, s, "t2", time.Second)
 
 		// Others are told late that the old one was refused.
 		for range 10 {
-			s.Invalidate(refused)
+			s.Refuse(refused)
 		}
 		expectToken(t, s, "t2", 0)
 		expectRequests(t, r, 2)
@@ -360,14 +360,14 @@ func TestInvalidateDuringAFetch(t *testing.T) {
 		s := newTestSource(t, r)
 		s.Warm()
 		time.Sleep(50 * time.Minute)
-		stale, err := s.Token(t.Context()) // starts the fetch
+		stale, _, err := s.Token(t.Context()) // starts the fetch
 		if err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(400 * time.Millisecond)
-		s.Invalidate(stale)
+		s.Refuse(stale)
 		expectToken(t, s, "t2", 600*time.Millisecond)
-		s.Invalidate(stale)
+		s.Refuse(stale)
 		expectToken(t, s, "t2", 0)
 		expectRequests(t, r, 2)
 	})
@@ -377,8 +377,8 @@ func TestInvalidatedTokenIsReplacedThoughNobodyAsks(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &scriptedRequester{lifetime: time.Hour}
 		s := newTestSource(t, r)
-		refused, _ := s.Token(t.Context())
-		s.Invalidate(refused)
+		refused, _, _ := s.Token(t.Context())
+		s.Refuse(refused)
 		time.Sleep(time.Hour)
 		// By the timer of the dropped token, whose source was in use.
 		expectRequests(t, r, 2)
@@ -440,7 +440,7 @@ func TestTokenIsNeverPrinted(t *testing.T) {
 // freshSource is a source outside any bubble, with a token for an hour.
 func freshSource(tb testing.TB) *tokenSource {
 	s := newTestSource(tb, &scriptedRequester{lifetime: time.Hour})
-	if _, err := s.Token(tb.Context()); err != nil {
+	if _, _, err := s.Token(tb.Context()); err != nil {
 		tb.Fatal(err)
 	}
 	return s
@@ -449,7 +449,7 @@ func freshSource(tb testing.TB) *tokenSource {
 func TestFreshTokenAllocatesNothing(t *testing.T) {
 	s, ctx := freshSource(t), t.Context()
 	got := testing.AllocsPerRun(1000, func() {
-		if _, err := s.Token(ctx); err != nil {
+		if _, _, err := s.Token(ctx); err != nil {
 			t.Error(err)
 		}
 	})
@@ -462,7 +462,7 @@ func BenchmarkTokenFresh(b *testing.B) {
 	s, ctx := freshSource(b), b.Context()
 	b.ReportAllocs()
 	for b.Loop() {
-		if _, err := s.Token(ctx); err != nil {
+		if _, _, err := s.Token(ctx); err != nil {
 			b.Fatal(err)
 		}
 	}
@@ -473,7 +473,7 @@ func BenchmarkTokenFreshParallel(b *testing.B) {
 	b.ReportAllocs()
 	b.RunParallel(func(pb *testing.PB) {
 		for pb.Next() {
-			if _, err := s.Token(ctx); err != nil {
+			if _, _, err := s.Token(ctx); err != nil {
 				b.Error(err)
 				return
 			}

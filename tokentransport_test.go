@@ -37,7 +37,7 @@ func TestTokenRequestsMakeOneConnectionEach(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, cl := range transport.clients.acquired {
-		if _, err := cl.source.Token(t.Context()); err != nil {
+		if _, _, err := cl.source.Token(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -97,7 +97,7 @@ func TestRenewalInTheBackgroundIsTraced(t *testing.T) {
 		s.Warm()
 		synctest.Wait()
 		ctx, span := tracedContext(t, tracers)
-		tok, err := s.Token(ctx)
+		tok, _, err := s.Token(ctx)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -322,7 +322,7 @@ func TestCaddyTracesTokenRequests(t *testing.T) {
 	}
 
 	// The renewal is a span, too, and nothing of the credentials is in any.
-	if _, err := source.Renew(t.Context()); err != nil {
+	if _, err := source.FetchNow(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	c.wait(t, spanName, 2)

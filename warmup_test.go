@@ -26,7 +26,7 @@ func TestWarmUpFetchesTheTokenBeforeTheFirstRequest(t *testing.T) {
 func cached() int {
 	n := 0
 	sources.Range(func(_, value any) bool {
-		if value.(*tokenSource).Cached() != nil {
+		if value.(*tokenSource).Peek() != nil {
 			n++
 		}
 		return true
