@@ -53,7 +53,7 @@ func (failureHandler) CaddyModule() caddy.ModuleInfo {
 
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (failureHandler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	repl := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	repl, _ := replacerOf(r.Context()) // Caddy's server has set it
 	failure, _ := repl.Get(phFailure)
 	err, ok := failure.(error)
 	if !ok {

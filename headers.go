@@ -36,7 +36,7 @@ func newHeaderTemplate(field, value string) headerTemplate {
 func (h *headerTemplate) set(ctx context.Context, out http.Header) error {
 	values := h.values
 	if values == nil {
-		repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+		repl, ok := replacerOf(ctx)
 		if !ok {
 			repl = caddy.NewReplacer()
 		}

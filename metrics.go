@@ -160,7 +160,7 @@ func (m *clientMetrics) requested(ctx context.Context, got acquisition) {
 	if got.wait > 0 {
 		m.waits.Observe(got.wait.Seconds())
 	}
-	if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+	if repl, ok := replacerOf(ctx); ok {
 		repl.Set(phClient, m.client)
 		repl.Set(phToken, m.values[got.use])
 		repl.Set(phWait, got.wait.Milliseconds())
@@ -171,7 +171,7 @@ func (m *clientMetrics) requested(ctx context.Context, got acquisition) {
 // forgetUse removes what an earlier try of the same request told the
 // placeholders.
 func forgetUse(ctx context.Context) {
-	if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+	if repl, ok := replacerOf(ctx); ok {
 		for _, placeholder := range []string{phClient, phToken, phWait, phRetried} {
 			repl.Delete(placeholder)
 		}
@@ -181,7 +181,7 @@ func forgetUse(ctx context.Context) {
 // waitedAgain counts the wait for the token that replaces a refused one.
 func (m *clientMetrics) waitedAgain(ctx context.Context, wait time.Duration) {
 	m.waits.Observe(wait.Seconds())
-	if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+	if repl, ok := replacerOf(ctx); ok {
 		before, _ := repl.Get(phWait)
 		ms, _ := before.(int64)
 		repl.Set(phWait, ms+wait.Milliseconds())
@@ -192,7 +192,7 @@ func (m *clientMetrics) waitedAgain(ctx context.Context, wait time.Duration) {
 func (m *clientMetrics) refused(ctx context.Context, outcome string) {
 	m.outcomes[outcome].Inc()
 	if outcome == refusalRecovered || outcome == refusalRefusedAgain || outcome == refusalNoAnswer {
-		if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+		if repl, ok := replacerOf(ctx); ok {
 			repl.Set(phRetried, true)
 		}
 	}

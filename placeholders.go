@@ -2,6 +2,12 @@
 
 package outboundauth
 
+import (
+	"context"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
 // The placeholders that the transport sets in each request.
 const (
 	// For handle_errors: why there is no token.
@@ -19,3 +25,10 @@ const (
 	phFailure = "http.oauth2.failure"
 	phFailed  = "http.oauth2.failed"
 )
+
+// replacerOf returns the replacer of the request that ctx belongs to. Requests
+// that did not come in have none: those of active health checks.
+func replacerOf(ctx context.Context) (*caddy.Replacer, bool) {
+	repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	return repl, ok
+}

@@ -58,31 +58,33 @@ func usesProxy(h *reverseproxy.HTTPTransport) bool {
 	return h != nil && (len(h.NetworkProxyRaw) > 0 || h.ForwardProxyURL != "")
 }
 
-// parseTokenURL parses the URL of a token endpoint (RFC 6749 §3.2). No error
-// quotes it, as it may hold a password or a key.
+// parseTokenURL parses the URL of a token endpoint (RFC 6749 §3.2).
 func parseTokenURL(raw string) (*url.URL, error) {
-	u, err := url.Parse(raw)
-	switch {
-	case err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Hostname() == "":
-		return nil, errors.New("must be an absolute URL, such as https://auth.example.com/oauth2/token")
-	case u.User != nil:
-		return nil, errors.New("must hold no user and password; use client_id and client_secret")
-	case u.Fragment != "" || strings.HasSuffix(raw, "#"):
+	u, err := parseServerURL(raw, "https://auth.example.com/oauth2/token")
+	if err == nil && (u.Fragment != "" || strings.HasSuffix(raw, "#")) {
 		return nil, errors.New("must have no fragment (RFC 6749 section 3.2)")
 	}
-	return u, nil
+	return u, err
 }
 
 // parseIssuer parses an issuer identifier (RFC 8414 §2).
 func parseIssuer(raw string) (*url.URL, error) {
+	u, err := parseServerURL(raw, "https://auth.example.com")
+	if err == nil && (u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.HasSuffix(raw, "#")) {
+		return nil, errors.New("must have no query and no fragment (RFC 8414 section 2)")
+	}
+	return u, err
+}
+
+// parseServerURL parses a URL of an authorization server. No error quotes it, as
+// it may hold a password or a key.
+func parseServerURL(raw, example string) (*url.URL, error) {
 	u, err := url.Parse(raw)
 	switch {
 	case err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Hostname() == "":
-		return nil, errors.New("must be an absolute URL, such as https://auth.example.com")
+		return nil, errors.New("must be an absolute URL, such as " + example)
 	case u.User != nil:
 		return nil, errors.New("must hold no user and password; use client_id and client_secret")
-	case u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.HasSuffix(raw, "#"):
-		return nil, errors.New("must have no query and no fragment (RFC 8414 section 2)")
 	}
 	return u, nil
 }

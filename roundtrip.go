@@ -11,7 +11,6 @@ import (
 	"net/http"
 	"strings"
 
-	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
@@ -207,7 +206,7 @@ func isHealthCheck(ctx context.Context) bool {
 func (t *Transport) fail(req *http.Request, status int, err error) (*http.Response, error) {
 	closeBody(req)
 	ctx := req.Context()
-	repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
+	repl, ok := replacerOf(ctx)
 	if !t.routed || !ok || isHealthCheck(ctx) {
 		return nil, caddyhttp.Error(status, err)
 	}
