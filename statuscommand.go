@@ -174,21 +174,6 @@ func oneLine(s string) string {
 	return strings.Map(printable, strings.Join(strings.Fields(s), " "))
 }
 
-// text returns an error in one line.
-func (e *reportedError) text() string {
-	text := e.Code
-	if e.Status != 0 {
-		text += fmt.Sprintf(" (status %d)", e.Status)
-	}
-	if e.Description != "" {
-		text += ": " + e.Description
-	}
-	if e.Hint != "" {
-		text += " (" + e.Hint + ")"
-	}
-	return text
-}
-
 // until tells how far an instant is away. One that has passed is so long ago,
 // or due.
 func until(t *time.Time, now time.Time, passed string) string {

@@ -314,11 +314,7 @@ func (r *tokenReport) write(w io.Writer) error {
 	line("grant", r.GrantType)
 	line("scopes", strings.Join(r.Scopes, " "))
 	if e := r.Error; e != nil {
-		code := e.Code
-		if e.Status != 0 {
-			code += fmt.Sprintf(" (status %d)", e.Status)
-		}
-		line("error", code)
+		line("error", e.title())
 		line("", e.Description)
 		line("what to change", e.Hint)
 	} else {

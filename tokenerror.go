@@ -131,6 +131,8 @@ func networkError(ctx context.Context, endpoint string, err error) *tokenError {
 	return e
 }
 
+// reportedError is an error as operators see it: in the admin API, in spans, in
+// events and on the command line.
 type reportedError struct {
 	Code        string `json:"code"`
 	Description string `json:"description,omitempty"`
@@ -138,11 +140,32 @@ type reportedError struct {
 	Hint        string `json:"hint,omitempty"`
 }
 
+// reportError returns what is told of an error that a fetch ended in.
 func reportError(err error) *reportedError {
 	if failure, ok := errors.AsType[*tokenError](err); ok {
 		return &reportedError{failure.Code, failure.Description, failure.Status, failure.remedy()}
 	}
 	return &reportedError{Code: codeInvalidResponse, Description: err.Error()}
+}
+
+// title returns the code, with the status if there was an answer.
+func (e *reportedError) title() string {
+	if e.Status == 0 {
+		return e.Code
+	}
+	return fmt.Sprintf("%s (status %d)", e.Code, e.Status)
+}
+
+// text returns an error in one line.
+func (e *reportedError) text() string {
+	text := e.title()
+	if e.Description != "" {
+		text += ": " + e.Description
+	}
+	if e.Hint != "" {
+		text += " (" + e.Hint + ")"
+	}
+	return text
 }
 
 // remedy returns the hint, or what to do about failures that are no matter of
