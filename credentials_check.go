@@ -134,8 +134,8 @@ func (c *Credentials) checkAuth() error {
 	return nil
 }
 
-// checkTogether tells what is wrong between settings. It is asked of what a
-// block and its inheritance make up: each alone may not be wrong.
+// checkTogether returns what is wrong between settings. c is a block with all that
+// it inherits: settings that contradict each other may stand in two blocks.
 func (c *Credentials) checkTogether() error {
 	if c.TokenURL != "" && c.Issuer != "" {
 		return errors.New("issuer: finds the token endpoint that token_url names already; remove one of the two")
@@ -163,8 +163,9 @@ func (c *Credentials) checkTogether() error {
 	return nil
 }
 
-// checkAuthTogether tells which settings of client authentication contradict
-// each other, or have no effect: what somebody wrote there was meant.
+// checkAuthTogether returns what is wrong between the settings of client
+// authentication. A setting that has no effect is an error, too: who wrote it
+// believes that it has one.
 func (c *Credentials) checkAuthTogether() error {
 	method := c.authMethod()
 	with := "auth_method " + method

@@ -54,7 +54,7 @@ func (c Credentials) inheritAuth(base *Credentials, sameServer bool) Credentials
 	if c.ClientCertificate == nil && !c.presentsOther() {
 		c.ClientCertificate = base.ClientCertificate
 		c.BindCertificate = c.BindCertificate || base.BindCertificate
-	} else if base.ClientCertificate == nil { // then it is said for all blocks
+	} else if base.ClientCertificate == nil { // bind_certificate alone is meant for all blocks
 		c.BindCertificate = c.BindCertificate || base.BindCertificate
 	}
 

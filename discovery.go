@@ -376,7 +376,8 @@ func (i *issuerMetadata) get(ctx context.Context, fetch func(context.Context) (*
 	if l == nil {
 		l = &metadataFetch{done: make(chan struct{})}
 		i.inflight = l
-		// What it has to present goes along, but not when the caller gives up.
+		// The look-up presents the caller's certificate, but goes on when the
+		// caller gives up.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), metadataTimeout)
 		go func() {
 			defer cancel()

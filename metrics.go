@@ -234,7 +234,7 @@ func (m *clientMetrics) tokenRequested(took time.Duration, err error) {
 		}
 	}
 	m.result(result).Inc()
-	if asked { // and no setting was in the way
+	if asked { // otherwise there was no request: a setting could not be read
 		m.duration.Observe(took.Seconds())
 	}
 }

@@ -124,7 +124,7 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 	}
 
 	if out, err = t.outbound(req, b, next); err != nil {
-		return res, nil //nolint:nilerr // it was possible before
+		return res, nil //nolint:nilerr // the same headers could be set the first time
 	}
 	if body != nil {
 		t.setBody(out, body.Again(), trailer)

@@ -46,9 +46,21 @@ type lifecycle struct {
 	fetchTimeout    time.Duration
 }
 
-// maxReserve is the reserve at the end of a token's life: the time that a
-// request may need on its way, or clocks may differ.
-const maxReserve = 10 * time.Second
+// The parts of a token's life, as divisors of it or in percent.
+const (
+	// The reserve at its end is a tenth, maxReserve at most: the time that a
+	// request may need on its way, or clocks may differ.
+	reserveDivisor = 10
+	maxReserve     = 10 * time.Second
+
+	// It is replaced in its last 26 %: they outlast an outage of a quarter of it,
+	// and a try after.
+	refreshPercent = 26
+
+	// Up to 4 % earlier, at random, so that a fleet that started together does
+	// not renew together.
+	jitterDivisor = 25
+)
 
 // newToken computes the instants of a token. Its life began some time after it
 // was asked for; counting from there, it never lasts too long.
@@ -63,22 +75,20 @@ func (l lifecycle) newToken(g grant) (*token, error) {
 			life = min(life, left)
 		}
 	}
-	usable := life - min(maxReserve, life/10)
+	usable := life - min(maxReserve, life/reserveDivisor)
 	if age := now.Sub(g.issued); age >= usable {
 		return nil, fmt.Errorf("the token lives for %v, but took %v to get: nothing is left of it", life, age.Round(time.Millisecond))
 	}
 
-	// The rest of a life outlasts an outage of a quarter of it, and a try after.
-	refresh := life - life/100*26
+	refresh := life - life/100*refreshPercent
 	if l.refreshBefore > 0 {
 		refresh = life - l.refreshBefore
 	}
 	// A server that was slow this time is given twice that to answer the
 	// next, so that the new token is there before the old one ends.
 	refresh = min(refresh, usable-2*g.took)
-	// At random, so that a fleet that started together does not renew
-	// together. The first half of the life is never given away.
-	refresh = max(refresh-rand.N(life/25+1), life/2)
+	// The first half of the life is never given away.
+	refresh = max(refresh-rand.N(life/jitterDivisor+1), life/2)
 
 	// By the wall clock: the monotonic one stands still while a machine is
 	// suspended, and tokens age.

@@ -197,9 +197,9 @@ func (s *tokenSource) usable(now time.Time) *token {
 	return nil
 }
 
-// lastResort returns the current token if it is valid, though refused: not
-// every upstream may refuse it, and it must not be lost to those who take it
-// when there is no other. mu is held.
+// lastResort returns the current token if it is valid, though an upstream has
+// refused it, and otherwise err. While there is no other token, upstreams that
+// accept this one go on getting it. mu is held.
 func (s *tokenSource) lastResort(since, now time.Time, err error) (*token, acquisition, error) {
 	got := acquisition{tokenNone, now.Sub(since)}
 	if s.current != nil && now.Before(s.current.usableTo) {
