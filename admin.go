@@ -132,7 +132,7 @@ func clientStatuses() []clientStatus {
 func (adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 	path := strings.Trim(strings.TrimPrefix(r.URL.Path, adminClients), "/")
 	if path == "" {
-		if err := allow(w, r, http.MethodGet); err != nil {
+		if err := allowOnly(w, r, http.MethodGet); err != nil {
 			return err
 		}
 		return answerJSON(w, clientStatuses())
@@ -144,18 +144,18 @@ func (adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 	}
 	switch action {
 	case "":
-		if err := allow(w, r, http.MethodGet); err != nil {
+		if err := allowOnly(w, r, http.MethodGet); err != nil {
 			return err
 		}
 	case "renew":
-		if err := allow(w, r, http.MethodPost); err != nil {
+		if err := allowOnly(w, r, http.MethodPost); err != nil {
 			return err
 		}
 		if _, err := source.FetchNow(r.Context()); err != nil {
 			return adminError(http.StatusBadGateway, err)
 		}
 	case "token":
-		if err := allow(w, r, http.MethodDelete); err != nil {
+		if err := allowOnly(w, r, http.MethodDelete); err != nil {
 			return err
 		}
 		source.Forget()
@@ -182,7 +182,7 @@ func sourceByID(id string) (source *tokenSource, ok bool) {
 	return source, ok
 }
 
-func allow(w http.ResponseWriter, r *http.Request, method string) error {
+func allowOnly(w http.ResponseWriter, r *http.Request, method string) error {
 	if r.Method == method {
 		return nil
 	}

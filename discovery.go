@@ -59,7 +59,7 @@ func (d *discovery) tokenEndpoint(ctx context.Context) (*url.URL, error) {
 	if err != nil {
 		return nil, err
 	}
-	u, err := d.read(m)
+	u, err := d.endpointIn(m)
 	if err != nil {
 		d.expire()
 		if known := d.found.Load(); known != nil {
@@ -69,7 +69,7 @@ func (d *discovery) tokenEndpoint(ctx context.Context) (*url.URL, error) {
 		return nil, err
 	}
 	d.found.Store(u)
-	d.check(m)
+	d.warnUnsupported(m)
 	return u, nil
 }
 
@@ -93,7 +93,7 @@ func (d *discovery) lookUp(ctx context.Context) (*metadata, error) {
 	for _, u := range wellKnown(d.issuer) {
 		// Each has its share of the time: one may hang.
 		ctx, cancel := context.WithTimeout(ctx, metadataTimeout/2)
-		m, err := d.fetch(ctx, u)
+		m, err := d.metadataAt(ctx, u)
 		cancel()
 		if err == nil {
 			return m, nil
@@ -121,8 +121,8 @@ func tellsMore(second, first *tokenError) bool {
 	return rank(second) > rank(first)
 }
 
-// fetch fetches the metadata from one place.
-func (d *discovery) fetch(ctx context.Context, u *url.URL) (*metadata, *tokenError) {
+// metadataAt looks the metadata up in one place.
+func (d *discovery) metadataAt(ctx context.Context, u *url.URL) (*metadata, *tokenError) {
 	a, err := exchange(ctx, d.transport, newServerRequest(ctx, http.MethodGet, u, http.Header{}, ""))
 	if err != nil {
 		failure := networkError(ctx, u.Host, err)
@@ -163,7 +163,7 @@ func (d *discovery) fetch(ctx context.Context, u *url.URL) (*metadata, *tokenErr
 	default:
 		// Metadata that is broken must not take the place of metadata that is
 		// not. What it names is for each client to permit.
-		if _, err := d.locate(cmp.Or(m.tokenEndpoint, m.mtlsTokenEndpoint)); err != nil {
+		if _, err := d.parseEndpoint(cmp.Or(m.tokenEndpoint, m.mtlsTokenEndpoint)); err != nil {
 			failure.Description = endpointFault(err)
 			break
 		}
@@ -172,13 +172,13 @@ func (d *discovery) fetch(ctx context.Context, u *url.URL) (*metadata, *tokenErr
 	return nil, failure
 }
 
-// read returns the token endpoint for this client.
-func (d *discovery) read(m *metadata) (*url.URL, error) {
+// endpointIn returns the token endpoint for this client.
+func (d *discovery) endpointIn(m *metadata) (*url.URL, error) {
 	raw := m.tokenEndpoint
 	if (d.credentials.ClientCertificate != nil || d.credentials.presentsOther()) && m.mtlsTokenEndpoint != "" {
 		raw = m.mtlsTokenEndpoint
 	}
-	u, err := d.locate(raw)
+	u, err := d.parseEndpoint(raw)
 	if err == nil {
 		err = d.permit(u)
 	}
@@ -198,8 +198,8 @@ func endpointFault(err error) string {
 	return "the token_endpoint in the issuer's metadata: " + clean(err.Error(), 200)
 }
 
-// locate parses a token endpoint in the metadata.
-func (d *discovery) locate(raw string) (*url.URL, error) {
+// parseEndpoint parses a token endpoint in the metadata.
+func (d *discovery) parseEndpoint(raw string) (*url.URL, error) {
 	u, err := parseTokenURL(raw)
 	if err != nil {
 		return nil, err
@@ -220,9 +220,9 @@ func (d *discovery) keepOut(u *url.URL) error {
 	return nil
 }
 
-// check warns, once, of an authentication that the server says it does not
+// warnUnsupported warns, once, of an authentication that the server says it does not
 // support. It is tried all the same: what servers publish is not always true.
-func (d *discovery) check(m *metadata) {
+func (d *discovery) warnUnsupported(m *metadata) {
 	method, setting := d.credentials.authMethod(), ""
 	var supported []string
 	switch {

@@ -183,7 +183,7 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 	if e.credentials.BindCertificate {
 		g.binding = r.certificate
 	}
-	e.checkScope(g.scope)
+	e.warnNarrowed(g.scope)
 	return g, nil
 }
 
@@ -221,9 +221,9 @@ func (e *endpoint) form(r resolved, audience string) (url.Values, http.Header, c
 	return form, header, secrets, nil
 }
 
-// checkScope warns, once, of scopes that were asked for and not granted
+// warnNarrowed warns, once, of scopes that were asked for and not granted
 // (RFC 6749 §5.1): the upstream will refuse what needs them.
-func (e *endpoint) checkScope(granted string) {
+func (e *endpoint) warnNarrowed(granted string) {
 	if granted == "" { // as asked for
 		return
 	}

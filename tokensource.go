@@ -419,7 +419,7 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, a attempt) {
 	})
 	f.unchanged = err == nil && a.failedWith != "" && a.failedWith == fingerprint
 	if err == nil && !f.unchanged {
-		f.t, err = s.request(ctx, f, a)
+		f.t, err = s.requestWithRetries(ctx, f, a)
 	}
 	now := time.Now()
 	released := err != nil && errors.Is(context.Cause(ctx), errReleased)
@@ -455,11 +455,11 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, a attempt) {
 	}
 }
 
-// request makes the token request, in case of a transient error up to three
+// requestWithRetries makes the token request, in case of a transient error up to three
 // times. Only the first fetch that fails repeats itself: those that follow it are
 // repetitions already, at growing distances. A grant of which nothing is left is
 // not asked for again at once: the next would be no better.
-func (s *tokenSource) request(ctx context.Context, f *fetch, a attempt) (*token, error) {
+func (s *tokenSource) requestWithRetries(ctx context.Context, f *fetch, a attempt) (*token, error) {
 	for try := 0; ; try++ {
 		var (
 			t *token
