@@ -304,13 +304,15 @@ func TestTroubleshootingQuotesMessages(t *testing.T) {
 	t.Setenv("TEST_UNSET", "")
 	_, err = caddy.NewReplacer().ReplaceOrErr("{env.TEST_UNSET}", true, true)
 	messages := strings.ReplaceAll(err.Error(), "TEST_UNSET", "X") // it is Caddy's
-	files, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, file := range files {
-		if !strings.HasSuffix(file, "_test.go") {
-			messages += literals(t, file)
+	for _, pattern := range []string{"*.go", "internal/*/*.go"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range files {
+			if !strings.HasSuffix(file, "_test.go") {
+				messages += literals(t, file)
+			}
 		}
 	}
 	varying := regexp.MustCompile(`…|: |\(|\)|^check |\d+(\.\d+)+(:\d+)?`)
