@@ -21,6 +21,8 @@ import (
 	"github.com/go-jose/go-jose/v4"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 const testTokenURL = "https://auth.example.com/token"
@@ -794,7 +796,7 @@ func TestEchoedAssertionIsNotShown(t *testing.T) {
 			}
 			for _, assertion := range echoed {
 				for part := range strings.SplitSeq(assertion, ".") {
-					if strings.Contains(err.Error(), part[:telltale]) {
+					if strings.Contains(err.Error(), part[:redact.Telltale]) {
 						t.Errorf("got %v, which repeats the assertion", err)
 					}
 				}

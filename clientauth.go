@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 const clientAssertionType = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
@@ -30,7 +32,7 @@ const (
 // way: RFC 6749 §2.3 forbids two, and trying one after the other burns the
 // client's attempts. audience is whom a JWT is meant for. It returns what of
 // the request must not be shown.
-func (c *Credentials) authenticate(r resolved, audience string, form url.Values, header http.Header) (secrets confidential, err error) {
+func (c *Credentials) authenticate(r resolved, audience string, form url.Values, header http.Header) (secrets redact.Secrets, err error) {
 	switch method := c.authMethod(); method {
 	case authBasic:
 		// Both parts are form-encoded first (§2.3.1): otherwise an id with a
@@ -41,7 +43,7 @@ func (c *Credentials) authenticate(r resolved, audience string, form url.Values,
 		}
 		basic := base64.StdEncoding.EncodeToString([]byte(id + ":" + secret))
 		header.Set("Authorization", "Basic "+basic)
-		secrets.add(basic)
+		secrets.Add(basic)
 	case authPost:
 		form.Set("client_id", c.ClientID)
 		form.Set("client_secret", r.secret)
@@ -57,16 +59,16 @@ func (c *Credentials) authenticate(r resolved, audience string, form url.Values,
 		}
 		form.Set("client_assertion_type", clientAssertionType)
 		form.Set("client_assertion", assertion)
-		secrets.add(assertion)
+		secrets.Add(assertion)
 	case authTLS, authNone:
 		form.Set("client_id", c.ClientID) // RFC 8705 §2, RFC 6749 §3.2.1
 	}
-	secrets.add(r.secret)
+	secrets.Add(r.secret)
 	return secrets, nil
 }
 
 // authorize adds what the token is granted for.
-func (c *Credentials) authorize(r resolved, audience string, form url.Values) (secrets confidential, err error) {
+func (c *Credentials) authorize(r resolved, audience string, form url.Values) (secrets redact.Secrets, err error) {
 	if !c.grantsByJWT() {
 		form.Set("grant_type", grantClientCredentials)
 		return nil, nil
@@ -79,10 +81,10 @@ func (c *Credentials) authorize(r resolved, audience string, form url.Values) (s
 	}
 	form.Set("grant_type", grantJWTBearerURN)
 	form.Set("assertion", assertion)
-	secrets.add(assertion)
-	secrets.addReplaced(c.Subject, r.subject)
+	secrets.Add(assertion)
+	secrets.AddReplaced(c.Subject, r.subject)
 	for name, value := range r.claims {
-		secrets.addReplaced(c.Claims[name], value)
+		secrets.AddReplaced(c.Claims[name], value)
 	}
 	return secrets, nil
 }

@@ -2,7 +2,6 @@ package outboundauth
 
 import (
 	"encoding/base64"
-	"encoding/hex"
 	"fmt"
 	"html"
 	"net/http"
@@ -15,6 +14,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 func TestClientAuthenticationIsEncoded(t *testing.T) {
@@ -67,7 +68,7 @@ func TestClientAuthenticationIsEncoded(t *testing.T) {
 
 // authenticated adds a client's identity to a token request, and returns what
 // must not be shown.
-func authenticated(tb testing.TB, method, id, secret string, form url.Values, header http.Header) confidential {
+func authenticated(tb testing.TB, method, id, secret string, form url.Values, header http.Header) redact.Secrets {
 	tb.Helper()
 	c := Credentials{AuthMethod: method, ClientID: id, ClientSecret: secret}
 	secrets, err := c.authenticate(resolved{secret: secret}, "", form, header)
@@ -109,7 +110,7 @@ func TestBasicWithoutEncoding(t *testing.T) {
 			t.Errorf("the server reads %q and %q, want %q and %q", id, secret, test.id, test.secret)
 		}
 		for _, echo := range []string{test.secret, header.Get("Authorization")} {
-			if test.secret != "secret" && !secrets.in("bad: "+echo) {
+			if test.secret != "secret" && !secrets.In("bad: "+echo) {
 				t.Errorf("%q may be shown, want not: it repeats the secret", echo)
 			}
 		}
@@ -384,94 +385,20 @@ func TestEveryFormOfTheSecretIsSensitive(t *testing.T) {
 		echoes := []string{
 			secret, escaped, url.PathEscape(secret), strings.ToLower(escaped), strings.ToUpper(secret),
 			html.EscapeString(secret), fmt.Sprintf("%x", secret), base64.StdEncoding.EncodeToString([]byte(secret)),
-			secret[:telltale], secret[len(secret)-telltale:],
+			secret[:redact.Telltale], secret[len(secret)-redact.Telltale:],
 		}
 		if method == authBasic {
 			echoes = append(echoes, basic)
 		}
 		for _, echo := range echoes {
-			if !secrets.in("the secret '" + echo + "' is wrong") {
+			if !secrets.In("the secret '" + echo + "' is wrong") {
 				t.Errorf("%s: %q may be shown, want not: it repeats the secret", method, echo)
 			}
 		}
-		for _, harmless := range []string{"", "Bad credentials", "client id is unknown", secret[:telltale-1]} {
-			if secrets.in(harmless) {
+		for _, harmless := range []string{"", "Bad credentials", "client id is unknown", secret[:redact.Telltale-1]} {
+			if secrets.In(harmless) {
 				t.Errorf("%s: %q may not be shown, want that it may", method, harmless)
 			}
-		}
-	}
-}
-
-// Servers repeat in their own ways what they were sent, and some on purpose.
-func TestSecretIsFoundInDisguise(t *testing.T) {
-	const secret = "Abc+d/e=f&ghijk~%25"
-	hexadecimal := hex.EncodeToString([]byte(secret))
-	// between puts something between the characters, or between every n of them.
-	between := func(s, separator string, n int) string {
-		return strings.Join(slices.Collect(func(yield func(string) bool) {
-			for chunk := range slices.Chunk([]rune(s), n) {
-				if !yield(string(chunk)) {
-					return
-				}
-			}
-		}), separator)
-	}
-	twice := url.QueryEscape(url.QueryEscape(secret))
-	echoes := map[string]string{
-		"as it is":                         secret,
-		"in upper case":                    strings.ToUpper(secret),
-		"hexadecimal":                      hexadecimal,
-		"hexadecimal in upper case":        strings.ToUpper(hexadecimal),
-		"hexadecimal with colons":          between(hexadecimal, ":", 2),
-		"hexadecimal with spaces":          between(hexadecimal, " ", 2),
-		"hexadecimal with colons, a part":  between(hexadecimal[10:2*telltale+10], ":", 2),
-		"URL-encoded":                      url.QueryEscape(secret),
-		"URL-encoded as a path":            url.PathEscape(secret),
-		"URL-encoded twice":                twice,
-		"URL-encoded twice, in lower case": strings.ToLower(twice),
-		"URL-encoded, every character":     "%" + between(hexadecimal, "%", 2),
-		"URL-encoded twice, every one":     "%25" + between(hexadecimal, "%25", 2),
-		"split by zero-width spaces":       between(secret, "\u200b", 1),
-		"split by zero-width joiners":      between(secret, "\u200d", 3),
-		"split by byte order marks":        between(secret, "\ufeff", telltale-1),
-		"split by soft hyphens":            between(secret, "\u00ad", 2),
-		"split by line breaks":             between(secret, "\r\n", 4),
-		"split by spaces":                  between(secret, " ", 1),
-		"split by control characters":      between(secret, "\x00", 1),
-	}
-	// What stands before the secret shifts its base64.
-	for _, before := range []string{"", "a", "ab", "abc", "id:", "client-secret="} {
-		for _, after := range []string{"", "z", "zz"} {
-			for name, encoding := range map[string]*base64.Encoding{"base64": base64.StdEncoding, "base64url": base64.RawURLEncoding} {
-				encoded := encoding.EncodeToString([]byte(before + secret + after))
-				echoes[fmt.Sprintf("%s between %q and %q", name, before, after)] = encoded
-				echoes[fmt.Sprintf("%s between %q and %q in lines", name, before, after)] = between(encoded, "\n", 5)
-			}
-		}
-	}
-	echoes["hexadecimal with hyphens"] = between(hexadecimal, "-", 2)
-	secrets := confidential{secret}
-	for name, echo := range echoes {
-		if !secrets.in("100% wrong: '" + echo + "'!") {
-			t.Errorf("%s: %q may be shown, want not: it tells the secret", name, echo)
-		}
-	}
-	// Nothing of it need be longer than what makes a secret known.
-	for _, secret := range []string{"ab cd ef gh ij", "12:34:56:78:9a", "süßes öl für ärzte", "4d2a-7f6e-63f5"} {
-		for _, separator := range []string{"\u200b", "\n", " "} {
-			if echo := between(secret, separator, 1); !(confidential{secret}).in("wrong: " + echo) {
-				t.Errorf("%q may be shown, want not: it tells the secret %q", echo, secret)
-			}
-		}
-	}
-	for _, harmless := range []string{
-		"The client's credentials are not valid, or it may not do this.",
-		"AADSTS7000215: Invalid client secret provided. Trace ID: 4d2a7f6e-63f5-4a0b-9f0f-0a8f5f3c1b00",
-		strings.Repeat("0123456789abcdef", 20),
-		between(secret, " and ", telltale-1),
-	} {
-		if secrets.in(harmless) {
-			t.Errorf("%q may not be shown, want that it may", harmless)
 		}
 	}
 }

@@ -20,6 +20,8 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // discovery finds the token endpoint of an issuer for one client. It is safe
@@ -158,7 +160,7 @@ func (d *discovery) metadataAt(ctx context.Context, u *url.URL) (*metadata, *tok
 	case m.issuer != d.credentials.Issuer:
 		// RFC 8414 §3.3: or the metadata of one issuer could be another's.
 		failure.Code, failure.permanent = codeConfiguration, true
-		failure.Description = fmt.Sprintf("the metadata is that of another issuer, %q", clean(m.issuer, 200))
+		failure.Description = fmt.Sprintf("the metadata is that of another issuer, %q", redact.Clean(m.issuer, 200))
 		failure.Hint = "set issuer to exactly that, if it is the one that is meant"
 	default:
 		// Metadata that is broken must not take the place of metadata that is
@@ -195,7 +197,7 @@ func (d *discovery) endpointIn(m *metadata) (*url.URL, error) {
 const metadataHint = "check issuer, or set token_url instead"
 
 func endpointFault(err error) string {
-	return "the token_endpoint in the issuer's metadata: " + clean(err.Error(), 200)
+	return "the token_endpoint in the issuer's metadata: " + redact.Clean(err.Error(), 200)
 }
 
 // parseEndpoint parses a token endpoint in the metadata.
@@ -232,7 +234,7 @@ func (d *discovery) warnUnsupported(m *metadata) {
 		len(m.signingAlgs) > 0 && !slices.Contains(m.signingAlgs, d.credentials.SigningAlg):
 		setting, supported = "signing_alg", m.signingAlgs
 	}
-	names := clean(strings.Join(supported, " "), 300)
+	names := redact.Clean(strings.Join(supported, " "), 300)
 	now := setting + " " + names
 	before := d.warned.Swap(&now)
 	if setting == "" || (before != nil && *before == now) {

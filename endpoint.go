@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // endpoint makes the token requests of one client at one token endpoint
@@ -167,7 +168,7 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 		return grant{}, &tokenError{Endpoint: u.Host, Code: codeConfiguration, Description: err.Error(), permanent: true}
 	}
 	if e.discovery == nil {
-		secrets.addQuery(e.urlTemplate, u)
+		secrets.AddQuery(e.urlTemplate, u)
 	}
 	ctx, certificate := withCertificate(ctx, r.certificate)
 	sent := time.Now()
@@ -189,7 +190,7 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 
 // form returns form and header of a token request, and what of them must not
 // be shown.
-func (e *endpoint) form(r resolved, audience string) (url.Values, http.Header, confidential, error) {
+func (e *endpoint) form(r resolved, audience string) (url.Values, http.Header, redact.Secrets, error) {
 	c := &e.credentials
 	form, header := url.Values{}, http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}
 	if len(c.Scopes) > 0 { // a parameter without a value is left out (§3.2)
@@ -212,11 +213,11 @@ func (e *endpoint) form(r resolved, audience string) (url.Values, http.Header, c
 	secrets = append(secrets, more...)
 	for name, value := range r.params {
 		form.Set(name, value)
-		secrets.addReplaced(c.Params[name], value)
+		secrets.AddReplaced(c.Params[name], value)
 	}
 	for name, value := range r.headers {
 		header.Set(name, value)
-		secrets.addReplaced(c.TokenRequestHeaders[name], value)
+		secrets.AddReplaced(c.TokenRequestHeaders[name], value)
 	}
 	return form, header, secrets, nil
 }
@@ -234,7 +235,7 @@ func (e *endpoint) warnNarrowed(granted string) {
 			lacking = append(lacking, scope)
 		}
 	}
-	granted = clean(granted, 300)
+	granted = redact.Clean(granted, 300)
 	if last := e.narrowed.Load(); len(lacking) == 0 || (last != nil && *last == granted) {
 		return
 	}
@@ -244,7 +245,7 @@ func (e *endpoint) warnNarrowed(granted string) {
 }
 
 // read turns an answer into a grant or a *tokenError.
-func (e *endpoint) read(u *url.URL, a serverAnswer, secrets confidential) (grant, error) {
+func (e *endpoint) read(u *url.URL, a serverAnswer, secrets redact.Secrets) (grant, error) {
 	failure := &tokenError{Endpoint: u.Host, Status: a.status}
 	if a.status >= 300 && a.status < 400 {
 		failure.Code = codeHTTPStatus
@@ -280,16 +281,16 @@ func (e *endpoint) read(u *url.URL, a serverAnswer, secrets confidential) (grant
 	failure.retryAfter = parseRetryAfter(a.header, time.Now())
 	// The raw texts are asked too: cleaning may join or cut a secret.
 	failure.Code = errorCode(code)
-	if secrets.in(code + "\n" + failure.Code) {
+	if secrets.In(code + "\n" + failure.Code) {
 		if e.credentials.hint(code) == "" {
 			failure.Code = codeHTTPStatus
 		}
 	}
-	failure.Description = clean(description, 400)
+	failure.Description = redact.Clean(description, 400)
 	if parsed.hasToken() {
 		failure.Description = "the server's description stands beside a token, and is not shown"
 	}
-	if secrets.in(description + "\n" + clean(description, len(description))) {
+	if secrets.In(description + "\n" + redact.Clean(description, len(description))) {
 		failure.Description = "the server's description repeats the client's credentials, and is not shown"
 	}
 	if failure.classify().permanent {
@@ -385,5 +386,5 @@ func errorCode(code string) string {
 		}
 		return r
 	}, code)
-	return clean(code, 64)
+	return redact.Clean(code, 64)
 }

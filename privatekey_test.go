@@ -34,6 +34,8 @@ import (
 	"go.uber.org/zap/zapcore"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // testKeys are one key of each kind, generated when the first test asks:
@@ -427,8 +429,8 @@ func wantQuotesNothing(t *testing.T, err error, source string) {
 	for _, label := range []string{"EC PRIVATE KEY", "RSA PRIVATE KEY", "PRIVATE KEY"} { // say what it is
 		text = strings.ReplaceAll(text, `"`+label+`"`, "")
 	}
-	for i := range len(text) - telltale + 1 {
-		if part := text[i : i+telltale]; strings.Contains(source, part) {
+	for i := range len(text) - redact.Telltale + 1 {
+		if part := text[i : i+redact.Telltale]; strings.Contains(source, part) {
 			t.Errorf("got %q, which quotes %q of the source", err, part)
 			return
 		}
@@ -617,8 +619,8 @@ func FuzzPrivateKey(f *testing.F) {
 		key, err := parsePrivateKey(bytes.Clone(source), alg, id)
 		if err != nil {
 			said := neutral(err.Error())
-			for i := range len(said) - telltale + 1 {
-				if part := said[i : i+telltale]; strings.Contains(string(source), part) && !strings.Contains(own.String(), part) {
+			for i := range len(said) - redact.Telltale + 1 {
+				if part := said[i : i+redact.Telltale]; strings.Contains(string(source), part) && !strings.Contains(own.String(), part) {
 					t.Fatalf("got %q, which quotes %q of the source", err, part)
 				}
 			}

@@ -14,6 +14,8 @@ import (
 	"testing"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // What must not be seen outside. The secret has characters of which each
@@ -270,7 +272,7 @@ func TestHugeAnswerCostsNoMoreToSearch(t *testing.T) {
 		for range 3 {
 			least = min(least, testing.AllocsPerRun(5, func() {
 				a := serverAnswer{status: http.StatusBadRequest, header: http.Header{}, body: body}
-				if _, err := e.read(mustParse(testTokenURL), a, confidential{canarySecret}); err == nil {
+				if _, err := e.read(mustParse(testTokenURL), a, redact.Secrets{canarySecret}); err == nil {
 					t.Errorf("%s: got a token, want an error", member)
 				}
 			}))

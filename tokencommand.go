@@ -25,6 +25,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // exitNoToken is the exit status if the config is good, but a token was not
@@ -242,7 +244,7 @@ func (c *upstreamClient) report() tokenReport {
 		r.Error = reportError(err)
 		return r
 	}
-	r.Granted = cmp.Or(clean(g.scope, 1000), strings.Join(r.Scopes, " "))
+	r.Granted = cmp.Or(redact.Clean(g.scope, 1000), strings.Join(r.Scopes, " "))
 	r.Lifetime = t.expires.Sub(g.issued).Round(time.Second).Seconds()
 	r.Expires, r.Renewal = &t.expires, &t.refreshAt
 	r.Token, r.length = t.value, len(t.value)

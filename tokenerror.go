@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // Short codes of our own, for failures in which the authorization server sent
@@ -127,7 +129,7 @@ func networkError(ctx context.Context, endpoint string, err error) *tokenError {
 	default:
 		e.Description = "the connection broke, or the answer is not HTTP"
 	}
-	e.Description = clean(e.Description, 300) // the names in a certificate come from outside
+	e.Description = redact.Clean(e.Description, 300) // the names in a certificate come from outside
 	return e
 }
 

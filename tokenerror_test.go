@@ -474,20 +474,3 @@ func TestNetworkErrorsAreTold(t *testing.T) {
 		})
 	}
 }
-
-func TestOutsideTextIsCleaned(t *testing.T) {
-	for _, test := range []struct{ in, want string }{
-		{"", ""},
-		{"  a b\t", "a b"},
-		{"\r\na\x00\x7f\u0085b", "a   b"},
-		{"a\u2028\u2029b\x1b[", "a  b ["},
-		{"a\xff\xfeb", "ab"},
-		{"0123456789", "0123456789"},
-		{"0123456789x", "0123456789…"},
-		{"012345678ü", "012345678…"}, // not cut in a character
-	} {
-		if got := clean(test.in, 10); got != test.want {
-			t.Errorf("clean(%q) = %q, want %q", test.in, got, test.want)
-		}
-	}
-}

@@ -12,6 +12,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // maxTokenResponse bounds the answer of a token endpoint, in bytes. RFC 6749
@@ -72,7 +74,7 @@ func (r tokenResponse) grant() (grant, error) {
 		return grant{}, err
 	}
 	scope, _ := r.str("scope") // is only shown
-	return grant{accessToken: accessToken, lifetime: lifetime, scope: clean(scope, maxTokenResponse)}, nil
+	return grant{accessToken: accessToken, lifetime: lifetime, scope: redact.Clean(scope, maxTokenResponse)}, nil
 }
 
 // lifetime reads expires_in, in seconds. The RFC means an integer; servers

@@ -1,6 +1,6 @@
-// What of a foreign text may be shown: nothing that is secret, nothing that breaks a line.
-
-package outboundauth
+// Package redact says what of a foreign text may be shown: nothing that is
+// secret, nothing that breaks a line.
+package redact
 
 import (
 	"encoding/base64"
@@ -13,9 +13,9 @@ import (
 	"unicode"
 )
 
-// clean makes a text from outside fit for a log line: printable, no line
+// Clean makes a text from outside fit for a log line: printable, no line
 // breaks, at most limit bytes.
-func clean(s string, limit int) string {
+func Clean(s string, limit int) string {
 	s = strings.Map(func(r rune) rune {
 		if !unicode.IsPrint(r) { // it may be meant for a terminal
 			return ' '
@@ -29,66 +29,67 @@ func clean(s string, limit int) string {
 	return s
 }
 
-// confidential holds what a token request and its answer contain that must
-// not be shown.
-type confidential []string
+// Secrets are what a token request and its answer contain that must not be
+// shown.
+type Secrets []string
 
-func (c *confidential) add(secret string) {
+// Add adds a secret, unless it is too short to be one.
+func (s *Secrets) Add(secret string) {
 	// What URLs begin with tells nothing, and shorter texts occur in any other.
 	secret = strings.TrimPrefix(strings.TrimPrefix(secret, "https://"), "http://")
 	if len(secret) >= minSecret {
-		*c = append(*c, secret)
+		*s = append(*s, secret)
 	}
 }
 
-// addReplaced adds what the placeholders of a template stand for in value.
+// AddReplaced adds what the placeholders of a template stand for in value.
 // What stands in the config itself is no secret.
-func (c *confidential) addReplaced(template, value string) {
+func (s *Secrets) AddReplaced(template, value string) {
 	prefix, _, ok := strings.Cut(template, "{")
 	if ok && template != value {
 		suffix := template[strings.LastIndexByte(template, '}')+1:]
-		c.add(strings.TrimSuffix(strings.TrimPrefix(value, prefix), suffix))
+		s.Add(strings.TrimSuffix(strings.TrimPrefix(value, prefix), suffix))
 	}
 }
 
-// addQuery adds what placeholders stand for in the query of a URL, such as the
+// AddQuery adds what placeholders stand for in the query of a URL, such as the
 // key of a function. If the template has none, the URL is that of a placeholder.
-func (c *confidential) addQuery(template string, u *url.URL) {
+func (s *Secrets) AddQuery(template string, u *url.URL) {
 	_, query, ok := strings.Cut(template, "?")
 	if !ok {
 		query = "{}"
 	}
-	c.addReplaced(query, u.RawQuery)
+	s.AddReplaced(query, u.RawQuery)
 }
 
-// telltale is how many characters of a secret in a row give it away. Less may
+// Telltale is how many characters of a secret in a row give it away. Less may
 // be chance: secrets and messages are made of words.
-const telltale = 8
+const Telltale = 8
 
 // minSecret is how many characters a value has at least to be looked for: 1 and
 // true are no secrets.
 const minSecret = 4
 
-// in tells whether a text holds something confidential, or enough of it, in
+// In reports whether a text holds something confidential, or enough of it, in
 // whatever spelling a server may repeat it.
-func (c confidential) in(text string) bool {
+func (s Secrets) In(text string) bool {
 	texts := readings(text)
 	windows := make(map[string]struct{}) // all that is long enough in texts
 	for _, t := range texts {
-		for i := range len(t) - telltale + 1 {
-			windows[t[i:i+telltale]] = struct{}{}
+		for i := range len(t) - Telltale + 1 {
+			windows[t[i:i+Telltale]] = struct{}{}
 		}
 	}
-	for _, secret := range c {
+	for _, secret := range s {
 		for _, spelling := range spellings(secret) {
-			if len(spelling) < telltale { // the whole of it
+			if len(spelling) < Telltale { // the whole of it
 				if slices.ContainsFunc(texts, func(t string) bool { return strings.Contains(t, spelling) }) {
 					return true
 				}
 				continue
 			}
-			for i := range len(spelling) - telltale + 1 {
-				if _, ok := windows[spelling[i:i+telltale]]; ok {
+			for i := range len(spelling) - Telltale + 1 {
+				if _, ok := windows[spelling[i:i+Telltale]]; ok {
 					return true
 				}
 			}
@@ -131,12 +132,12 @@ func joined(text string) string {
 func spellings(secret string) []string {
 	spellings := []string{secret, url.QueryEscape(secret), url.PathEscape(secret), hex.EncodeToString([]byte(secret))}
 	for skipped := range min(3, len(secret)) {
-		if left := []byte(secret[skipped:]); skipped == 0 || len(left) >= telltale {
+		if left := []byte(secret[skipped:]); skipped == 0 || len(left) >= Telltale {
 			spellings = append(spellings, base64.StdEncoding.EncodeToString(left), base64.URLEncoding.EncodeToString(left))
 		}
 	}
 	for _, spelling := range spellings {
-		if short := joined(spelling); len(short) >= telltale && short != spelling { // less would be found by chance
+		if short := joined(spelling); len(short) >= Telltale && short != spelling { // less would be found by chance
 			spellings = append(spellings, short)
 		}
 	}

@@ -1,0 +1,37 @@
+package layers
+
+import (
+	"os"
+	"path"
+	"strings"
+	"testing"
+
+	"golang.org/x/tools/go/packages"
+)
+
+// TestWalls checks what lies behind walls, in internal/: each room is on the map,
+// and knows neither Caddy nor the files above, not by way of others either.
+func TestWalls(t *testing.T) {
+	const module = "github.com/outboundauth/caddy-outbound-auth"
+	contributing, err := os.ReadFile("../CONTRIBUTING.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rooms, err := packages.Load(&packages.Config{
+		Dir: "..", Mode: packages.NeedName | packages.NeedImports | packages.NeedDeps,
+	}, "./internal/...")
+	if err != nil || len(rooms) == 0 {
+		t.Fatalf("got no rooms (%v), want some", err)
+	}
+	for _, room := range rooms {
+		name := "internal/" + path.Base(room.PkgPath) + "/"
+		if !strings.Contains(string(contributing), "`"+name+"`") {
+			t.Errorf("%s: is not on the map: add it to the last line of the table in CONTRIBUTING.md", name)
+		}
+		packages.Visit([]*packages.Package{room}, nil, func(p *packages.Package) {
+			if p.PkgPath == module || strings.HasPrefix(p.PkgPath, "github.com/caddyserver/") {
+				t.Errorf("%s: needs %s, which belongs above: keep it out", name, p.PkgPath)
+			}
+		})
+	}
+}
