@@ -10,6 +10,8 @@ import (
 	"sync"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
 )
 
 // boundTransport reaches upstreams with the certificate that a token is bound
@@ -47,7 +49,7 @@ func newBoundTransport(like *reverseproxy.HTTPTransport) (*boundTransport, error
 
 // send sends a request upstream on a connection with this certificate.
 func (b *boundTransport) send(req *http.Request, certificate *tls.Certificate) (*http.Response, error) {
-	ctx, _ := withCertificate(req.Context(), certificate)
+	ctx, _ := clientcert.With(req.Context(), certificate)
 	return b.pool(certificate).RoundTrip(req.WithContext(ctx))
 }
 

@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -32,7 +33,7 @@ type endpoint struct {
 	discovery   *discovery // nil if it is configured
 
 	transport    http.RoundTripper // token_transport
-	certificates certificateCache
+	certificates clientcert.Cache
 	metrics      *clientMetrics
 	events       *emitter
 	logger       *zap.Logger
@@ -127,7 +128,7 @@ func (e *endpoint) requestOnce(ctx context.Context) (grant, error) {
 	if e.discovery == nil {
 		return e.requestAt(ctx, e.url, e.credentials.TokenURL, r)
 	}
-	discovering, _ := withCertificate(ctx, r.certificate)
+	discovering, _ := clientcert.With(ctx, r.certificate)
 	u, err := e.discovery.tokenEndpoint(discovering)
 	if err != nil {
 		return grant{}, err
@@ -170,7 +171,7 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 	if e.discovery == nil {
 		secrets.AddQuery(e.urlTemplate, u)
 	}
-	ctx, certificate := withCertificate(ctx, r.certificate)
+	ctx, certificate := clientcert.With(ctx, r.certificate)
 	sent := time.Now()
 	a, err := exchange(ctx, e.transport, newServerRequest(ctx, http.MethodPost, u, header, form.Encode()))
 	if err != nil {
@@ -307,7 +308,7 @@ func (e *endpoint) unreadable(failure *tokenError, err error) *tokenError {
 }
 
 // advise completes the hint of an error with what only this request knows.
-func (e *endpoint) advise(err error, r resolved, p *presented) error {
+func (e *endpoint) advise(err error, r resolved, p *clientcert.Presented) error {
 	failure, ok := errors.AsType[*tokenError](err)
 	if !ok || failure.Status == 0 || failure.Code == codeConfiguration {
 		return err
@@ -318,7 +319,7 @@ func (e *endpoint) advise(err error, r resolved, p *presented) error {
 	case expired(r.assertion): // some take that for a fault of their own
 		failure.Hint = "the JWT in assertion_file has expired; see that it is renewed"
 	case !rejected:
-	case e.credentials.authMethod() == authTLS && p.certificate != nil && !p.asked.Load():
+	case e.credentials.authMethod() == authTLS && p.Ignored():
 		failure.Hint = "the server did not ask for the client_certificate: it may do so at another address; set token_url to that"
 	case failure.Hint == "":
 		// Some servers do not say what they reject.

@@ -10,6 +10,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
 )
 
 // hintedCodes are the errors for which there is a hint with every way to
@@ -208,11 +210,9 @@ func TestAdviceWhenTheServerAskedForTheCertificate(t *testing.T) {
 	}}
 	refusing := answering(http.StatusUnauthorized, `{"error":"invalid_client"}`)
 	asking := roundTripFunc(func(req *http.Request) (*http.Response, error) {
-		p, ok := req.Context().Value(presentedKey{}).(*presented)
-		if !ok || p.certificate == nil {
+		if clientcert.Ask(req.Context()) == nil {
 			t.Fatal("got a token request without the certificate, want it in the context")
 		}
-		p.asked.Store(true)
 		return refusing.RoundTrip(req)
 	})
 	_, err := newTestClient(t, c, asking).endpoint.request(t.Context())

@@ -19,6 +19,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
 )
 
 // documentedGrants are the token requests of docs/providers.md, in the order of
@@ -415,10 +417,10 @@ func TestProviderTokenRequests(t *testing.T) {
 				takeTimes(t, claims, time.Minute)
 				wantMembers(t, "claims", claims, p.claims)
 			})
-			presents, _ := tokens.contexts[0].Value(presentedKey{}).(*presented)
-			if has := presents != nil && presents.certificate != nil; has != p.certificate {
+			presents := clientcert.Ask(tokens.contexts[0])
+			if has := presents != nil; has != p.certificate {
 				t.Errorf("a certificate is presented: %t, want %t", has, p.certificate)
-			} else if has && string(presents.certificate.Certificate[0]) != string(certificate) {
+			} else if has && string(presents.Certificate[0]) != string(certificate) {
 				t.Error("got another certificate, want that of the config")
 			}
 

@@ -153,7 +153,7 @@ func (t *Transport) outbound(req *http.Request, b *block, tok *token) (*http.Req
 // the mark is removed. b and tok may be nil.
 func (t *Transport) send(req *http.Request, b *block, tok *token) (res *http.Response, err error) {
 	if b != nil && b.bound != nil {
-		certificate := b.endpoint.certificates.latest() // of a health check without a token
+		certificate := b.endpoint.certificates.Latest() // of a health check without a token
 		if tok != nil && tok.binding != nil {
 			certificate = tok.binding
 		}

@@ -12,6 +12,8 @@ import (
 	"strings"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
 )
 
 // resolved is what a token request needs of the settings that are read again
@@ -45,7 +47,7 @@ func (r resolved) fingerprint() string {
 // resolve replaces the placeholders by the values that they have now, with a
 // replacer that knows nothing of any request. They may name files, and reading
 // a file can't be interrupted: then it goes on by itself when ctx ends.
-func (c *Credentials) resolve(ctx context.Context, certificates *certificateCache) (resolved, error) {
+func (c *Credentials) resolve(ctx context.Context, certificates *clientcert.Cache) (resolved, error) {
 	type result struct {
 		resolved
 		err error
@@ -70,7 +72,7 @@ func (c *Credentials) resolve(ctx context.Context, certificates *certificateCach
 	}
 }
 
-func (c *Credentials) resolveNow(certificates *certificateCache) (r resolved, err error) {
+func (c *Credentials) resolveNow(certificates *clientcert.Cache) (r resolved, err error) {
 	repl := caddy.NewReplacer()
 	if c.ClientSecret != "" {
 		if r.secret, err = resolveSecret(repl, "client_secret", c.ClientSecret); err != nil {
@@ -116,9 +118,9 @@ func (c *Credentials) resolveNow(certificates *certificateCache) (r resolved, er
 
 // resolveKeys reads certificate and key. Provision calls it as well: what
 // can't be read, or does not fit, is found at load.
-func (c *Credentials) resolveKeys(repl *caddy.Replacer, certificates *certificateCache) (certificate *tls.Certificate, key *privateKey, source []byte, err error) {
+func (c *Credentials) resolveKeys(repl *caddy.Replacer, certificates *clientcert.Cache) (certificate *tls.Certificate, key *privateKey, source []byte, err error) {
 	if c.ClientCertificate != nil {
-		if certificate, err = certificates.load(repl, c.ClientCertificate); err != nil {
+		if certificate, err = c.ClientCertificate.read(repl, certificates); err != nil {
 			return nil, nil, nil, err
 		}
 	}
