@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
@@ -22,6 +21,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/keytest"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -112,8 +112,8 @@ func takeTimes(t *testing.T, claims map[string]any, lifetime time.Duration) (jti
 
 func TestPrivateKeyJWT(t *testing.T) {
 	dir := t.TempDir()
-	for kind, algs := range algorithms {
-		file := writeFile(t, filepath.Join(dir, kind), pkcs8PEM(t, testKeys[kind]()))
+	for kind, algs := range keytest.Algorithms {
+		file := writeFile(t, filepath.Join(dir, kind), keytest.PKCS8(t, keytest.Keys[kind]()))
 		for _, alg := range append([]string{""}, algs...) {
 			t.Run(kind+" "+alg, func(t *testing.T) {
 				form := formOf(t, Credentials{TokenURL: testTokenURL, ClientID: "id", PrivateKey: file, SigningAlg: alg})
@@ -126,7 +126,7 @@ func TestPrivateKeyJWT(t *testing.T) {
 				if alg == "" {
 					alg = algs[0]
 				}
-				header, claims := verified(t, assertion, testKeys[kind]().Public(), alg)
+				header, claims := verified(t, assertion, keytest.Keys[kind]().Public(), alg)
 				wantMembers(t, "header", header, map[string]any{"alg": alg, "typ": "JWT"})
 				takeTimes(t, claims, time.Minute)
 				// aud is a string: a list would permit others (draft-ietf-oauth-rfc7523bis).
@@ -206,8 +206,8 @@ func withMetadata(t *testing.T) (issuer string, forms func() []url.Values) {
 
 func TestAssertionIsWhatTheConfigAsksFor(t *testing.T) {
 	issuer, forms := withMetadata(t)
-	key := testKeys["P-256"]()
-	file := writeFile(t, filepath.Join(t.TempDir(), "key"), pkcs8PEM(t, key))
+	key := keytest.Keys["P-256"]()
+	file := writeFile(t, filepath.Join(t.TempDir(), "key"), keytest.PKCS8(t, key))
 	t.Setenv("TEST_AUDIENCE", "https://audience.example")
 	t.Setenv("TEST_KID", "2024")
 
@@ -267,21 +267,21 @@ func TestAssertionIsWhatTheConfigAsksFor(t *testing.T) {
 
 func TestAssertionNamesItsKey(t *testing.T) {
 	dir := t.TempDir()
-	key := newKey(t)
-	leaf := certificateOf(t, key)
+	key := keytest.New(t)
+	leaf := keytest.Certificate(t, key)
 	sum := sha256.Sum256(leaf)
 	thumbprint := base64.RawURLEncoding.EncodeToString(sum[:])
-	keyFile := writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, key))
-	leafFile := writeFile(t, filepath.Join(dir, "crt"), pemOf("CERTIFICATE", leaf))
-	bundle := writeFile(t, filepath.Join(dir, "bundle"), slices.Concat(pkcs8PEM(t, key), pemOf("CERTIFICATE", leaf)))
-	jwk := writeFile(t, filepath.Join(dir, "jwk"), jwkOf(t, key, map[string]any{"kid": "of the JWK"}))
-	other := newKey(t)
+	keyFile := writeFile(t, filepath.Join(dir, "key"), keytest.PKCS8(t, key))
+	leafFile := writeFile(t, filepath.Join(dir, "crt"), keytest.PEM("CERTIFICATE", leaf))
+	bundle := writeFile(t, filepath.Join(dir, "bundle"), slices.Concat(keytest.PKCS8(t, key), keytest.PEM("CERTIFICATE", leaf)))
+	jwk := writeFile(t, filepath.Join(dir, "jwk"), keytest.JWK(t, key, map[string]any{"kid": "of the JWK"}))
+	other := keytest.New(t)
 	account := writeFile(t, filepath.Join(dir, "account"), encode(t, map[string]string{
-		"type": "service_account", "private_key_id": "of the account", "private_key": string(pkcs8PEM(t, key)),
+		"type": "service_account", "private_key_id": "of the account", "private_key": string(keytest.PKCS8(t, key)),
 	}))
 	otherCertificate := &ClientCertificate{
-		Certificate: writeFile(t, filepath.Join(dir, "other.crt"), certificatePEM(t, other)),
-		Key:         writeFile(t, filepath.Join(dir, "other.key"), pkcs8PEM(t, other)),
+		Certificate: writeFile(t, filepath.Join(dir, "other.crt"), keytest.CertificatePEM(t, other)),
+		Key:         writeFile(t, filepath.Join(dir, "other.key"), keytest.PKCS8(t, other)),
 	}
 
 	for _, test := range []struct {
@@ -321,8 +321,8 @@ func TestAssertionNamesItsKey(t *testing.T) {
 
 // A server may refuse an assertion that it has seen (RFC 7523 §3).
 func TestAssertionIsUsedOnce(t *testing.T) {
-	key := newKey(t)
-	file := writeFile(t, filepath.Join(t.TempDir(), "key"), pkcs8PEM(t, key))
+	key := keytest.New(t)
+	file := writeFile(t, filepath.Join(t.TempDir(), "key"), keytest.PKCS8(t, key))
 	for name, c := range map[string]Credentials{
 		"client_assertion": {},
 		"assertion":        {GrantType: grantJWTBearer},
@@ -353,8 +353,8 @@ func TestAssertionIsUsedOnce(t *testing.T) {
 
 func TestJWTBearerGrant(t *testing.T) {
 	dir := t.TempDir()
-	key := newKey(t)
-	keyFile := writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, key))
+	key := keytest.New(t)
+	keyFile := writeFile(t, filepath.Join(dir, "key"), keytest.PKCS8(t, key))
 	assertionFile := writeFile(t, filepath.Join(dir, "jwt"), []byte("a.b.c\n"))
 	t.Setenv("TEST_SUBJECT", "jane@example.com")
 	t.Setenv("TEST_REGION", "eu")
@@ -499,8 +499,8 @@ func TestUnusableAssertionFileMakesNoRequest(t *testing.T) {
 		"pipe":        {pipe(t, dir), notRegular},
 		"too large":   {fileOfSize(t, dir, maxSecretFile+1), notRegular},
 		"empty":       {holding("empty", " \n"), noJWT},
-		"key":         {holding("key", string(pkcs8PEM(t, newKey(t)))), noJWT},
-		"JWK":         {holding("jwk", string(jwkOf(t, newKey(t), nil))), noJWT},
+		"key":         {holding("key", string(keytest.PKCS8(t, keytest.New(t)))), noJWT},
+		"JWK":         {holding("jwk", string(keytest.JWK(t, keytest.New(t), nil))), noJWT},
 		"secret":      {holding("secret", canarySecret), noJWT},
 		"two parts":   {holding("two", "a.b"), noJWT},
 		"four parts":  {holding("four", "a.b.c.d"), noJWT},
@@ -556,8 +556,8 @@ func TestAssertionFromAPlaceholder(t *testing.T) {
 // it is meant for.
 func TestClientAndGrantHaveAJWTEach(t *testing.T) {
 	dir := t.TempDir()
-	key := testKeys["RSA"]()
-	keyFile := writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, key))
+	key := keytest.Keys["RSA"]()
+	keyFile := writeFile(t, filepath.Join(dir, "key"), keytest.PKCS8(t, key))
 	secret := strings.Repeat("s3cret+/", 8)
 	fromFile := string(jwtWith(`{"sub":"jane"}`))
 	assertionFile := writeFile(t, filepath.Join(dir, "jwt"), []byte(fromFile))
@@ -642,7 +642,7 @@ func TestClientAndGrantHaveAJWTEach(t *testing.T) {
 
 func TestUnusableKeyMakesNoRequest(t *testing.T) {
 	dir := t.TempDir()
-	file := writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, newKey(t)))
+	file := writeFile(t, filepath.Join(dir, "key"), keytest.PKCS8(t, keytest.New(t)))
 	server := answering(http.StatusOK, goodAnswer)
 	cl := newTestClient(t, Credentials{TokenURL: testTokenURL, ClientID: "id", PrivateKey: file, SigningAlg: "ES256"}, server)
 	for _, test := range []struct {
@@ -650,14 +650,14 @@ func TestUnusableKeyMakesNoRequest(t *testing.T) {
 		want    string
 	}{
 		{[]byte(canarySecret), "private_key: holds no private key"},
-		{pkcs8PEM(t, testKeys["RSA"]()), "private_key: is an RSA key, which the signing_alg ES256 does not fit"},
+		{keytest.PKCS8(t, keytest.Keys["RSA"]()), "private_key: is an RSA key, which the signing_alg ES256 does not fit"},
 	} {
 		writeFile(t, file, test.content)
 		_, err := cl.endpoint.request(t.Context())
 		wantTokenError(t, err, codeConfiguration, true)
 		wantError(t, err, test.want)
 		wantNoCanary(t, err)
-		wantQuotesNothing(t, err, string(test.content))
+		keytest.WantQuotesNothing(t, err, string(test.content))
 	}
 	if got := len(server.requests()); got != 0 {
 		t.Errorf("got %d requests, want none", got)
@@ -686,13 +686,13 @@ func TestRotatedKeyIsUsedForTheNextRequest(t *testing.T) {
 			var before string
 			// Another kind of key needs another algorithm.
 			for _, kind := range []string{"P-256", "Ed25519", "P-256"} {
-				key := testKeys[kind]()
+				key := keytest.Keys[kind]()
 				if kind == "P-256" {
-					key = newKey(t)
+					key = keytest.New(t)
 				}
-				writeFile(t, file, pkcs8PEM(t, key))
-				writeFile(t, filepath.Join(dir, "crt"), certificatePEM(t, key))
-				t.Setenv("TEST_ROTATED_KEY", string(pkcs8PEM(t, key)))
+				writeFile(t, file, keytest.PKCS8(t, key))
+				writeFile(t, filepath.Join(dir, "crt"), keytest.CertificatePEM(t, key))
+				t.Setenv("TEST_ROTATED_KEY", string(keytest.PKCS8(t, key)))
 				if cl == nil { // which reads the key as well
 					cl = newTestClient(t, c, server)
 				}
@@ -702,7 +702,7 @@ func TestRotatedKeyIsUsedForTheNextRequest(t *testing.T) {
 					t.Error("got a fingerprint that does not tell keys apart, want one for each")
 				}
 				before = fingerprint
-				verified(t, requestForm(t, cl, server).Get(name), key.Public(), algorithms[kind][0])
+				verified(t, requestForm(t, cl, server).Get(name), key.Public(), keytest.Algorithms[kind][0])
 			}
 		})
 	}
@@ -735,8 +735,8 @@ func TestRotatedAssertionFileIsUsedForTheNextRequest(t *testing.T) {
 
 // Subject and claims count as rotated as well.
 func TestClaimsAreResolvedForEachRequest(t *testing.T) {
-	key := newKey(t)
-	file := writeFile(t, filepath.Join(t.TempDir(), "key"), pkcs8PEM(t, key))
+	key := keytest.New(t)
+	file := writeFile(t, filepath.Join(t.TempDir(), "key"), keytest.PKCS8(t, key))
 	t.Setenv("TEST_SUBJECT", "")
 	t.Setenv("TEST_REGION", "")
 	server := answering(http.StatusOK, goodAnswer)
@@ -768,7 +768,7 @@ func TestClaimsAreResolvedForEachRequest(t *testing.T) {
 // An assertion is a credential while it lives.
 func TestEchoedAssertionIsNotShown(t *testing.T) {
 	dir := t.TempDir()
-	keyFile := writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, newKey(t)))
+	keyFile := writeFile(t, filepath.Join(dir, "key"), keytest.PKCS8(t, keytest.New(t)))
 	jwt := base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"ES256"}`)) + "." + base64.RawURLEncoding.EncodeToString([]byte(`{"sub":"id"}`)) + ".c2lnbmF0dXJl"
 	jwtFile := writeFile(t, filepath.Join(dir, "jwt"), []byte(jwt))
 	for name, c := range map[string]Credentials{
@@ -808,7 +808,7 @@ func TestEchoedAssertionIsNotShown(t *testing.T) {
 // Whom a token is for may be as confidential as the placeholder was meant to
 // keep it. What stands in the config is none of that.
 func TestEchoedClaimsAreNotShown(t *testing.T) {
-	file := writeFile(t, filepath.Join(t.TempDir(), "key"), pkcs8PEM(t, newKey(t)))
+	file := writeFile(t, filepath.Join(t.TempDir(), "key"), keytest.PKCS8(t, keytest.New(t)))
 	t.Setenv("TEST_SUBJECT", "jane.doe@example.com")
 	t.Setenv("TEST_ACCOUNT", "4711-0815-1234")
 	for _, test := range []struct {
@@ -831,53 +831,5 @@ func TestEchoedClaimsAreNotShown(t *testing.T) {
 				t.Errorf("got %v, want that %q is hidden: %v", err, test.echo, test.hidden)
 			}
 		})
-	}
-}
-
-func TestJWTIsDecodedForShow(t *testing.T) {
-	token := func(parts ...string) string {
-		for i := range parts {
-			parts[i] = base64.RawURLEncoding.EncodeToString([]byte(parts[i]))
-		}
-		return strings.Join(parts, ".")
-	}
-	header, claims, ok := decodeJWT(token(`{"alg":"none"}`, `{"sub":"jane","n":1}`, ""))
-	if !ok || !maps.Equal(header, map[string]any{"alg": "none"}) || !maps.Equal(claims, map[string]any{"sub": "jane", "n": 1.0}) {
-		t.Errorf("got %v, %v, %v, want header and claims", header, claims, ok)
-	}
-	for name, opaque := range map[string]string{
-		"empty":               "",
-		"opaque":              "t0ken",
-		"two parts":           token(`{}`, `{}`),
-		"four parts":          token(`{}`, `{}`, "", ""),
-		"encrypted":           token(`{"alg":"dir"}`, "", "iv", "text", "tag"),
-		"dots":                "..",
-		"header not base64":   "!." + token(`{}`, ""),
-		"padded":              "e30=.e30=.c2ln",
-		"claims not JSON":     token(`{}`, `{`, ""),
-		"claims a list":       token(`{}`, `[]`, ""),
-		"claims null":         token(`{}`, `null`, ""),
-		"header null":         token(`null`, `{}`, ""),
-		"two objects in one":  token(`{}`, `{}{}`, ""),
-		"a number of a claim": token(`{}`, `1`, ""),
-	} {
-		if header, claims, ok := decodeJWT(opaque); ok || header != nil || claims != nil {
-			t.Errorf("%s: got %v, %v, %v, want that it is no JWT", name, header, claims, ok)
-		}
-	}
-}
-
-func TestKeyThatCannotSignIsAnError(t *testing.T) {
-	c := &Credentials{ClientID: "id"}
-	for name, key := range map[string]*privateKey{
-		"algorithm that does not fit": {key: testKeys["P-256"](), alg: jose.RS256},
-		"unknown algorithm":           {key: testKeys["P-256"](), alg: "XY256"},
-		"no key":                      {alg: jose.RS256},
-	} {
-		got, err := c.sign(key, typJWT, "sub", "aud", nil)
-		if got != "" {
-			t.Errorf("%s: got %q, want no JWT", name, got)
-		}
-		wantError(t, err, "signing the JWT with "+string(key.alg)+" failed")
 	}
 }

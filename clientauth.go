@@ -6,16 +6,11 @@ import (
 	"cmp"
 	"crypto/rand"
 	"encoding/base64"
-	"encoding/json"
-	"errors"
-	"fmt"
 	"net/http"
 	"net/url"
-	"strings"
 	"time"
 
-	"github.com/go-jose/go-jose/v4"
-
+	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -97,10 +92,11 @@ func (c *Credentials) clientAssertion(r resolved, audience string) (string, erro
 	}
 	key := r.key
 	if c.authMethod() == authSecretJWT {
-		key = &privateKey{key: []byte(r.secret), alg: jose.HS256}
-		if c.SigningAlg != "" && !c.usesKey() { // else it is that of the grant's JWT
-			key.alg = jose.SignatureAlgorithm(c.SigningAlg)
+		alg := c.SigningAlg
+		if c.usesKey() { // it is that of the grant's JWT
+			alg = ""
 		}
+		key = jwt.SecretKey(r.secret, alg)
 	}
 	return c.sign(key, cmp.Or(c.AssertionTyp, typ), c.ClientID, audience, nil)
 }
@@ -115,7 +111,7 @@ func (c *Credentials) grantAssertion(r resolved, audience string) (string, error
 }
 
 // sign makes a JWT of the client about sub, with what RFC 7523 §3 asks for.
-func (c *Credentials) sign(key *privateKey, typ, sub, audience string, more map[string]string) (string, error) {
+func (c *Credentials) sign(key *jwt.Key, typ, sub, audience string, more map[string]string) (string, error) {
 	since := time.Now().Add(-assertionLeeway)
 	claims := map[string]any{
 		"iss": c.ClientID,
@@ -129,58 +125,5 @@ func (c *Credentials) sign(key *privateKey, typ, sub, audience string, more map[
 	for name, value := range more {
 		claims[name] = value
 	}
-	payload, err := json.Marshal(claims)
-	if err != nil {
-		return "", err
-	}
-
-	options := (&jose.SignerOptions{}).WithType(jose.ContentType(typ))
-	if key.id != "" {
-		options.WithHeader("kid", key.id)
-	}
-	if key.thumbprint != "" {
-		options.WithHeader("x5t#S256", key.thumbprint)
-	}
-	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: key.alg, Key: key.key}, options)
-	if err != nil {
-		return "", signingError(key, err)
-	}
-	signed, err := signer.Sign(payload)
-	if err != nil {
-		return "", signingError(key, err)
-	}
-	return signed.CompactSerialize()
-}
-
-func signingError(key *privateKey, err error) error {
-	if secret, ok := key.key.([]byte); ok && errors.Is(err, jose.ErrInvalidKeySize) {
-		return fmt.Errorf("client_secret: has %d bytes, too few for %s (RFC 7518 section 3.2)", len(secret), key.alg)
-	}
-	return fmt.Errorf("signing the JWT with %s failed: %w", key.alg, err)
-}
-
-// decodeJWT returns header and claims of a JWT without verifying anything: they
-// are only shown. ok is false if it is none that can be read.
-func decodeJWT(token string) (header, claims map[string]any, ok bool) {
-	parts := strings.Split(token, ".")
-	if len(parts) != 3 { // RFC 7515 §7.1
-		return nil, nil, false
-	}
-	for i, into := range []*map[string]any{&header, &claims} {
-		decoded, err := base64.RawURLEncoding.DecodeString(parts[i])
-		if err != nil || json.Unmarshal(decoded, into) != nil || *into == nil {
-			return nil, nil, false
-		}
-	}
-	return header, claims, true
-}
-
-// expired tells whether a JWT says that it has expired.
-func expired(token string) bool {
-	_, claims, ok := decodeJWT(token)
-	if !ok {
-		return false
-	}
-	exp, ok := claims["exp"].(float64)
-	return ok && exp < float64(time.Now().Unix())
+	return key.Sign(typ, claims)
 }

@@ -15,6 +15,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
+	"github.com/outboundauth/caddy-outbound-auth/internal/keytest"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -163,9 +165,9 @@ func TestAssertionLifetimeHasAMinimum(t *testing.T) {
 // RFC 6749 §2.3 forbids to authenticate in more than one way.
 func TestClientAuthenticatesInOneWay(t *testing.T) {
 	dir := t.TempDir()
-	key := newKey(t)
-	keyFile := writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, key))
-	certificate := &ClientCertificate{Certificate: writeFile(t, filepath.Join(dir, "crt"), certificatePEM(t, key)), Key: keyFile}
+	key := keytest.New(t)
+	keyFile := writeFile(t, filepath.Join(dir, "key"), keytest.PKCS8(t, key))
+	certificate := &ClientCertificate{Certificate: writeFile(t, filepath.Join(dir, "crt"), keytest.CertificatePEM(t, key)), Key: keyFile}
 	assertionFile := writeFile(t, filepath.Join(dir, "jwt"), []byte("a.b.c"))
 	secret := strings.Repeat("s", 32)
 
@@ -351,7 +353,7 @@ func TestContradictionNamesWhatIsThere(t *testing.T) {
 }
 
 func TestSigningAlgFitsTheMethod(t *testing.T) {
-	for _, alg := range signingAlgs {
+	for _, alg := range jwt.Algorithms {
 		symmetric := strings.HasPrefix(alg, "HS")
 		for _, test := range []struct {
 			c    Credentials

@@ -312,13 +312,6 @@ const (
 	basicRaw  = "raw"
 )
 
-// signingAlgs are the algorithms that client_secret_jwt and private_key_jwt
-// may use (RFC 7518 §3.1, RFC 8037).
-var signingAlgs = []string{
-	"RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
-	"ES256", "ES384", "ES512", "EdDSA", "HS256", "HS384", "HS512",
-}
-
 // name returns what the client is called. In UTF-8, as labels have to be: a
 // placeholder can bring anything.
 func (c *Credentials) name() string {

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 )
 
 // reservedParams are the form parameters that have settings of their own.
@@ -114,8 +116,8 @@ func (c *Credentials) checkAuth() error {
 	if c.BasicEncoding != "" && c.BasicEncoding != basicForm && c.BasicEncoding != basicRaw {
 		return fmt.Errorf("basic_encoding: unknown encoding '%s'; use %s or %s", c.BasicEncoding, basicForm, basicRaw)
 	}
-	if c.SigningAlg != "" && !slices.Contains(signingAlgs, c.SigningAlg) {
-		return fmt.Errorf("signing_alg: unknown algorithm '%s'; use one of %s", c.SigningAlg, strings.Join(signingAlgs, ", "))
+	if c.SigningAlg != "" && !slices.Contains(jwt.Algorithms, c.SigningAlg) {
+		return fmt.Errorf("signing_alg: unknown algorithm '%s'; use one of %s", c.SigningAlg, strings.Join(jwt.Algorithms, ", "))
 	}
 	if c.AssertionLifetime != 0 && time.Duration(c.AssertionLifetime) < minAssertionLifetime {
 		return fmt.Errorf("assertion_lifetime: must be %v at least, as the JWT is dated back by %v", minAssertionLifetime, assertionLeeway)

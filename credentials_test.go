@@ -16,6 +16,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/keytest"
 )
 
 // generalCredentials sets what has an effect with every way to authenticate.
@@ -62,9 +64,9 @@ func settingChanges(t *testing.T) map[string]settingChange {
 		certificates[i] = &ClientCertificate{
 			Certificate: filepath.Join(dir, fmt.Sprint(i, ".crt")), Key: filepath.Join(dir, fmt.Sprint(i, ".key")),
 		}
-		key := newKey(t)
-		writeFile(t, certificates[i].Certificate, certificatePEM(t, key))
-		writeFile(t, certificates[i].Key, pkcs8PEM(t, key))
+		key := keytest.New(t)
+		writeFile(t, certificates[i].Certificate, keytest.CertificatePEM(t, key))
+		writeFile(t, certificates[i].Key, keytest.PKCS8(t, key))
 	}
 	keyFile, otherKeyFile := certificates[0].Key, certificates[1].Key
 
@@ -289,9 +291,9 @@ func TestInheritance(t *testing.T) {
 // are. A Caddyfile must not be refused where the same in JSON is not.
 func TestIncompleteBaseIsOnlyInheritedFrom(t *testing.T) {
 	dir := t.TempDir()
-	key := newKey(t)
-	keyFile := writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, key))
-	certificate := writeFile(t, filepath.Join(dir, "crt"), certificatePEM(t, key))
+	key := keytest.New(t)
+	keyFile := writeFile(t, filepath.Join(dir, "key"), keytest.PKCS8(t, key))
+	certificate := writeFile(t, filepath.Join(dir, "crt"), keytest.CertificatePEM(t, key))
 	withKey := Credentials{ClientID: "a", PrivateKey: keyFile}
 	withSecret := Credentials{ClientID: "a", ClientSecret: "s"}
 	withCertificate := Credentials{ClientID: "a", ClientCertificate: &ClientCertificate{Certificate: certificate, Key: keyFile}}
@@ -478,7 +480,7 @@ func TestWhatShapesTheTokenRequestTellsSourcesApart(t *testing.T) {
 func TestDifferentSpellingsOfOneClientShareASource(t *testing.T) {
 	t.Setenv("TEST_CLIENT_ID", baseCredentials.ClientID)
 	t.Setenv("TEST_SCOPES", strings.Join(baseCredentials.Scopes, " "))
-	keyFile := writeFile(t, filepath.Join(t.TempDir(), "key"), pkcs8PEM(t, newKey(t)))
+	keyFile := writeFile(t, filepath.Join(t.TempDir(), "key"), keytest.PKCS8(t, keytest.New(t)))
 	withKey := func(c *Credentials) { c.AuthMethod, c.ClientSecret, c.PrivateKey = "", "", keyFile }
 	for _, test := range []struct {
 		name          string

@@ -18,6 +18,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
+	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -316,7 +317,7 @@ func (e *endpoint) advise(err error, r resolved, p *clientcert.Presented) error 
 	rejected := failure.Code == "invalid_client" || failure.Code == "invalid_grant" ||
 		failure.Status == http.StatusUnauthorized || failure.Status == http.StatusForbidden
 	switch {
-	case expired(r.assertion): // some take that for a fault of their own
+	case jwt.Expired(r.assertion): // some take that for a fault of their own
 		failure.Hint = "the JWT in assertion_file has expired; see that it is renewed"
 	case !rejected:
 	case e.credentials.authMethod() == authTLS && p.Ignored():

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
+	"github.com/outboundauth/caddy-outbound-auth/internal/keytest"
 )
 
 // hintedCodes are the errors for which there is a hint with every way to
@@ -127,9 +128,9 @@ func jwtWith(claims string) []byte {
 
 func TestAdviceOnARejection(t *testing.T) {
 	dir := t.TempDir()
-	key := newKey(t)
-	keyFile := writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, key))
-	certificate := &ClientCertificate{Certificate: writeFile(t, filepath.Join(dir, "crt"), certificatePEM(t, key)), Key: keyFile}
+	key := keytest.New(t)
+	keyFile := writeFile(t, filepath.Join(dir, "key"), keytest.PKCS8(t, key))
+	certificate := &ClientCertificate{Certificate: writeFile(t, filepath.Join(dir, "crt"), keytest.CertificatePEM(t, key)), Key: keyFile}
 	now := time.Now().Unix()
 	file := func(name, claims string) string {
 		return writeFile(t, filepath.Join(dir, name), jwtWith(claims))
@@ -203,10 +204,10 @@ func TestAdviceOnARejection(t *testing.T) {
 
 func TestAdviceWhenTheServerAskedForTheCertificate(t *testing.T) {
 	dir := t.TempDir()
-	key := newKey(t)
+	key := keytest.New(t)
 	c := Credentials{TokenURL: testTokenURL, ClientID: "id", ClientCertificate: &ClientCertificate{
-		Certificate: writeFile(t, filepath.Join(dir, "crt"), certificatePEM(t, key)),
-		Key:         writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, key)),
+		Certificate: writeFile(t, filepath.Join(dir, "crt"), keytest.CertificatePEM(t, key)),
+		Key:         writeFile(t, filepath.Join(dir, "key"), keytest.PKCS8(t, key)),
 	}}
 	refusing := answering(http.StatusUnauthorized, `{"error":"invalid_client"}`)
 	asking := roundTripFunc(func(req *http.Request) (*http.Response, error) {

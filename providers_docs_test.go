@@ -21,6 +21,7 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
+	"github.com/outboundauth/caddy-outbound-auth/internal/keytest"
 )
 
 // documentedGrants are the token requests of docs/providers.md, in the order of
@@ -312,13 +313,13 @@ func providerBlocks(t *testing.T) (blocks []fencedBlock, headings []string) {
 func providerFiles(t *testing.T) (dir string, certificate []byte) {
 	t.Helper()
 	dir = t.TempDir()
-	key := testKeys["RSA"]()
-	keyPEM := pkcs8PEM(t, key)
-	certificate = certificateOf(t, key)
+	key := keytest.Keys["RSA"]()
+	keyPEM := keytest.PKCS8(t, key)
+	certificate = keytest.Certificate(t, key)
 	for name, content := range map[string][]byte{
 		"private_key.pem": keyPEM,
 		"client.key":      keyPEM,
-		"client.crt":      pemOf("CERTIFICATE", certificate),
+		"client.crt":      keytest.PEM("CERTIFICATE", certificate),
 		// As it is downloaded: client_id is a number, and not what is asked for.
 		"service_account.json": encode(t, map[string]string{
 			"type": "service_account", "project_id": "project", "private_key": string(keyPEM),
@@ -407,7 +408,7 @@ func TestProviderTokenRequests(t *testing.T) {
 					}
 					return
 				}
-				header, claims := verified(t, token, testKeys["RSA"]().Public(), p.header["alg"].(string))
+				header, claims := verified(t, token, keytest.Keys["RSA"]().Public(), p.header["alg"].(string))
 				want := maps.Clone(p.header)
 				if p.thumbprint {
 					sum := sha256.Sum256(certificate)

@@ -15,6 +15,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/keytest"
 )
 
 // clientSettings are what no client can do without.
@@ -275,9 +277,9 @@ func TestJSONIsCheckedLikeTheCaddyfile(t *testing.T) {
 // Caddy from loading another config: to open a pipe would never return.
 func TestFileThatIsNoneDoesNotHoldUpLoading(t *testing.T) {
 	dir := t.TempDir()
-	key := newKey(t)
-	certificate := writeFile(t, filepath.Join(dir, "crt"), certificatePEM(t, key))
-	keyFile := writeFile(t, filepath.Join(dir, "key"), pkcs8PEM(t, key))
+	key := keytest.New(t)
+	certificate := writeFile(t, filepath.Join(dir, "crt"), keytest.CertificatePEM(t, key))
+	keyFile := writeFile(t, filepath.Join(dir, "key"), keytest.PKCS8(t, key))
 	for name, file := range map[string]string{
 		"pipe": pipe(t, dir), "directory": dir, "endless": "/dev/zero", "too large": fileOfSize(t, dir, maxSecretFile+1),
 	} {

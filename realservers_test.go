@@ -16,6 +16,8 @@ import (
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 )
 
 // These servers behave as real ones were seen to.
@@ -101,7 +103,7 @@ func assertionClaims(form url.Values, secret string) map[string]any {
 	if _, err := signed.Verify([]byte(secret)); err != nil {
 		return nil
 	}
-	_, claims, _ := decodeJWT(form.Get("client_assertion"))
+	_, claims, _ := jwt.Decode(form.Get("client_assertion"))
 	return claims
 }
 

@@ -8,12 +8,12 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"regexp"
 	"strings"
 
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
+	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 )
 
 // resolved is what a token request needs of the settings that are read again
@@ -21,7 +21,7 @@ import (
 // reload. It lives no longer than a request.
 type resolved struct {
 	secret          string
-	key             *privateKey
+	key             *jwt.Key
 	keySource       []byte // of key
 	certificate     *tls.Certificate
 	assertion       string // of assertion_file
@@ -118,7 +118,7 @@ func (c *Credentials) resolveNow(certificates *clientcert.Cache) (r resolved, er
 
 // resolveKeys reads certificate and key. Provision calls it as well: what
 // can't be read, or does not fit, is found at load.
-func (c *Credentials) resolveKeys(repl *caddy.Replacer, certificates *clientcert.Cache) (certificate *tls.Certificate, key *privateKey, source []byte, err error) {
+func (c *Credentials) resolveKeys(repl *caddy.Replacer, certificates *clientcert.Cache) (certificate *tls.Certificate, key *jwt.Key, source []byte, err error) {
 	if c.ClientCertificate != nil {
 		if certificate, err = c.ClientCertificate.read(repl, certificates); err != nil {
 			return nil, nil, nil, err
@@ -134,22 +134,19 @@ func (c *Credentials) resolveKeys(repl *caddy.Replacer, certificates *clientcert
 	if source, err = readSource(repl, "private_key", template); err != nil {
 		return nil, nil, nil, err
 	}
-	if key, err = parsePrivateKey(source, c.SigningAlg, c.KeyID); err != nil {
+	if key, err = jwt.ParseKey(source, c.SigningAlg, c.KeyID); err != nil {
 		return nil, nil, nil, fmt.Errorf("private_key: %w", err)
 	}
-	if certificate != nil && key.thumbprint == "" {
-		_ = key.certify(certificate.Leaf) // it may well be for another key
+	if certificate != nil {
+		key.Certify(certificate.Leaf)
 	}
 	return certificate, key, source, nil
 }
 
-// jwt is how JWTs are written (RFC 7515 §7.1, RFC 7516 §7.1).
-var jwt = regexp.MustCompile(`^[\w-]+(\.[\w-]*){2}((\.[\w-]*){2})?$`)
-
 // readAssertion reads the file with a JWT; a placeholder may also hold the JWT.
 func readAssertion(repl *caddy.Replacer, template string) (string, error) {
 	value, err := resolveSecret(repl, "assertion_file", template)
-	if err != nil || (len(value) > 100 && jwt.MatchString(value)) { // no file name
+	if err != nil || (len(value) > 100 && jwt.Is(value)) { // no file name
 		return value, err
 	}
 	content, err := readSecretFile("assertion_file", value)
@@ -157,7 +154,7 @@ func readAssertion(repl *caddy.Replacer, template string) (string, error) {
 		return "", err
 	}
 	assertion := strings.TrimSpace(string(content))
-	if !jwt.MatchString(assertion) {
+	if !jwt.Is(assertion) {
 		return "", errors.New("assertion_file: the file holds no JWT")
 	}
 	return assertion, nil

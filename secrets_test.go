@@ -1,11 +1,17 @@
 package outboundauth
 
 import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rsa"
 	"encoding/base64"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
 	"math"
+	"math/big"
 	"net/http"
 	"net/url"
 	"os"
@@ -13,8 +19,13 @@ import (
 	"strings"
 	"testing"
 
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+
 	"github.com/caddyserver/caddy/v2"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
+	"github.com/outboundauth/caddy-outbound-auth/internal/keytest"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -380,4 +391,74 @@ func testKeyInTheTokenURL(t *testing.T, url string) {
 			t.Errorf("got the key in %s: %q", where, text)
 		}
 	}
+}
+
+func TestPrivateKeyIsNotPrinted(t *testing.T) {
+	for kind := range keytest.Keys {
+		t.Run(kind, func(t *testing.T) {
+			source := keytest.PKCS8(t, keytest.Keys[kind]())
+			key, err := jwt.ParseKey(source, "", "2024")
+			if err != nil {
+				t.Fatal(err)
+			}
+			r := resolved{
+				secret: canarySecret, key: key, keySource: source, assertion: canaryToken,
+				subject: canarySecret, claims: map[string]string{"a": canarySecret},
+				params: map[string]string{"a": canarySecret}, headers: map[string]string{"a": canarySecret},
+			}
+			for _, v := range []any{key, *key, r, &r, []*jwt.Key{key}, []resolved{r}, map[string]any{"a": key, "b": r}, struct{ Key any }{key}} {
+				for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%d", "%x", "%X", "%o"} {
+					wantNoKey(t, fmt.Sprintf("%s of a %T", verb, v), fmt.Sprintf(verb, v), keytest.Keys[kind]())
+				}
+				wantNoKey(t, fmt.Sprintf("a log entry with a %T", v), logged(t, v), keytest.Keys[kind]())
+			}
+		})
+	}
+}
+
+// logged returns what the encoders of zap make of a value.
+func logged(t *testing.T, v any) string {
+	t.Helper()
+	var text strings.Builder
+	for _, encoder := range []zapcore.Encoder{
+		zapcore.NewJSONEncoder(zap.NewProductionEncoderConfig()),
+		zapcore.NewConsoleEncoder(zap.NewDevelopmentEncoderConfig()),
+	} {
+		entry, err := encoder.EncodeEntry(zapcore.Entry{}, []zapcore.Field{zap.Any("v", v), zap.Reflect("w", v)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		text.WriteString(entry.String())
+	}
+	return text.String()
+}
+
+// wantNoKey fails the test if a text holds key material, or a secret.
+func wantNoKey(t *testing.T, where, text string, key crypto.Signer) {
+	t.Helper()
+	var secret []byte
+	switch key := key.(type) {
+	case *rsa.PrivateKey:
+		secret = key.D.Bytes()
+	case *ecdsa.PrivateKey:
+		secret, _ = key.Bytes()
+	case ed25519.PrivateKey:
+		secret = key.Seed()
+	}
+	if len(secret) < 32 {
+		t.Fatalf("got a secret of %d bytes, want one to look for", len(secret))
+	}
+	start := secret[4:12]
+	bytesOf := fmt.Sprintf("%d", start)
+	for _, form := range []string{
+		bytesOf[1 : len(bytesOf)-1], string(start), hex.EncodeToString(start), strings.ToUpper(hex.EncodeToString(start)),
+		fmt.Sprintf("%#v", start)[len("[]byte{"):40], new(big.Int).SetBytes(secret).String()[:12],
+		base64.StdEncoding.EncodeToString(secret)[8:16],
+	} {
+		if strings.Contains(text, form) {
+			t.Errorf("%s: got %.200q, which holds the key", where, text)
+			return
+		}
+	}
+	wantNoCanaryIn(t, text)
 }

@@ -26,6 +26,7 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -248,7 +249,7 @@ func (c *upstreamClient) report() tokenReport {
 	r.Lifetime = t.expires.Sub(g.issued).Round(time.Second).Seconds()
 	r.Expires, r.Renewal = &t.expires, &t.refreshAt
 	r.Token, r.length = t.value, len(t.value)
-	r.Header, r.Claims, _ = decodeJWT(t.value)
+	r.Header, r.Claims, _ = jwt.Decode(t.value)
 	return r
 }
 

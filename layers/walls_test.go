@@ -10,16 +10,16 @@ import (
 )
 
 // TestWalls checks what lies behind walls, in internal/: each room is on the map,
-// and knows neither Caddy nor the files above, not by way of others either.
+// and knows neither Caddy nor the files above, not by way of others either. What
+// only tests share is in no program.
 func TestWalls(t *testing.T) {
-	const module = "github.com/outboundauth/caddy-outbound-auth"
+	const module, tests = "github.com/outboundauth/caddy-outbound-auth", "/internal/keytest"
 	contributing, err := os.ReadFile("../CONTRIBUTING.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	rooms, err := packages.Load(&packages.Config{
-		Dir: "..", Mode: packages.NeedName | packages.NeedImports | packages.NeedDeps,
-	}, "./internal/...")
+	config := &packages.Config{Dir: "..", Mode: packages.NeedName | packages.NeedImports | packages.NeedDeps}
+	rooms, err := packages.Load(config, "./internal/...")
 	if err != nil || len(rooms) == 0 {
 		t.Fatalf("got no rooms (%v), want some", err)
 	}
@@ -34,4 +34,13 @@ func TestWalls(t *testing.T) {
 			}
 		})
 	}
+	programs, err := packages.Load(config, "./cmd/...")
+	if err != nil || len(programs) == 0 {
+		t.Fatalf("got no programs (%v), want some", err)
+	}
+	packages.Visit(programs, nil, func(p *packages.Package) {
+		if p.PkgPath == module+tests {
+			t.Errorf("%s: is part of the program, want it in tests only", p.PkgPath)
+		}
+	})
 }

@@ -1,6 +1,6 @@
 // The keys that sign JWTs.
 
-package outboundauth
+package jwt
 
 import (
 	"bytes"
@@ -23,11 +23,18 @@ import (
 	"github.com/go-jose/go-jose/v4"
 )
 
+// Algorithms are those that sign: client_secret_jwt and private_key_jwt may use
+// them (RFC 7518 §3.1, RFC 8037).
+var Algorithms = []string{
+	"RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
+	"ES256", "ES384", "ES512", "EdDSA", "HS256", "HS384", "HS512",
+}
+
 // minRSABits is the size below which RFC 7518 §3.3 forbids to sign.
 const minRSABits = 2048
 
-// A privateKey signs JWTs.
-type privateKey struct {
+// A Key signs JWTs.
+type Key struct {
 	key        any // a crypto.Signer, or a []byte for HS*
 	alg        jose.SignatureAlgorithm
 	id         string // kid; may be empty
@@ -35,11 +42,17 @@ type privateKey struct {
 }
 
 // Format keeps the key out of everything that prints values.
-func (privateKey) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("private key")) }
+func (Key) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("private key")) }
 
-// parsePrivateKey reads a key in PEM or as a JWK. No error quotes it. alg and
+// SecretKey returns a client's secret as a key. alg is what is configured, or
+// empty.
+func SecretKey(secret, alg string) *Key {
+	return &Key{key: []byte(secret), alg: jose.SignatureAlgorithm(cmp.Or(alg, string(jose.HS256)))}
+}
+
+// ParseKey reads a private key in PEM or as a JWK. No error quotes it. alg and
 // id are what is configured, or empty.
-func parsePrivateKey(source []byte, alg, id string) (*privateKey, error) {
+func ParseKey(source []byte, alg, id string) (*Key, error) {
 	// The key files of Google's service accounts are JSON around PEM.
 	var account struct {
 		PrivateKey string `json:"private_key"`
@@ -48,7 +61,7 @@ func parsePrivateKey(source []byte, alg, id string) (*privateKey, error) {
 	if json.Unmarshal(source, &account) == nil && account.PrivateKey != "" {
 		source, id = []byte(account.PrivateKey), cmp.Or(id, account.ID)
 	}
-	k := &privateKey{alg: jose.SignatureAlgorithm(alg), id: id}
+	k := &Key{alg: jose.SignatureAlgorithm(alg), id: id}
 	var certificates []*x509.Certificate
 	if source = bytes.TrimSpace(source); bytes.HasPrefix(source, []byte("{")) {
 		var set struct{ Keys []json.RawMessage }
@@ -65,7 +78,7 @@ func parsePrivateKey(source []byte, alg, id string) (*privateKey, error) {
 		if jwk.Algorithm == "Ed25519" { // RFC 9864, the same under a name of its own
 			jwk.Algorithm = string(jose.EdDSA)
 		}
-		if jwk.Algorithm != "" && !slices.Contains(signingAlgs, jwk.Algorithm) {
+		if jwk.Algorithm != "" && !slices.Contains(Algorithms, jwk.Algorithm) {
 			return nil, errors.New("is a JWK whose alg is none that signs: remove it, or set it to the signing_alg")
 		}
 		if alg != "" && jwk.Algorithm != "" && alg != jwk.Algorithm {
@@ -153,8 +166,15 @@ func parseDER(block *pem.Block) (key any, err error) {
 	return key, nil
 }
 
-// certify notes the certificate of the key, which some servers know it by.
-func (k *privateKey) certify(certificate *x509.Certificate) error {
+// Certify notes the certificate that some servers know the key by, unless one is
+// noted already. One that is for another key changes nothing.
+func (k *Key) Certify(certificate *x509.Certificate) {
+	if k.thumbprint == "" {
+		_ = k.certify(certificate)
+	}
+}
+
+func (k *Key) certify(certificate *x509.Certificate) error {
 	if !belongs(certificate, k.key) {
 		return errors.New("the certificate beside it is for another key")
 	}
@@ -163,7 +183,7 @@ func (k *privateKey) certify(certificate *x509.Certificate) error {
 	return nil
 }
 
-// belongs tells whether a certificate is for a private key.
+// belongs reports whether a certificate is for a private key.
 func belongs(certificate *x509.Certificate, key any) bool {
 	signer, ok := key.(crypto.Signer)
 	if !ok {
@@ -175,7 +195,7 @@ func belongs(certificate *x509.Certificate, key any) bool {
 
 // fit derives the algorithm from the key if none is set, or tells that the one
 // which is set does not fit.
-func (k *privateKey) fit() error {
+func (k *Key) fit() error {
 	var fitting []jose.SignatureAlgorithm
 	kind := ""
 	switch key := k.key.(type) {
