@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
+
 	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
 	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"

@@ -18,7 +18,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/outboundauth/caddy-outbound-auth/internal/replay/replaytest"
+	"github.com/outboundauth/caddy-outbound-auth/internal/replaytest"
 )
 
 // theSource is the only token source of the running config.

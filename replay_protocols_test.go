@@ -16,7 +16,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/outboundauth/caddy-outbound-auth/internal/replay/replaytest"
+	"github.com/outboundauth/caddy-outbound-auth/internal/replaytest"
 )
 
 // newBothUpstream starts an upstream that speaks HTTP/1.1 and HTTP/2.

@@ -9,7 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/outboundauth/caddy-outbound-auth/internal/replay/replaytest"
+	"github.com/outboundauth/caddy-outbound-auth/internal/replaytest"
 )
 
 // A body that is too large to be recorded waits until the upstream wants it.

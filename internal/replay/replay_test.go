@@ -13,7 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/outboundauth/caddy-outbound-auth/internal/replay/replaytest"
+	"github.com/outboundauth/caddy-outbound-auth/internal/replaytest"
 )
 
 func readN(t *testing.T, r io.Reader, n int) []byte {
@@ -291,7 +291,7 @@ func TestSlowCloseHoldsNothingUp(t *testing.T) {
 			go func() { b.Commit(t.Context()); close(committed) }()
 			select {
 			case <-committed:
-			case <-time.After(patience):
+			case <-time.After(10 * time.Second):
 				t.Error("got RoundTrip waiting for the client, want that it returns")
 			}
 			close(client)
