@@ -5,7 +5,6 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 )
@@ -20,9 +19,6 @@ const (
 	// chaosSlack is what a busy machine may add to a wait.
 	chaosSlack = time.Second
 )
-
-// ports is held while a cell looks for free ports and takes them.
-var ports sync.Mutex
 
 // moment is a point in a token's life at which a fault begins. With
 // refresh_before set to half of it, the renewal is due exactly at half time,
@@ -71,11 +67,6 @@ type cellResult struct {
 // run has the fault begin and end under load, and checks what must hold.
 func (c cell) run(t *testing.T, as *authServer) *cellResult {
 	oauth := basicClient(t)
-	// The ports that a gateway is to listen on are free for the taking until
-	// it does.
-	ports.Lock()
-	unlock := sync.OnceFunc(ports.Unlock)
-	defer unlock()
 	inj := newInjector(t, as, c.fault.https)
 	u := newUpstream(t, as, oauth)
 	addr := u.serve(t)
@@ -84,7 +75,6 @@ func (c cell) run(t *testing.T, as *authServer) *cellResult {
 		began = inj.begin(t, c.fault)
 	}
 	gw := startChaosGateway(t, inj, addr, oauth, "refresh_before "+(c.moment.life/2).String())
-	unlock()
 	l := &steadyLoad{url: gw.url, rate: chaosRate}
 	l.start()
 	zero := time.Now()

@@ -29,14 +29,12 @@ func reloadStorm(t *testing.T) *eventResult {
 	began := time.Now()
 	for n := range reloads {
 		time.Sleep(time.Until(began.Add(time.Duration(n) * 200 * time.Millisecond)))
-		gw.load(t, fmt.Sprintf("header X-Generation %d\n%s", n+1, chaosSite(inj, to, oauth)))
+		gw.load(t, generation(n+1, chaosSite(inj, to, oauth)))
 	}
 	took := time.Since(began)
 	time.Sleep(time.Second)
 	all := l.stop()
-	if got, want := gw.get(t, "/", 200).Header.Get("X-Generation"), fmt.Sprint(reloads); got != want {
-		t.Errorf("X-Generation: got %q, want %q", got, want)
-	}
+	gw.wantGeneration(t, reloads)
 	wantHealthy(t, gw)
 	gw.stop()
 
@@ -65,6 +63,7 @@ func (gw *gateway) load(t *testing.T, site string) {
 	req := newRequest(t, http.MethodPost, "http://"+gw.admin+"/load", bytes.NewReader(config))
 	req.Header.Set("Content-Type", "text/caddyfile")
 	req.Close = true // the admin API restarts too
+	logged := gw.output.size()
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
 		t.Fatal(err)
@@ -73,6 +72,7 @@ func (gw *gateway) load(t *testing.T, site string) {
 	if answer, _ := io.ReadAll(resp.Body); resp.StatusCode != http.StatusOK {
 		t.Fatalf("POST /load: got %s %s, want 200", resp.Status, answer)
 	}
+	gw.awaitAdmin(t, logged)
 }
 
 // clockJump has the server say that tokens live for an hour, of which they

@@ -386,7 +386,7 @@ func TestTokenCommand(t *testing.T) {
 
 	t.Run("one of two upstreams", func(t *testing.T) {
 		nobody := client{ID: "nobody", Method: "client_secret_basic"}
-		other := freePorts(t, 1)[0]
+		other := heldAddress(t)
 		bad := route{client: nobody, to: other, settings: []string{as.tokenURL(), "client_secret {env.E2E_SECRET}"}}
 		both := fmt.Sprintf("handle /good {\n%s}\nhandle {\n%s}\n", good, bad)
 		if got := gw.oauth2Token(t, both, "--upstream", addr); got.exit != 0 {

@@ -75,7 +75,7 @@ func TestDiscoveryIsLazy(t *testing.T) {
 	c := basicClient(t)
 	u := newUpstream(t, as, c)
 	r := route{client: c, to: u.serve(t), settings: []string{
-		"issuer http://" + freePorts(t, 1)[0], "client_secret {env.E2E_SECRET}",
+		"issuer http://" + heldAddress(t), "client_secret {env.E2E_SECRET}",
 	}}
 	gw := startRoutes(t, []route{r}, "E2E_SECRET="+c.Secret)
 	gw.get(t, routePath(0), 503)

@@ -8,10 +8,8 @@ import (
 	"log"
 	"net"
 	"net/http"
-	"net/netip"
 	"slices"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -28,8 +26,6 @@ type injector struct {
 	addr   string
 	server *http.Server
 	certs  [2]tls.Certificate // good and untrusted
-
-	release func() // gives up the reserved port; for heal
 
 	mu        sync.Mutex // guards all below
 	backend   string     // URL of the authorization server
@@ -51,18 +47,16 @@ func newInjector(t *testing.T, as *authServer, https bool) *injector {
 		Handler:  inj,
 		ErrorLog: log.New(io.Discard, "", 0), // it would complain of its own faults
 	}
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	inj.addr = l.Addr().String()
+	// It is held while nobody listens there, too: otherwise the next test to look
+	// for a free port would be given it, and answer the gateway.
+	inj.addr = heldAddress(t)
 	inj.url = "http://" + inj.addr
 	if https {
 		inj.url = "https://" + inj.addr
 		inj.certs[0], inj.trust = newCertificate(t)
 		inj.certs[1], _ = newCertificate(t)
 	}
-	inj.serve(l)
+	inj.serve(t)
 	t.Cleanup(func() {
 		inj.server.Close()
 		inj.closeConns()
@@ -70,8 +64,13 @@ func newInjector(t *testing.T, as *authServer, https bool) *injector {
 	return inj
 }
 
-// serve accepts connections in the background until l is closed.
-func (inj *injector) serve(l net.Listener) {
+// serve accepts connections in the background until its listener is closed.
+func (inj *injector) serve(t *testing.T) {
+	t.Helper()
+	l, err := net.Listen("tcp", inj.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
 	inj.mu.Lock()
 	inj.listener = l
 	inj.mu.Unlock()
@@ -112,7 +111,6 @@ func (inj *injector) begin(t *testing.T, f *fault) time.Time {
 	inj.mu.Unlock()
 	if f.refuse {
 		l.Close()
-		inj.reserve(t)
 	}
 	if f.belowHTTP() {
 		inj.closeConns()
@@ -129,42 +127,9 @@ func (inj *injector) heal(t *testing.T) time.Time {
 	inj.fault = nil
 	inj.mu.Unlock()
 	if f.refuse {
-		inj.release()
-		var l net.Listener
-		eventually(t, 10*time.Second, "the injector's port is free", func() bool {
-			var err error
-			l, err = net.Listen("tcp", inj.addr)
-			return err == nil
-		})
-		inj.serve(l)
+		inj.serve(t)
 	}
 	return time.Now()
-}
-
-// reserve keeps the port while nobody listens on it: otherwise the next test
-// to look for a free one would be given it, and answer the gateway.
-func (inj *injector) reserve(t *testing.T) {
-	t.Helper()
-	syscall.ForkLock.RLock()
-	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
-	if err == nil {
-		syscall.CloseOnExec(fd)
-	}
-	syscall.ForkLock.RUnlock()
-	if err != nil {
-		t.Fatal(err)
-	}
-	inj.release = sync.OnceFunc(func() { syscall.Close(fd) })
-	t.Cleanup(inj.release)
-
-	// The connections that were just closed don't count against it.
-	if err := syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1); err != nil {
-		t.Fatal(err)
-	}
-	port := netip.MustParseAddrPort(inj.addr).Port()
-	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Port: int(port), Addr: [4]byte{127, 0, 0, 1}}); err != nil {
-		t.Fatalf("reserving %s: %v", inj.addr, err)
-	}
 }
 
 // redirect has another authorization server answer from now on.

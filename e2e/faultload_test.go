@@ -19,6 +19,7 @@ type steadyLoad struct {
 	resend bool
 
 	client   *http.Client
+	again    *http.Client // for what is sent again
 	stopped  chan struct{}
 	done     chan struct{} // the last request has been sent
 	inFlight sync.WaitGroup
@@ -50,6 +51,7 @@ func (l *steadyLoad) start() {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxIdleConnsPerHost = 4 * l.rate
 	l.client = &http.Client{Transport: transport, Timeout: 15 * time.Second}
+	l.again = resender(l.client)
 	l.stopped, l.done = make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(l.done)
@@ -78,10 +80,10 @@ func (l *steadyLoad) stop() outcomes {
 
 // request makes the n-th request; every other one has a body.
 func (l *steadyLoad) request(n int, due time.Time) {
-	o := l.send(n)
+	o := l.send(l.client, n)
 	for l.resend && o.status == 0 && o.resent < 3 {
 		resent := o.resent + 1
-		o = l.send(n)
+		o = l.send(l.again, n)
 		o.resent = resent
 	}
 	o.due, o.took = due, time.Since(due)
@@ -90,7 +92,7 @@ func (l *steadyLoad) request(n int, due time.Time) {
 	l.outcomes = append(l.outcomes, o)
 }
 
-func (l *steadyLoad) send(n int) outcome {
+func (l *steadyLoad) send(client *http.Client, n int) outcome {
 	method, body := http.MethodGet, ""
 	if n%2 == 1 {
 		method, body = http.MethodPost, fmt.Sprintf(`{"n":%d}`, n)
@@ -99,7 +101,7 @@ func (l *steadyLoad) send(n int) outcome {
 	if err != nil {
 		return outcome{err: err}
 	}
-	resp, err := l.client.Do(req)
+	resp, err := client.Do(req)
 	if err != nil {
 		return outcome{err: err}
 	}

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -79,15 +80,16 @@ func startProxy(t *testing.T, p proxy) *gateway {
 // startGateway starts a gateway and waits until it listens.
 func startGateway(t *testing.T, cfg gatewayConfig) *gateway {
 	t.Helper()
-	addrs := freePorts(t, 2)
+	addr := heldAddress(t)
 	scheme, options := "http", "auto_https off"
 	if cfg.https {
 		// The CA is this gateway's own, and the machine isn't to trust it.
+		addr = heldHTTP3Address(t)
 		scheme, options = "https", "auto_https disable_redirects\n\tlocal_certs\n\tskip_install_trust"
 	}
 	gw := &gateway{
-		url:     scheme + "://" + addrs[0],
-		admin:   addrs[1],
+		url:     scheme + "://" + addr,
+		admin:   heldAddress(t),
 		dir:     t.TempDir(),
 		options: options + "\n\t" + cfg.options,
 	}
@@ -102,9 +104,9 @@ func startGateway(t *testing.T, cfg gatewayConfig) *gateway {
 	})
 
 	// Caddy starts the admin API first, and the site last.
-	dial := func() (io.Closer, error) { return net.Dial("tcp", addrs[0]) }
+	dial := func() (io.Closer, error) { return net.Dial("tcp", addr) }
 	if cfg.https {
-		dial = func() (io.Closer, error) { return gw.dialTLS(addrs[0]) }
+		dial = func() (io.Closer, error) { return gw.dialTLS(addr) }
 	}
 	deadline := time.Now().Add(startTimeout)
 	for {
@@ -152,8 +154,45 @@ func (gw *gateway) tlsConfig() (*tls.Config, error) {
 func (gw *gateway) reload(t *testing.T, site string) {
 	t.Helper()
 	cmd := gw.command("reload", gw.writeCaddyfile(t, site), "--address", gw.admin)
+	logged := gw.output.size()
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("caddy reload: %v\n%s", err, out)
+	}
+	gw.awaitAdmin(t, logged)
+}
+
+// awaitAdmin waits for the end of the old config's admin API, which outlives the
+// reload a little: it would reset the connection of the next. logged is how much
+// the gateway had logged before the reload.
+func (gw *gateway) awaitAdmin(t *testing.T, logged int) {
+	t.Helper()
+	await(t, "end of the old config's admin API", func() bool {
+		return strings.Contains(gw.output.since(logged), "stopped previous server")
+	})
+}
+
+// generation is a site that tells which it is, at /generation without anything
+// else.
+func generation(n int, site string) string {
+	return fmt.Sprintf("header X-Generation %d\nrespond /generation ok\n%s", n, site)
+}
+
+// wantGeneration fails the test unless this generation of the site is the one
+// that answers. The one before may do so for a moment longer.
+func (gw *gateway) wantGeneration(t *testing.T, n int) {
+	t.Helper()
+	answers := func(path string) bool {
+		resp, err := http.Get(gw.url + path)
+		if err != nil {
+			return false
+		}
+		defer resp.Body.Close()
+		_, err = io.Copy(io.Discard, resp.Body)
+		return err == nil && resp.StatusCode == http.StatusOK && resp.Header.Get("X-Generation") == strconv.Itoa(n)
+	}
+	await(t, fmt.Sprintf("answer of generation %d", n), func() bool { return answers("/generation") })
+	if !answers("/") {
+		t.Errorf("got no good answer of generation %d at the upstream, want one", n)
 	}
 }
 

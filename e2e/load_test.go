@@ -40,6 +40,7 @@ func (l load) run() loadResult {
 	transport.MaxIdleConnsPerHost = l.rate
 	httpClient := &http.Client{Transport: transport, Timeout: 30 * time.Second}
 	defer transport.CloseIdleConnections()
+	again := resender(httpClient)
 
 	var (
 		result   loadResult
@@ -56,7 +57,7 @@ func (l load) run() loadResult {
 			err := l.send(httpClient, n)
 			resent := 0
 			for l.resend && resent < 3 && errors.Is(err, errNoAnswer) {
-				err = l.send(httpClient, n)
+				err = l.send(again, n)
 				resent++
 			}
 			took := time.Since(start.Add(due))
@@ -72,6 +73,15 @@ func (l load) run() loadResult {
 	inFlight.Wait()
 	slices.Sort(result.latencies)
 	return result
+}
+
+// resender returns a client for what is sent again. It uses no connection twice: a
+// server that shuts down has closed all that were idle, and the other client may
+// take several of them in a row before it notices.
+func resender(c *http.Client) *http.Client {
+	transport := c.Transport.(*http.Transport).Clone()
+	transport.DisableKeepAlives = true
+	return &http.Client{Transport: transport, Timeout: c.Timeout}
 }
 
 // errNoAnswer is a connection that ended before the response began.

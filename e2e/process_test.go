@@ -2,7 +2,6 @@ package e2e
 
 import (
 	"bytes"
-	"net"
 	"os/exec"
 	"sync"
 	"syscall"
@@ -84,23 +83,20 @@ func (o *output) String() string {
 	return o.buf.String()
 }
 
+func (o *output) size() int {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.Len()
+}
+
+// since returns what was written after the first n bytes.
+func (o *output) since(n int) string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return string(o.buf.Bytes()[n:])
+}
+
 func (o *output) tail(n int) string {
 	s := o.String()
 	return s[max(0, len(s)-n):]
-}
-
-// freePorts returns n loopback addresses that nobody listens on. They are
-// chosen together, so that they differ.
-func freePorts(t *testing.T, n int) []string {
-	t.Helper()
-	addrs := make([]string, n)
-	for i := range addrs {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		addrs[i] = l.Addr().String()
-	}
-	return addrs
 }

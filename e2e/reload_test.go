@@ -1,7 +1,6 @@
 package e2e
 
 import (
-	"fmt"
 	"testing"
 	"time"
 )
@@ -28,14 +27,11 @@ func TestReloadUnderLoad(t *testing.T) {
 	}()
 	for n := range reloads {
 		time.Sleep(time.Second)
-		gw.reload(t, fmt.Sprintf("header X-Generation %d\n%s", n+1, p))
+		gw.reload(t, generation(n+1, p.String()))
 	}
 	<-done
 	// The last config is the one that answers: none of them was ignored.
-	resp := gw.get(t, "/", 200)
-	if got, want := resp.Header.Get("X-Generation"), fmt.Sprint(reloads); got != want {
-		t.Errorf("X-Generation = %q, want %q", got, want)
-	}
+	gw.wantGeneration(t, reloads)
 
 	tokens := as.tokenRequests(t)
 	t.Logf("%v; %v; %d token requests", result, u, tokens)
