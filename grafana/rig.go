@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"io"
 	"maps"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -15,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/prometheus/client_golang/api"
@@ -44,6 +44,7 @@ type Rig struct {
 	upstreams map[string]*upstream
 	servers   []*httptest.Server
 	processes []*process
+	held      []int // sockets
 	url       string
 	traffic   sync.WaitGroup
 	end       context.CancelFunc
@@ -67,9 +68,11 @@ func Start(ctx context.Context, dir, rules string, clients ...Client) (_ *Rig, e
 			r.Stop()
 		}
 	}()
-	addresses, err := freeAddresses(3)
-	if err != nil {
-		return nil, err
+	var addresses [3]string
+	for i := range addresses {
+		if addresses[i], err = r.holdAddress(); err != nil {
+			return nil, err
+		}
 	}
 	site, admin, prometheus := addresses[0], addresses[1], addresses[2]
 	r.url, r.MetricsURL = "http://"+site, "http://"+admin+"/metrics"
@@ -99,6 +102,9 @@ func (r *Rig) Stop() {
 	for _, s := range r.servers {
 		s.CloseClientConnections()
 		s.Close()
+	}
+	for _, fd := range r.held {
+		_ = syscall.Close(fd)
 	}
 }
 
@@ -195,19 +201,32 @@ func lookPath(program string) (string, error) {
 	return path, nil
 }
 
-// freeAddresses returns loopback addresses where nobody listens. They are chosen
-// together, so that they differ.
-func freeAddresses(n int) ([]string, error) {
-	addresses := make([]string, n)
-	for i := range addresses {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			return nil, err
-		}
-		defer l.Close()
-		addresses[i] = l.Addr().String()
+// holdAddress returns a loopback address that stays the rig's until it stops: a
+// socket is bound to it, so that it is given to no other listener and to no
+// outgoing connection. Caddy and Prometheus can listen there, since Go sets this
+// option as well.
+func (r *Rig) holdAddress() (string, error) {
+	syscall.ForkLock.RLock()
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
+	if err == nil {
+		syscall.CloseOnExec(fd)
 	}
-	return addresses, nil
+	syscall.ForkLock.RUnlock()
+	if err != nil {
+		return "", err
+	}
+	r.held = append(r.held, fd)
+	if err := syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1); err != nil {
+		return "", err
+	}
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		return "", err
+	}
+	bound, err := syscall.Getsockname(fd)
+	if err != nil {
+		return "", err
+	}
+	return fmt.Sprintf("127.0.0.1:%d", bound.(*syscall.SockaddrInet4).Port), nil
 }
 
 // send sends the requests for a client, and counts how they are answered.

@@ -96,13 +96,16 @@ func TestImage(t *testing.T) {
 
 	t.Run("serves the demonstration", func(t *testing.T) {
 		caddyfile := readFile(t, "../../example.Caddyfile")
-		ports := freePorts(t, 5)
-		for i, port := range []string{"8080", "9400", "9401", "9402", "9403"} {
-			caddyfile = replace(t, caddyfile, port, ports[i])
+		gateway := heldPort(t)
+		ports := []string{"8080", gateway}
+		for _, port := range []string{"9400", "9401", "9402", "9403"} {
+			ports = append(ports, port, heldPort(t))
 		}
+		// All at once: one of the new ports may have another's digits in it.
+		caddyfile = replace(t, caddyfile, ports...)
 		caddy := b.serve(t, caddyfile, slices.Concat(config.Entrypoint, config.Cmd))
 
-		status, body := caddy.get(t, http.DefaultClient, "http://127.0.0.1:"+ports[0]+"/orders/42")
+		status, body := caddy.get(t, http.DefaultClient, "http://127.0.0.1:"+gateway+"/orders/42")
 		if want := "Authorization: Bearer orders."; status != http.StatusOK || !strings.Contains(body, want) {
 			t.Errorf("got status %d, body %q, want 200 and %q", status, body, want)
 		}
@@ -111,8 +114,8 @@ func TestImage(t *testing.T) {
 
 	// Its own CA is the first thing that Caddy writes to its data.
 	t.Run("keeps its data", func(t *testing.T) {
-		port := freePorts(t, 1)[0]
-		caddy := b.serve(t, fmt.Sprintf("{\n\tadmin off\n\tskip_install_trust\n\tauto_https disable_redirects\n}\n"+
+		port := heldPort(t) // for TCP, so without HTTP/3
+		caddy := b.serve(t, fmt.Sprintf("{\n\tadmin off\n\tskip_install_trust\n\tauto_https disable_redirects\n\tservers {\n\t\tprotocols h1 h2\n\t}\n}\n"+
 			"https://localhost:%s {\n\tbind 127.0.0.1\n\ttls internal\n\trespond kept\n}\n", port),
 			slices.Concat(config.Entrypoint, config.Cmd))
 		transport := &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}}

@@ -216,10 +216,10 @@ func TestKubernetesCaddyfilesWork(t *testing.T) {
 			}
 
 			// There is nothing behind this gateway, and it is ready all the same.
-			ports := freePorts(t, 2)
-			caddyfile = replace(t, caddyfile, ":8080 {", "http://127.0.0.1:"+ports[0]+" {")
+			gateway := "http://127.0.0.1:" + heldPort(t)
+			caddyfile = replace(t, caddyfile, ":8080 {", gateway+" {\n\tbind 127.0.0.1")
 			caddyfile = replace(t, caddyfile, "shutdown_delay 5s", "admin off")
-			caddyfile = replace(t, caddyfile, "https://auth.example.com", "http://127.0.0.1:"+ports[1])
+			caddyfile = replace(t, caddyfile, "https://auth.example.com", "http://127.0.0.1:"+heldPort(t))
 			cmd := exec.Command(caddyBinary, "run", "--config", writeFile(t, filepath.Join(t.TempDir(), "Caddyfile"), caddyfile))
 			cmd.Env = append(os.Environ(), "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir)
 			caddy := start(t, cmd)
@@ -227,7 +227,7 @@ func TestKubernetesCaddyfilesWork(t *testing.T) {
 				c.ReadinessProbe.HTTPGet.Path: http.StatusOK,
 				"/orders":                     http.StatusServiceUnavailable,
 			} {
-				if status, _ := caddy.get(t, http.DefaultClient, "http://127.0.0.1:"+ports[0]+path); status != want {
+				if status, _ := caddy.get(t, http.DefaultClient, gateway+path); status != want {
 					t.Errorf("got status %d from %s, want %d", status, path, want)
 				}
 			}

@@ -4,12 +4,12 @@ import (
 	"bytes"
 	"context"
 	"fmt"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
@@ -76,13 +76,15 @@ func writeFile(t *testing.T, path, content string) string {
 	return path
 }
 
-// replace replaces a text, which must be there.
-func replace(t *testing.T, text, from, to string) string {
+// replace replaces texts, which must be there: pairs of old and new.
+func replace(t *testing.T, text string, pairs ...string) string {
 	t.Helper()
-	if !strings.Contains(text, from) {
-		t.Fatalf("got\n%s\nwant %q in it", text, from)
+	for i := 0; i < len(pairs); i += 2 {
+		if !strings.Contains(text, pairs[i]) {
+			t.Fatalf("got\n%s\nwant %q in it", text, pairs[i])
+		}
 	}
-	return strings.ReplaceAll(text, from, to)
+	return strings.NewReplacer(pairs...).Replace(text)
 }
 
 // checkCaddyfile checks that Caddy loads a Caddyfile and that `caddy fmt` leaves
@@ -189,18 +191,32 @@ func (p *program) get(t *testing.T, client *http.Client, url string) (status int
 	}
 }
 
-// freePorts returns n ports of the loopback interface that nobody listens on.
-// They are chosen together, so that they differ.
-func freePorts(t *testing.T, n int) []string {
+// heldPort is a port of 127.0.0.1 where nobody listens unless the test has
+// somebody do so: a socket is bound to it until the test ends, so that it is given
+// to no other listener and to no outgoing connection, and connections to it are
+// refused. Caddy can listen there, also as another user, since Go sets this option
+// as well.
+func heldPort(t *testing.T) string {
 	t.Helper()
-	ports := make([]string, n)
-	for i := range ports {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		_, ports[i], _ = net.SplitHostPort(l.Addr().String())
+	syscall.ForkLock.RLock()
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
+	if err == nil {
+		syscall.CloseOnExec(fd)
 	}
-	return ports
+	syscall.ForkLock.RUnlock()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Close(fd) })
+	if err := syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}); err != nil {
+		t.Fatal(err)
+	}
+	bound, err := syscall.Getsockname(fd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return strconv.Itoa(bound.(*syscall.SockaddrInet4).Port)
 }
