@@ -5,6 +5,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 )
@@ -64,6 +65,10 @@ type cellResult struct {
 	failed   []failedFetch
 }
 
+// starting is held while a cell starts its gateway: when all do so at once, the
+// first tokens have aged too much by the time that the gateways are ready.
+var starting sync.Mutex
+
 // run has the fault begin and end under load, and checks what must hold.
 func (c cell) run(t *testing.T, as *authServer) *cellResult {
 	oauth := basicClient(t)
@@ -74,7 +79,11 @@ func (c cell) run(t *testing.T, as *authServer) *cellResult {
 	if c.moment.cold {
 		began = inj.begin(t, c.fault)
 	}
-	gw := startChaosGateway(t, inj, addr, oauth, "refresh_before "+(c.moment.life/2).String())
+	gw := func() *gateway {
+		starting.Lock()
+		defer starting.Unlock()
+		return startChaosGateway(t, inj, addr, oauth, "refresh_before "+(c.moment.life/2).String())
+	}()
 	l := &steadyLoad{url: gw.url, rate: chaosRate}
 	l.start()
 	zero := time.Now()
