@@ -142,7 +142,9 @@ func dialThroughReload(ctx context.Context, network, address string) (net.Conn, 
 	}
 }
 
-// config is the gateway's Caddyfile, as JSON.
+// config is the gateway's Caddyfile, as JSON. The period of grace is longer than
+// the 5 s that net/http waits for connections which nobody has used yet: when it
+// ends before, that is an error in the log.
 func (g *gateway) config(site string) []byte {
 	g.t.Helper()
 	_, port, _ := net.SplitHostPort(g.addr)
@@ -150,7 +152,7 @@ func (g *gateway) config(site string) []byte {
 	auto_https off
 	admin $ADMIN
 	persist_config off
-	grace_period 1s
+	grace_period 10s
 	storage file_system $DIR/storage
 	log {
 		level DEBUG

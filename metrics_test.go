@@ -225,21 +225,24 @@ func TestMetricsTellResultsOfTokenRequestsApart(t *testing.T) {
 			if _, _, err := source.Token(t.Context()); err == nil {
 				t.Fatal("got a token, want the error")
 			}
-			got := g.scrape().of(name)
-			results := 0.0
-			for series, value := range got {
-				if result, ok := strings.CutPrefix(series, "token_requests_total{result="); ok && result != `"ok"}` {
-					results += value
+			var got series
+			only := func() bool {
+				got = g.scrape().of(name)
+				results := 0.0
+				for series, value := range got {
+					if result, ok := strings.CutPrefix(series, "token_requests_total{result="); ok && result != `"ok"}` {
+						results += value
+					}
 				}
+				count := got[fmt.Sprintf("token_requests_total{result=%q}", test.result)]
+				durations := count
+				if test.result == codeConfiguration { // no server was asked
+					durations = 0
+				}
+				return count > 0 && results == count && got["token_request_duration_seconds_count"] == durations
 			}
-			count := got[fmt.Sprintf("token_requests_total{result=%q}", test.result)]
-			durations := count
-			if test.result == codeConfiguration { // no server was asked
-				durations = 0
-			}
-			if count == 0 || results != count || got["token_request_duration_seconds_count"] != durations {
-				t.Errorf("got %v, want %s only", got, test.result)
-			}
+			// Another try may end while the metrics are read, one after the other.
+			eventually(t, only, "%s only", test.result)
 			got.want(t, series{`token_requests_total{result="ok"}`: 0})
 		})
 	}

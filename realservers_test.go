@@ -224,12 +224,16 @@ func TestServerThatSaysOneSecondLess(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var mu sync.Mutex
 		until := make(map[string]time.Time)
-		server := formServer(func(w http.ResponseWriter, _ url.Values, _ *http.Request) {
+		server := formServer(func(w http.ResponseWriter, _ url.Values, r *http.Request) {
 			mu.Lock()
 			token := fmt.Sprint("t", len(until))
 			until[token] = time.Now().Add(life)
 			mu.Unlock()
-			time.Sleep(latency)
+			select {
+			case <-time.After(latency):
+			case <-r.Context().Done():
+				return // a renewal may be under way when the test ends
+			}
 			fmt.Fprintf(w, `{"access_token":%q,"token_type":"bearer","expires_in":%d}`, token, int(life/time.Second)-1)
 		})
 		cl := newTestClient(t, canaryCredentials(tokenPlace), server)

@@ -130,18 +130,23 @@ func TestLargeBodyIsRepeatedIfTheUpstreamRefusedEarly(t *testing.T) {
 		{"of known length, from a fast client", func(<-chan struct{}) io.Reader { return strings.NewReader(part + rest) }},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			g, auth, up := gateAndFakes(t, "")
-			g.get().want(t, http.StatusOK)
-			auth.revoke()
-			second := make(chan struct{})
-			up.script(func(w http.ResponseWriter, r *http.Request) bool {
-				if up.refuseEarly(w, r) {
-					return true
-				}
-				close(second)
-				return false
+			var auth *authServer
+			var up *upstream
+			inTime(t, func() func() reply {
+				var g *gateway
+				g, auth, up = gateAndFakes(t, "")
+				g.get().want(t, http.StatusOK)
+				auth.revoke()
+				second := make(chan struct{})
+				up.script(func(w http.ResponseWriter, r *http.Request) bool {
+					if up.refuseEarly(w, r) {
+						return true
+					}
+					close(second)
+					return false
+				})
+				return func() reply { return g.send(http.MethodPost, "/", test.body(second)) }
 			})
-			g.send(http.MethodPost, "/", test.body(second)).want(t, http.StatusOK)
 			if got := up.last(t); got.body != part+rest || got.bodyErr != nil {
 				t.Errorf("got a body of %d bytes, err %v, want all %d", len(got.body), got.bodyErr, len(part+rest))
 			}
