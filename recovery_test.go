@@ -158,16 +158,20 @@ func TestLargeBodyIsRepeatedIfTheUpstreamRefusedEarly(t *testing.T) {
 // An upstream may know no expectations and say so (RFC 9110 §15.5.18). The
 // client has none, so it must not get that answer.
 func TestUpstreamThatKnowsNoExpectation(t *testing.T) {
-	g, _, up := gateAndFakes(t, "")
-	up.script(func(w http.ResponseWriter, r *http.Request) bool {
-		if r.Header.Get("Expect") == "" {
-			return false
-		}
-		w.WriteHeader(http.StatusExpectationFailed)
-		return true
-	})
 	body := strings.Repeat("x", 10*defaultReplayBody)
-	g.send(http.MethodPost, "/", strings.NewReader(body)).want(t, http.StatusOK)
+	var up *upstream
+	inTime(t, func() func() reply {
+		var g *gateway
+		g, _, up = gateAndFakes(t, "")
+		up.script(func(w http.ResponseWriter, r *http.Request) bool {
+			if r.Header.Get("Expect") == "" {
+				return false
+			}
+			w.WriteHeader(http.StatusExpectationFailed)
+			return true
+		})
+		return func() reply { return g.send(http.MethodPost, "/", strings.NewReader(body)) }
+	})
 	if got := up.last(t).body; got != body {
 		t.Errorf("got a body of %d bytes, want all %d", len(got), len(body))
 	}
