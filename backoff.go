@@ -84,7 +84,7 @@ type renewals struct {
 	renewed *token     // the last that was allowed to be replaced
 }
 
-// allow tells whether a token that was refused may be replaced now. It is
+// allow reports whether a token that was refused may be replaced now. It is
 // counted when the renewal begins, as nobody may see how that ends: the client
 // of the proxy may go away.
 func (r *renewals) allow(refused *token) bool {

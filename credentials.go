@@ -349,7 +349,7 @@ func (c *Credentials) authMethod() string {
 	return authBasic
 }
 
-// needsSecret tells whether the method needs a client_secret. One that is not
+// needsSecret reports whether the method needs a client_secret. One that is not
 // said may.
 func needsSecret(method string) bool {
 	switch method {
@@ -362,10 +362,10 @@ func needsSecret(method string) bool {
 // grantType returns what the token is granted for.
 func (c *Credentials) grantType() string { return cmp.Or(c.GrantType, grantClientCredentials) }
 
-// grantsByJWT tells whether that is a JWT.
+// grantsByJWT reports whether that is a JWT.
 func (c *Credentials) grantsByJWT() bool { return c.GrantType == grantJWTBearer }
 
-// usesKey tells whether JWTs are signed with a private key: those that don't
+// usesKey reports whether JWTs are signed with a private key: those that don't
 // come from the assertion_file, which is for the grant before the client.
 func (c *Credentials) usesKey() bool {
 	if c.grantsByJWT() {
@@ -374,13 +374,13 @@ func (c *Credentials) usesKey() bool {
 	return c.authMethod() == authKeyJWT && c.AssertionFile == ""
 }
 
-// signs tells whether JWTs are signed at all.
+// signs reports whether JWTs are signed at all.
 func (c *Credentials) signs() bool { return c.usesKey() || c.authMethod() == authSecretJWT }
 
-// presentsOther tells whether token_transport has a client certificate.
+// presentsOther reports whether token_transport has a client certificate.
 func (c *Credentials) presentsOther() bool { return presentsCertificate(c.TokenTransport) }
 
-// presentsCertificate tells whether a transport has a client certificate of
+// presentsCertificate reports whether a transport has a client certificate of
 // its own, the way transport http has it.
 func presentsCertificate(h *reverseproxy.HTTPTransport) bool {
 	return h != nil && h.TLS != nil && (h.TLS.ClientCertificateFile != "" || h.TLS.ClientCertificateAutomate != "")

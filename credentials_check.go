@@ -403,7 +403,7 @@ func canonicalNames(headers map[string]string) (map[string]string, error) {
 	return canonical, nil
 }
 
-// validScope tells whether s is a scope-token (RFC 6749 §3.3).
+// validScope reports whether s is a scope-token (RFC 6749 §3.3).
 func validScope(s string) bool {
 	return s != "" && strings.IndexFunc(s, func(r rune) bool {
 		return r <= ' ' || r > '~' || r == '"' || r == '\\'
@@ -414,7 +414,7 @@ func scopeError(scope string) error {
 	return fmt.Errorf("scopes: '%s' is not a scope (RFC 6749 section 3.3: printable ASCII without spaces, quotes and backslashes)", scope)
 }
 
-// validResource tells whether s may be the value of a resource parameter
+// validResource reports whether s may be the value of a resource parameter
 // (RFC 8707 §2).
 func validResource(s string) bool {
 	u, err := url.Parse(s)

@@ -107,7 +107,7 @@ func (d *discovery) lookUp(ctx context.Context) (*metadata, error) {
 	return nil, told
 }
 
-// tellsMore tells whether the error of the second place says more than that of
+// tellsMore reports whether the error of the second place says more than that of
 // the first: metadata with a fault does, and then a fault that will pass. A
 // place without metadata says nothing if the other may have it.
 func tellsMore(second, first *tokenError) bool {
@@ -160,7 +160,7 @@ func (d *discovery) metadataAt(ctx context.Context, u *url.URL) (*metadata, *tok
 	case m.issuer != d.credentials.Issuer:
 		// RFC 8414 §3.3: or the metadata of one issuer could be another's.
 		failure.Code, failure.permanent = codeConfiguration, true
-		failure.Description = fmt.Sprintf("the metadata is that of another issuer, %q", redact.Clean(m.issuer, 200))
+		failure.Description = fmt.Sprintf("the metadata is that of another issuer, %q", redact.Clean(m.issuer, maxShownValue))
 		failure.Hint = "set issuer to exactly that, if it is the one that is meant"
 	default:
 		// Metadata that is broken must not take the place of metadata that is
@@ -197,7 +197,7 @@ func (d *discovery) endpointIn(m *metadata) (*url.URL, error) {
 const metadataHint = "check issuer, or set token_url instead"
 
 func endpointFault(err error) string {
-	return "the token_endpoint in the issuer's metadata: " + redact.Clean(err.Error(), 200)
+	return "the token_endpoint in the issuer's metadata: " + redact.Clean(err.Error(), maxShownValue)
 }
 
 // parseEndpoint parses a token endpoint in the metadata.
@@ -234,7 +234,7 @@ func (d *discovery) warnUnsupported(m *metadata) {
 		len(m.signingAlgs) > 0 && !slices.Contains(m.signingAlgs, d.credentials.SigningAlg):
 		setting, supported = "signing_alg", m.signingAlgs
 	}
-	names := redact.Clean(strings.Join(supported, " "), 300)
+	names := redact.Clean(strings.Join(supported, " "), maxShownList)
 	now := setting + " " + names
 	before := d.warned.Swap(&now)
 	if setting == "" || (before != nil && *before == now) {
@@ -245,7 +245,7 @@ func (d *discovery) warnUnsupported(m *metadata) {
 		zap.String("auth_method", method), zap.String("supported", names))
 }
 
-// supports tells whether a list of methods has this one. Certificates that are
+// supports reports whether a list of methods has this one. Certificates that are
 // self-signed have a name of their own there (RFC 8705 §2.2).
 func supports(methods []string, method string) bool {
 	return slices.Contains(methods, method) || (method == authTLS && slices.Contains(methods, "self_signed_tls_client_auth"))

@@ -149,7 +149,7 @@ func (e *endpoint) requestOnce(ctx context.Context) (grant, error) {
 	return g, err
 }
 
-// mayHaveMoved tells whether a token request failed in a way that another
+// mayHaveMoved reports whether a token request failed in a way that another
 // token endpoint would explain.
 func mayHaveMoved(err error) bool {
 	failure, ok := errors.AsType[*tokenError](err)
@@ -238,7 +238,7 @@ func (e *endpoint) warnNarrowed(granted string) {
 			lacking = append(lacking, scope)
 		}
 	}
-	granted = redact.Clean(granted, 300)
+	granted = redact.Clean(granted, maxShownList)
 	if last := e.narrowed.Load(); len(lacking) == 0 || (last != nil && *last == granted) {
 		return
 	}
@@ -246,6 +246,13 @@ func (e *endpoint) warnNarrowed(granted string) {
 	e.logger.Warn("the token was granted for less than the scopes that are configured; check scopes, or what the authorization server allows the client",
 		append(e.logFields(), zap.Strings("not_granted", lacking), zap.String("granted", granted))...)
 }
+
+// How much of a refusal is searched for secrets, in bytes. It is a multiple of what
+// is shown, because cleaning shortens it.
+const (
+	maxSearchedCode        = 256
+	maxSearchedDescription = 4 << 10
+)
 
 // read turns an answer into a grant or a *tokenError.
 func (e *endpoint) read(u *url.URL, a serverAnswer, secrets redact.Secrets) (grant, error) {
@@ -264,8 +271,7 @@ func (e *endpoint) read(u *url.URL, a serverAnswer, secrets redact.Secrets) (gra
 	}
 	parsed, err := parseTokenResponse(a.body)
 	code, description := parsed.refusal()
-	// More is not shown, and need not be searched for secrets.
-	code, description = code[:min(len(code), 256)], description[:min(len(description), 4<<10)]
+	code, description = code[:min(len(code), maxSearchedCode)], description[:min(len(description), maxSearchedDescription)]
 
 	if a.status == http.StatusOK && code == "" {
 		if err != nil {
@@ -289,7 +295,7 @@ func (e *endpoint) read(u *url.URL, a serverAnswer, secrets redact.Secrets) (gra
 			failure.Code = codeHTTPStatus
 		}
 	}
-	failure.Description = redact.Clean(description, 400)
+	failure.Description = redact.Clean(description, maxShownDescription)
 	if parsed.hasToken() {
 		failure.Description = "the server's description stands beside a token, and is not shown"
 	}
@@ -389,5 +395,5 @@ func errorCode(code string) string {
 		}
 		return r
 	}, code)
-	return redact.Clean(code, 64)
+	return redact.Clean(code, maxShownCode)
 }

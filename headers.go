@@ -136,13 +136,13 @@ func fold(b []byte, field string) []byte {
 	return b
 }
 
-// validHeaderValue tells whether a value keeps to RFC 9110 §5.5: no control
+// validHeaderValue reports whether a value keeps to RFC 9110 §5.5: no control
 // characters but the tab.
 func validHeaderValue(v string) bool {
 	return strings.IndexFunc(v, func(r rune) bool { return (r < ' ' && r != '\t') || r == 0x7f }) < 0
 }
 
-// validHeaderField tells whether a name is a token (RFC 9110 §5.1).
+// validHeaderField reports whether a name is a token (RFC 9110 §5.1).
 func validHeaderField(name string) bool {
 	return name != "" && strings.IndexFunc(name, func(r rune) bool {
 		return (r < 'a' || r > 'z') && (r < 'A' || r > 'Z') && (r < '0' || r > '9') &&

@@ -72,7 +72,7 @@ func (t *Transport) routeByHost(host string) route {
 	return found
 }
 
-// redirectedElsewhere tells whether a check follows a redirect to a host other
+// redirectedElsewhere reports whether a check follows a redirect to a host other
 // than the one that was to be checked: its token is not for that one.
 func redirectedElsewhere(req *http.Request) bool {
 	first := req

@@ -274,7 +274,7 @@ func (m *mutual) takeBoundTokens(w http.ResponseWriter, r *http.Request) bool {
 	return false
 }
 
-// took tells whether the upstream has taken a token of this certificate.
+// took reports whether the upstream has taken a token of this certificate.
 func (m *mutual) took(p certPair) bool {
 	_, ok := m.boundTokensTaken.Load(p.print())
 	return ok

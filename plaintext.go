@@ -21,7 +21,7 @@ const (
 
 var plaintextTargets = []string{plaintextTokenURL, plaintextUpstream}
 
-// staysOnMachine tells whether a connection to host over network can be seen
+// staysOnMachine reports whether a connection to host over network can be seen
 // by nobody outside this machine, so that secrets may pass it unencrypted
 // (RFC 6749 §3.2 and RFC 6750 §5.3 ask for TLS). An empty host is dialed on
 // the loopback interface. proxied says that a proxy makes the connection, which
@@ -43,7 +43,7 @@ func staysOnMachine(network, host string, proxied bool) bool {
 	return err == nil && addr.Unmap().IsLoopback()
 }
 
-// isThisMachine tells whether a host may be another name of this machine, in a
+// isThisMachine reports whether a host may be another name of this machine, in a
 // wider sense than staysOnMachine: here, to know one too many does no harm.
 func isThisMachine(host string) bool {
 	host = strings.ToLower(strings.TrimSuffix(host, "."))
@@ -51,7 +51,7 @@ func isThisMachine(host string) bool {
 	return staysOnMachine("tcp", host, false) || strings.HasSuffix(host, ".localhost") || (err == nil && addr.IsUnspecified())
 }
 
-// usesProxy tells whether connections are made through a proxy, which may be
+// usesProxy reports whether connections are made through a proxy, which may be
 // on another machine and is told everything that is not encrypted. The proxies
 // in the environment are not used for loopback addresses.
 func usesProxy(h *reverseproxy.HTTPTransport) bool {

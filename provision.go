@@ -193,7 +193,7 @@ func (t *Transport) warnHeaderUp(handler *reverseproxy.Handler) {
 	}
 }
 
-// encrypted tells whether what is sent to a static upstream can be seen by
+// encrypted reports whether what is sent to a static upstream can be seen by
 // nobody outside this machine.
 func (t *Transport) encrypted(dial dialAddress) bool {
 	host, port, err := net.SplitHostPort(dial.address)

@@ -143,10 +143,14 @@ func (c *Credentials) resolveKeys(repl *caddy.Replacer, certificates *clientcert
 	return certificate, key, source, nil
 }
 
+// minInlineJWT is the length, in bytes, from which a text that is written as a JWT
+// is taken for one: a shorter one may be the name of a file, with dots in it.
+const minInlineJWT = 101
+
 // readAssertion reads the file with a JWT; a placeholder may also hold the JWT.
 func readAssertion(repl *caddy.Replacer, template string) (string, error) {
 	value, err := resolveSecret(repl, "assertion_file", template)
-	if err != nil || (len(value) > 100 && jwt.Is(value)) { // no file name
+	if err != nil || (len(value) >= minInlineJWT && jwt.Is(value)) {
 		return value, err
 	}
 	content, err := readSecretFile("assertion_file", value)

@@ -30,6 +30,9 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
+// maxPrintedScope is how much of the granted scopes is printed, in bytes.
+const maxPrintedScope = 1000
+
 // exitNoToken is the exit status if the config is good, but a token was not
 // obtained.
 const exitNoToken = 2
@@ -245,7 +248,7 @@ func (c *upstreamClient) report() tokenReport {
 		r.Error = reportError(err)
 		return r
 	}
-	r.Granted = cmp.Or(redact.Clean(g.scope, 1000), strings.Join(r.Scopes, " "))
+	r.Granted = cmp.Or(redact.Clean(g.scope, maxPrintedScope), strings.Join(r.Scopes, " "))
 	r.Lifetime = t.expires.Sub(g.issued).Round(time.Second).Seconds()
 	r.Expires, r.Renewal = &t.expires, &t.refreshAt
 	r.Token, r.length = t.value, len(t.value)

@@ -31,6 +31,14 @@ const (
 	codeConfiguration   = "configuration"
 )
 
+// How much of a foreign text is shown, in bytes.
+const (
+	maxShownCode        = 64
+	maxShownValue       = 200 // of a member of metadata
+	maxShownList        = 300 // of names, addresses or scopes
+	maxShownDescription = 400
+)
+
 // tokenError is why a token request failed. Every part of it may be logged
 // and shown: it holds no secret, token, form or body.
 type tokenError struct {
@@ -129,7 +137,7 @@ func networkError(ctx context.Context, endpoint string, err error) *tokenError {
 	default:
 		e.Description = "the connection broke, or the answer is not HTTP"
 	}
-	e.Description = redact.Clean(e.Description, 300) // the names in a certificate come from outside
+	e.Description = redact.Clean(e.Description, maxShownList) // the names in a certificate come from outside
 	return e
 }
 

@@ -126,7 +126,7 @@ func (r tokenResponse) str(name string) (string, error) {
 	return *s, nil
 }
 
-// hasToken tells whether an answer has a token, which an error has not.
+// hasToken reports whether an answer has a token, which an error has not.
 func (r tokenResponse) hasToken() bool {
 	for _, name := range []string{"access_token", "refresh_token", "id_token"} {
 		if _, ok := r[name]; ok {

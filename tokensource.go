@@ -535,12 +535,12 @@ func (s *tokenSource) refresh() {
 	}
 }
 
-// backingOff tells whether it is too early to fetch again. mu is held.
+// backingOff reports whether it is too early to fetch again. mu is held.
 func (s *tokenSource) backingOff(now time.Time) bool {
 	return s.lastErr != nil && now.Before(s.lastErr.retryAt)
 }
 
-// checkDue tells whether the secrets of a permanent error may be compared
+// checkDue reports whether the secrets of a permanent error may be compared
 // again: with a new secret it is not too early to fetch. mu is held.
 func (s *tokenSource) checkDue(now time.Time) bool {
 	return s.failedWith != "" && !now.Before(s.nextCheckAt)

@@ -164,7 +164,7 @@ func (b *Body) Commit(ctx context.Context) {
 	}
 }
 
-// closable tells whether the body itself may be closed now: not while it is
+// closable reports whether the body itself may be closed now: not while it is
 // being read, which few bodies allow. Then it is closed after that. mu is
 // held, and must not be while the body is closed.
 func (b *Body) closable() bool {
@@ -252,7 +252,7 @@ func (a *attemptBody) readOn(p []byte) (int, error) {
 	return n, err
 }
 
-// pausing tells whether the first attempt has to wait for the upstream before
+// pausing reports whether the first attempt has to wait for the upstream before
 // it reads. It starts the pause. mu is held.
 func (b *Body) pausing() bool {
 	if b.pause > 0 && b.recorded != nil && len(*b.recorded) >= b.pauseAt {
