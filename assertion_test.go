@@ -25,8 +25,6 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
-const testTokenURL = "https://auth.example.com/token"
-
 // requestForm makes a token request, and returns the form that was sent.
 func requestForm(t *testing.T, cl *client, server *wire) url.Values {
 	t.Helper()

@@ -119,44 +119,6 @@ func checkTransportJSON(t *testing.T, config []byte) {
 	}
 }
 
-// findModules returns the objects of a config whose key has the value, such
-// as the handlers called reverse_proxy.
-func findModules(t *testing.T, config []byte, key, value string) []map[string]any {
-	t.Helper()
-	var found []map[string]any
-	var walk func(any)
-	walk = func(v any) {
-		switch v := v.(type) {
-		case []any:
-			for _, element := range v {
-				walk(element)
-			}
-		case map[string]any:
-			if v[key] == value {
-				found = append(found, v)
-			}
-			for _, k := range slices.Sorted(maps.Keys(v)) {
-				walk(v[k])
-			}
-		}
-	}
-	var v any
-	if err := json.Unmarshal(config, &v); err != nil {
-		t.Fatal(err)
-	}
-	walk(v)
-	return found
-}
-
-func encode(t *testing.T, v any) []byte {
-	t.Helper()
-	encoded, err := json.Marshal(v)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return encoded
-}
-
 func indent(t *testing.T, encoded []byte) string {
 	t.Helper()
 	var out bytes.Buffer

@@ -5,9 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"net/http/httptest"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -77,13 +75,7 @@ func TestLookingUpTellsNothing(t *testing.T) {
 func TestIssuerIsAskedWithTheFirstToken(t *testing.T) {
 	auth := newAuthServer(t)
 	up := newUpstream(t, auth)
-	var lookups atomic.Int32
-	var issuer *httptest.Server
-	issuer = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		lookups.Add(1)
-		_, _ = io.WriteString(w, document(issuer.URL, auth.URL+"/token"))
-	}))
-	defer issuer.Close()
+	issuer, lookups := newCountingIssuer(t, auth)
 	wantLookups := func(when string, want int32) {
 		t.Helper()
 		if got := lookups.Load(); got != want {

@@ -2,7 +2,6 @@ package outboundauth
 
 import (
 	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -13,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
@@ -25,98 +23,6 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
-
-// wire is a token endpoint without a network: it notes each request as the
-// bytes that would be sent, and answers what a server would read of them. So
-// the URL can be that of a real provider.
-type wire struct {
-	http.Handler
-
-	mu       sync.Mutex
-	sent     []string
-	contexts []context.Context
-}
-
-func (w *wire) RoundTrip(req *http.Request) (*http.Response, error) {
-	var b bytes.Buffer
-	if err := req.Write(&b); err != nil {
-		return nil, err
-	}
-	again, err := req.GetBody() // for a connection that breaks at once
-	if err != nil {
-		return nil, err
-	}
-	if body, _ := io.ReadAll(again); !bytes.HasSuffix(b.Bytes(), append([]byte("\r\n\r\n"), body...)) {
-		return nil, fmt.Errorf("GetBody() gives %q, want the body that was sent", body)
-	}
-	w.mu.Lock()
-	w.sent = append(w.sent, b.String())
-	w.contexts = append(w.contexts, req.Context())
-	w.mu.Unlock()
-
-	received, err := http.ReadRequest(bufio.NewReader(&b))
-	if err != nil {
-		return nil, err
-	}
-	rec := httptest.NewRecorder()
-	w.ServeHTTP(rec, received.WithContext(req.Context()))
-	return rec.Result(), nil
-}
-
-func (w *wire) requests() []string {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	return w.sent
-}
-
-// answering returns a wire whose server gives one answer to everything.
-func answering(status int, body string) *wire {
-	return &wire{Handler: http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		w.WriteHeader(status)
-		_, _ = io.WriteString(w, body)
-	})}
-}
-
-// newTestClient makes a client of c as the product does.
-func newTestClient(t testing.TB, c Credentials, way http.RoundTripper) *client {
-	t.Helper()
-	return newLoggingClient(t, c, way, zap.NewNop())
-}
-
-func newLoggingClient(t testing.TB, c Credentials, way http.RoundTripper, logger *zap.Logger) *client {
-	t.Helper()
-	expanded, err := c.expand(caddy.NewReplacer())
-	if err != nil {
-		t.Fatalf("expand() = %v, want no error", err)
-	}
-	e, err := newEndpoint(expanded, c.TokenURL, tokenTransport{way, []byte("null"), false}, false, logger, nil)
-	if err != nil {
-		t.Fatalf("newEndpoint() = %v, want no error", err)
-	}
-	cl, err := newClient(e, []byte("null"))
-	if err != nil {
-		t.Fatalf("newClient() = %v, want no error", err)
-	}
-	t.Cleanup(func() { _ = cl.release() })
-	return cl
-}
-
-// networkTransport is the token_transport that the product has by default.
-func networkTransport(t *testing.T) http.RoundTripper {
-	t.Helper()
-	ctx, cancel := caddy.NewContext(caddy.Context{Context: context.Background()})
-	h := new(reverseproxy.HTTPTransport)
-	if err := h.Provision(ctx); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = h.Cleanup()
-		cancel()
-	})
-	return h
-}
-
-const goodAnswer = `{"access_token":"t0ken","token_type":"Bearer","expires_in":3600}`
 
 func TestTokenRequestIsWhatTheConfigAsksFor(t *testing.T) {
 	t.Setenv("TEST_REGION", "eu/1 ü")

@@ -398,3 +398,45 @@ func wantNothingLeft(t *testing.T) {
 		return left == 0
 	}, "no token source and no goroutine left")
 }
+
+// wantError compares err with a part of its text; "" wants none.
+func wantError(t *testing.T, err error, want string) {
+	t.Helper()
+	switch {
+	case want == "" && err != nil:
+		t.Errorf("got error %q, want none", err)
+	case want != "" && (err == nil || !strings.Contains(err.Error(), want)):
+		t.Errorf("got error %v, want one that contains %q", err, want)
+	}
+}
+
+// writeFile writes a file, and returns its name.
+func writeFile(tb testing.TB, name string, content []byte) string {
+	tb.Helper()
+	if err := os.WriteFile(name, content, 0o600); err != nil {
+		tb.Fatal(err)
+	}
+	return name
+}
+
+// gateAndFakes starts an authorization server, an upstream, and a gateway
+// between them with these settings of the transport.
+func gateAndFakes(t *testing.T, settings string) (*gateway, *authServer, *upstream) {
+	t.Helper()
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	return startGateway(t, proxySite(up, auth, settings)), auth, up
+}
+
+func proxySite(up *upstream, auth *authServer, settings string) string {
+	return expand(`reverse_proxy $UP {
+		transport oauth2 {
+			token_url $AUTH/token
+			client_id gateway
+			client_secret canary-secret
+			$SETTINGS
+		}
+	}`, "$UP", up.addr, "$SETTINGS", settings, "$AUTH", auth.URL)
+}
+
+var dialInfoKey = caddy.CtxKey("reverse_proxy.dial_info") // of package reverseproxy

@@ -7,13 +7,11 @@ import (
 	"fmt"
 	"io"
 	"net/http"
-	"net/http/httptest"
 	"net/netip"
 	"net/url"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -394,13 +392,7 @@ func TestDiscoveryIsSafeForConcurrentUse(t *testing.T) {
 func TestMetadataOutlivesAReload(t *testing.T) {
 	auth := newAuthServer(t)
 	up := newUpstream(t, auth)
-	var lookups atomic.Int32
-	var issuer *httptest.Server
-	issuer = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		lookups.Add(1)
-		_, _ = io.WriteString(w, document(issuer.URL, auth.URL+"/token"))
-	}))
-	defer issuer.Close()
+	issuer, lookups := newCountingIssuer(t, auth)
 	site := func(settings string) string {
 		return strings.Replace(proxySite(up, auth, settings), "token_url "+auth.URL+"/token", "issuer "+issuer.URL, 1)
 	}

@@ -8,26 +8,6 @@ import (
 	"testing"
 )
 
-// gateAndFakes starts an authorization server, an upstream, and a gateway
-// between them with these settings of the transport.
-func gateAndFakes(t *testing.T, settings string) (*gateway, *authServer, *upstream) {
-	t.Helper()
-	auth := newAuthServer(t)
-	up := newUpstream(t, auth)
-	return startGateway(t, proxySite(up, auth, settings)), auth, up
-}
-
-func proxySite(up *upstream, auth *authServer, settings string) string {
-	return expand(`reverse_proxy $UP {
-		transport oauth2 {
-			token_url $AUTH/token
-			client_id gateway
-			client_secret canary-secret
-			$SETTINGS
-		}
-	}`, "$UP", up.addr, "$SETTINGS", settings, "$AUTH", auth.URL)
-}
-
 func TestTokenAndTenantReachTheUpstream(t *testing.T) {
 	g, auth, up := gateAndFakes(t, "tenant acme\nheader X-Region eu")
 	r := g.send(http.MethodPost, "/path?q=1", strings.NewReader("body"), "X-Other", "kept").want(t, http.StatusOK)

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -136,6 +137,19 @@ func (p *publisher) sortAsked() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	slices.Sort(p.asked)
+}
+
+// newCountingIssuer starts an issuer whose token endpoint is that of auth, and
+// counts how often it is looked up.
+func newCountingIssuer(t *testing.T, auth *authServer) (issuer *httptest.Server, lookups *atomic.Int32) {
+	t.Helper()
+	lookups = new(atomic.Int32)
+	issuer = httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		lookups.Add(1)
+		_, _ = io.WriteString(w, document(issuer.URL, auth.URL+"/token"))
+	}))
+	t.Cleanup(issuer.Close)
+	return issuer, lookups
 }
 
 // document is the metadata of an issuer; more are other members of it.

@@ -13,15 +13,6 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/keytest"
 )
 
-// writeFile writes a file, and returns its name.
-func writeFile(tb testing.TB, name string, content []byte) string {
-	tb.Helper()
-	if err := os.WriteFile(name, content, 0o600); err != nil {
-		tb.Fatal(err)
-	}
-	return name
-}
-
 // pipe makes a file that nobody writes to: to open it would not return.
 func pipe(tb testing.TB, dir string) string {
 	tb.Helper()

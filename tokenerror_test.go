@@ -10,94 +10,20 @@ import (
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"log"
 	"math/big"
 	"net"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"os"
 	"strings"
 	"testing"
 	"time"
-	"unicode"
 
-	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
-
-// What must appear in no error: servers of these tests send it back in every
-// part of their answers.
-const (
-	canarySecret = "canary-s3cret"
-	canaryToken  = "canary-t0ken"
-)
-
-// canaryForms are the secret and the token as they may be echoed.
-var canaryForms = []string{"canary", "Y2FuYXJ5", "CANARY"}
-
-func canaryCredentials(tokenURL string) Credentials {
-	return Credentials{TokenURL: tokenURL, ClientID: "id", ClientSecret: canarySecret}
-}
-
-var dialInfoKey = caddy.CtxKey("reverse_proxy.dial_info") // of package reverseproxy
-
-func mustParse(raw string) *url.URL {
-	u, err := url.Parse(raw)
-	if err != nil {
-		panic(err)
-	}
-	return u
-}
-
-// wantTokenError checks what an error tells a machine.
-func wantTokenError(t *testing.T, err error, code string, wantPermanent bool) *tokenError {
-	t.Helper()
-	var got *tokenError
-	if !errors.As(err, &got) {
-		t.Errorf("error = %v (%T), want a token error with the code %s", err, err, code)
-		return new(tokenError)
-	}
-	if got.Code != code {
-		t.Errorf("Code = %q, want %q (%v)", got.Code, code, err)
-	}
-	if got.Permanent() != wantPermanent || isPermanent(err) != wantPermanent {
-		t.Errorf("Permanent() = %v, want %v (%v)", got.Permanent(), wantPermanent, err)
-	}
-	return got
-}
-
-// wantNoCanary checks all ways in which an error may be shown, and all that
-// it wraps. It also holds the text to one line of a reasonable length.
-func wantNoCanary(t *testing.T, err error) {
-	t.Helper()
-	for ; err != nil; err = errors.Unwrap(err) {
-		shown, _ := json.Marshal(err)
-		wantNoCanaryIn(t, fmt.Sprintf("%v %+v %#v %q %s", err, err, err, err, shown))
-		if several, ok := err.(interface{ Unwrap() []error }); ok {
-			for _, wrapped := range several.Unwrap() {
-				wantNoCanary(t, wrapped)
-			}
-		}
-		if got := err.Error(); len(got) > 600 || strings.ContainsFunc(got, unicode.IsControl) {
-			t.Errorf("the error has %d bytes, %.100q, want one line of 600 at most", len(got), got)
-		}
-	}
-}
-
-func wantNoCanaryIn(t *testing.T, text string) {
-	t.Helper()
-	for _, canary := range canaryForms {
-		if strings.Contains(text, canary) {
-			t.Errorf("%.200q holds the secret or the token", text)
-			return
-		}
-	}
-}
 
 const wwwAuthenticate = `Basic realm="` + canarySecret + `"`
 
