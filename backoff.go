@@ -4,6 +4,7 @@ package outboundauth
 
 import (
 	"errors"
+	"math/rand/v2"
 	"sync"
 	"time"
 )
@@ -41,6 +42,31 @@ type fetchError struct {
 
 func (e *fetchError) Error() string { return e.err.Error() }
 func (e *fetchError) Unwrap() error { return e.err }
+
+// retryDelay returns how long to stay away after a failure that follows others of
+// its kind, and whether it prolongs the waits that follow. left is what is left of
+// a token that is still in use; 0 without one.
+func retryDelay(err error, failures int, left time.Duration) (wait time.Duration, prolongs bool) {
+	prolongs = true
+	if isPermanent(err) {
+		// Never less than the interval, so that wrong credentials do not
+		// lock the client out by quick repetition.
+		wait = backoff(failures, permanentBackoff, maxPermanentBackoff)
+		if wait += rand.N(wait / 2); wait > maxPermanentBackoff {
+			wait = maxPermanentBackoff - rand.N(maxPermanentBackoff/4)
+		}
+	} else {
+		// Full jitter: anywhere in the interval.
+		wait = rand.N(backoff(failures, transientBackoff, maxTransientBackoff))
+		// The nearer the end of a token that is still in use, the sooner: the
+		// server may be back in time. These tries don't prolong the back-off
+		// that follows when it is not.
+		if soon := max(left/2, minRenewalBackoff); left > 0 && soon < wait {
+			wait, prolongs = soon, false
+		}
+	}
+	return max(wait, min(retryAfter(err), maxRetryAfter)), prolongs
+}
 
 // backoff doubles base for each failure before this one, up to limit.
 func backoff(failures int, base, limit time.Duration) time.Duration {

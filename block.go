@@ -1,4 +1,4 @@
-// One block of credentials at work: the OAuth client, and what its upstreams are sent.
+// One block of credentials at work: what its upstreams are sent, and what their answers mean.
 
 package outboundauth
 

@@ -52,6 +52,10 @@ func newServerRequest(ctx context.Context, method string, u *url.URL, header htt
 	return req
 }
 
+// maxTokenResponse bounds the answer of a token endpoint, in bytes. RFC 6749
+// §5.1 leaves the size of a token open; a real one has a few kilobytes.
+const maxTokenResponse = 1 << 20
+
 // serverAnswer is what the authorization server said, up to a byte more than
 // maxTokenResponse. The zero value stands for no answer.
 type serverAnswer struct {

@@ -272,7 +272,7 @@ func TestHugeAnswerIsCutBeforeItIsSearched(t *testing.T) {
 
 // The time goes where the memory goes, but memory can be counted.
 func TestHugeAnswerCostsNoMoreToSearch(t *testing.T) {
-	e := &endpoint{credentials: canaryCredentials(testTokenURL)}
+	c := canaryCredentials(testTokenURL)
 	allocations := func(member string, size int) float64 {
 		var text strings.Builder
 		for i := 0; text.Len() < size; i++ { // nothing in it repeats itself
@@ -283,7 +283,7 @@ func TestHugeAnswerCostsNoMoreToSearch(t *testing.T) {
 		for range 3 {
 			least = min(least, testing.AllocsPerRun(5, func() {
 				a := serverAnswer{status: http.StatusBadRequest, header: http.Header{}, body: body}
-				if _, err := e.read(mustParse(testTokenURL), a, redact.Secrets{canarySecret}); err == nil {
+				if _, err := c.readAnswer(mustParse(testTokenURL), a, redact.Secrets{canarySecret}); err == nil {
 					t.Errorf("%s: got a token, want an error", member)
 				}
 			}))

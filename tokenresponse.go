@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"math"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -16,16 +17,97 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
-// maxTokenResponse bounds the answer of a token endpoint, in bytes. RFC 6749
-// §5.1 leaves the size of a token open; a real one has a few kilobytes.
-const maxTokenResponse = 1 << 20
-
 // What shorter and longer lifetimes are taken for: no server is asked without
 // a pause, and no sum of instants overflows.
 const (
 	minLifetime = 1 * time.Second
 	maxLifetime = 10 * 365 * 24 * time.Hour
 )
+
+// How much of a refusal is searched for secrets, in bytes. It is a multiple of what
+// is shown, because cleaning shortens it.
+const (
+	maxSearchedCode        = 256
+	maxSearchedDescription = 4 << 10
+)
+
+// readAnswer turns the answer of the token endpoint at u into a grant or a
+// *tokenError, of which the settings know what to change. No text of the answer
+// that holds one of the secrets is shown.
+func (c *Credentials) readAnswer(u *url.URL, a serverAnswer, secrets redact.Secrets) (grant, error) {
+	failure := &tokenError{Endpoint: u.Host, Status: a.status}
+	if a.status >= 300 && a.status < 400 {
+		failure.Code = codeHTTPStatus
+		failure.Description = "a redirect, which is not followed because it would take the client's credentials elsewhere"
+		failure.Hint = "set token_url to the final address"
+		if c.Issuer != "" {
+			failure.Hint = "the token endpoint in the issuer's metadata is not the final one; set token_url instead of issuer"
+		}
+		return grant{}, failure.classify()
+	}
+	if len(a.body) > maxTokenResponse {
+		return grant{}, unreadable(failure, fmt.Errorf("the answer is larger than %d bytes", maxTokenResponse))
+	}
+	parsed, err := parseTokenResponse(a.body)
+	code, description := parsed.refusal()
+	code, description = code[:min(len(code), maxSearchedCode)], description[:min(len(description), maxSearchedDescription)]
+
+	if a.status == http.StatusOK && code == "" {
+		if err != nil {
+			return grant{}, unreadable(failure, err)
+		}
+		g, err := parsed.grant()
+		if err != nil {
+			return grant{}, unreadable(failure, err)
+		}
+		return g, nil
+	}
+
+	if a.status != http.StatusOK && a.status < 300 && code == "" {
+		return grant{}, unreadable(failure, errors.New("the status of a token answer is 200"))
+	}
+	failure.retryAfter = parseRetryAfter(a.header, time.Now())
+	// The raw texts are asked too: cleaning may join or cut a secret.
+	failure.Code = errorCode(code)
+	if secrets.In(code + "\n" + failure.Code) {
+		if c.hint(code) == "" {
+			failure.Code = codeHTTPStatus
+		}
+	}
+	failure.Description = redact.Clean(description, maxShownDescription)
+	if parsed.hasToken() {
+		failure.Description = "the server's description stands beside a token, and is not shown"
+	}
+	if secrets.In(description + "\n" + redact.Clean(description, len(description))) {
+		failure.Description = "the server's description repeats the client's credentials, and is not shown"
+	}
+	if failure.classify().permanent {
+		failure.Hint = c.hint(failure.Code)
+	}
+	return grant{}, failure
+}
+
+// unreadable is an answer that is neither a token nor a refusal: it counts as
+// a passing fault of the server, or of something in front of it.
+func unreadable(failure *tokenError, err error) *tokenError {
+	failure.Code, failure.Description = codeInvalidResponse, err.Error()
+	return failure
+}
+
+// errorCode returns a code as RFC 6749 §5.2 permits it: it becomes part of
+// log lines.
+func errorCode(code string) string {
+	if code == "" {
+		return codeHTTPStatus
+	}
+	code = strings.Map(func(r rune) rune {
+		if r < ' ' || r > '~' || r == '"' || r == '\\' {
+			return -1
+		}
+		return r
+	}, code)
+	return redact.Clean(code, maxShownCode)
+}
 
 // tokenResponse holds the members of a token endpoint's answer by name. Not a
 // struct: encoding/json matches names in any case, and "ACCESS_TOKEN" is not

@@ -203,15 +203,15 @@ func FuzzTokenResponse(f *testing.F) {
 	for _, refusal := range refusals {
 		f.Add(refusal.status, refusal.header["Retry-After"], []byte(refusal.body))
 	}
-	e := &endpoint{url: mustParse("https://auth.example.com/token")}
+	endpoint := mustParse("https://auth.example.com/token")
 	sensitive := authenticated(f, authBasic, "id", canarySecret, map[string][]string{}, http.Header{})
 
 	f.Fuzz(func(t *testing.T, status int, header string, body []byte) {
 		a := serverAnswer{status: status, header: http.Header{"Retry-After": {header}}, body: body}
-		got, err := e.read(e.url, a, sensitive)
+		got, err := new(Credentials).readAnswer(endpoint, a, sensitive)
 		if err != nil {
 			if got != (grant{}) {
-				t.Errorf("read() = %v beside an error, want none", got)
+				t.Errorf("readAnswer() = %v beside an error, want none", got)
 			}
 			text := err.Error()
 			if len(text) > 900 {

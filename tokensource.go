@@ -35,19 +35,6 @@ type requester interface {
 	fetched(t *token, err *fetchError, failures int)
 }
 
-// description is who a client is, as far as everybody may know: in metrics, spans
-// and logs, and in JSON for the admin API and `caddy oauth2-token`.
-type description struct {
-	name string
-
-	TokenEndpoint string   `json:"token_endpoint,omitempty"` // not known before it has been discovered
-	Issuer        string   `json:"issuer,omitempty"`
-	ClientID      string   `json:"client_id,omitempty"`
-	AuthMethod    string   `json:"auth_method,omitempty"`
-	GrantType     string   `json:"grant_type"`
-	Scopes        []string `json:"scopes,omitempty"` // asked for
-}
-
 // errReleased ends the wait for a fetch that was given up because the last
 // config that used the source was unloaded. An error of its own, because
 // Caddy takes every context.Canceled for a client that went away.
@@ -551,30 +538,18 @@ func (s *tokenSource) fail(err error, fingerprint string, now time.Time) *fetchE
 	if isPermanent(err) != (s.failedWith != "") {
 		s.failures = 0 // of the other kind: their number says nothing about this one
 	}
-	var wait time.Duration
+	s.failedWith = ""
 	if isPermanent(err) {
-		// Never less than the interval, so that wrong credentials do not
-		// lock the client out by quick repetition.
-		wait = backoff(s.failures, permanentBackoff, maxPermanentBackoff)
-		if wait += rand.N(wait / 2); wait > maxPermanentBackoff {
-			wait = maxPermanentBackoff - rand.N(maxPermanentBackoff/4)
-		}
 		s.failedWith = fingerprint
-	} else {
-		// Full jitter: anywhere in the interval.
-		wait = rand.N(backoff(s.failures, transientBackoff, maxTransientBackoff))
-		s.failedWith = ""
-		// The nearer the end of a token that is still in use, the sooner: the
-		// server may be back in time. These tries don't prolong the back-off
-		// that follows when it is not.
-		if t := s.current; t != nil && now.Before(t.usableTo) {
-			if soon := max(t.usableTo.Sub(now)/2, minRenewalBackoff); soon < wait {
-				wait = soon
-				s.failures = max(0, s.failures-1)
-			}
-		}
 	}
-	wait = max(wait, min(retryAfter(err), maxRetryAfter))
+	var left time.Duration // of the token that is still in use
+	if t := s.current; t != nil {
+		left = max(0, t.usableTo.Sub(now))
+	}
+	wait, prolongs := retryDelay(err, s.failures, left)
+	if !prolongs {
+		s.failures = max(0, s.failures-1)
+	}
 	s.failures++
 	s.lastErr = &fetchError{err: err, retryAt: now.Add(wait)}
 	return s.lastErr

@@ -1,4 +1,4 @@
-// The token request: what is sent, and what the answer says.
+// The token request, and the endpoint that it is made at.
 
 package outboundauth
 
@@ -179,7 +179,7 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 	if err != nil {
 		return grant{}, networkError(ctx, u.Host, err)
 	}
-	g, err := e.read(u, a, secrets)
+	g, err := e.credentials.readAnswer(u, a, secrets)
 	if err != nil {
 		return grant{}, e.advise(err, r, certificate)
 	}
@@ -245,74 +245,6 @@ func (e *endpoint) warnNarrowed(granted string) {
 	e.narrowed.Store(&granted)
 	e.logger.Warn("the token was granted for less than the scopes that are configured; check scopes, or what the authorization server allows the client",
 		append(e.logFields(), zap.Strings("not_granted", lacking), zap.String("granted", granted))...)
-}
-
-// How much of a refusal is searched for secrets, in bytes. It is a multiple of what
-// is shown, because cleaning shortens it.
-const (
-	maxSearchedCode        = 256
-	maxSearchedDescription = 4 << 10
-)
-
-// read turns an answer into a grant or a *tokenError.
-func (e *endpoint) read(u *url.URL, a serverAnswer, secrets redact.Secrets) (grant, error) {
-	failure := &tokenError{Endpoint: u.Host, Status: a.status}
-	if a.status >= 300 && a.status < 400 {
-		failure.Code = codeHTTPStatus
-		failure.Description = "a redirect, which is not followed because it would take the client's credentials elsewhere"
-		failure.Hint = "set token_url to the final address"
-		if e.discovery != nil {
-			failure.Hint = "the token endpoint in the issuer's metadata is not the final one; set token_url instead of issuer"
-		}
-		return grant{}, failure.classify()
-	}
-	if len(a.body) > maxTokenResponse {
-		return grant{}, e.unreadable(failure, fmt.Errorf("the answer is larger than %d bytes", maxTokenResponse))
-	}
-	parsed, err := parseTokenResponse(a.body)
-	code, description := parsed.refusal()
-	code, description = code[:min(len(code), maxSearchedCode)], description[:min(len(description), maxSearchedDescription)]
-
-	if a.status == http.StatusOK && code == "" {
-		if err != nil {
-			return grant{}, e.unreadable(failure, err)
-		}
-		g, err := parsed.grant()
-		if err != nil {
-			return grant{}, e.unreadable(failure, err)
-		}
-		return g, nil
-	}
-
-	if a.status != http.StatusOK && a.status < 300 && code == "" {
-		return grant{}, e.unreadable(failure, errors.New("the status of a token answer is 200"))
-	}
-	failure.retryAfter = parseRetryAfter(a.header, time.Now())
-	// The raw texts are asked too: cleaning may join or cut a secret.
-	failure.Code = errorCode(code)
-	if secrets.In(code + "\n" + failure.Code) {
-		if e.credentials.hint(code) == "" {
-			failure.Code = codeHTTPStatus
-		}
-	}
-	failure.Description = redact.Clean(description, maxShownDescription)
-	if parsed.hasToken() {
-		failure.Description = "the server's description stands beside a token, and is not shown"
-	}
-	if secrets.In(description + "\n" + redact.Clean(description, len(description))) {
-		failure.Description = "the server's description repeats the client's credentials, and is not shown"
-	}
-	if failure.classify().permanent {
-		failure.Hint = e.credentials.hint(failure.Code)
-	}
-	return grant{}, failure
-}
-
-// unreadable is an answer that is neither a token nor a refusal: it counts as
-// a passing fault of the server, or of something in front of it.
-func (e *endpoint) unreadable(failure *tokenError, err error) *tokenError {
-	failure.Code, failure.Description = codeInvalidResponse, err.Error()
-	return failure
 }
 
 // advise completes the hint of an error with what only this request knows.
@@ -381,19 +313,4 @@ func (e *endpoint) describe() description {
 		GrantType:     c.grantType(),
 		Scopes:        c.Scopes,
 	}
-}
-
-// errorCode returns a code as RFC 6749 §5.2 permits it: it becomes part of
-// log lines.
-func errorCode(code string) string {
-	if code == "" {
-		return codeHTTPStatus
-	}
-	code = strings.Map(func(r rune) rune {
-		if r < ' ' || r > '~' || r == '"' || r == '\\' {
-			return -1
-		}
-		return r
-	}, code)
-	return redact.Clean(code, maxShownCode)
 }
