@@ -61,9 +61,9 @@ const (
 //	Peek         the token  the token          nothing
 //	PeekOrFetch  the token  the token; fetch   nothing; fetch
 //	Warm         -          -                  fetch
-//	FetchNow     waits for a fetch             waits for a fetch
-//	Refuse       refused    refused            -
-//	Forget       absent     absent             absent
+//	FetchNow     waits for a fetch, whatever the state
+//	Refuse       makes it refused              -
+//	Forget       makes it absent
 //	timer        -          fetch, if wanted   fetch, if wanted
 //
 // A fetch that nobody waits for does not start within a back-off, nor, but for a
