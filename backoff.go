@@ -20,6 +20,13 @@ const (
 	secretCheckInterval = 100 * time.Millisecond
 )
 
+const (
+	// The two quick retries bridge a dropped connection or a restart of one
+	// of the server's instances.
+	quickRetries    = 2
+	quickRetryDelay = 100 * time.Millisecond
+)
+
 // permanent is implemented by errors that a repetition will not mend, because
 // the authorization server, or our own check, rejected what was configured.
 type permanent interface {

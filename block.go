@@ -90,6 +90,15 @@ func (b *block) fields(s *fieldSet) {
 	}
 }
 
+// announce has the upstream asked whether it wants the body of out, if that may
+// be longer than what can be kept of it, and the upstream heeds such questions.
+func (b *block) announce(out *http.Request, body *replay.Body) *http.Request {
+	if b.replayLimit == 0 || b.expectsNothing.Load() {
+		return out
+	}
+	return body.Announce(out)
+}
+
 // A verdict is what an upstream's answer means for the request that it answers.
 type verdict int
 
@@ -136,13 +145,4 @@ func (b *block) settle(ctx context.Context, res *http.Response, err error) {
 		b.endpoint.metrics.refused(ctx, refusalRecovered)
 		b.renewals.help()
 	}
-}
-
-// announce has the upstream asked whether it wants the body of out, if that may
-// be longer than what can be kept of it, and the upstream heeds such questions.
-func (b *block) announce(out *http.Request, body *replay.Body) *http.Request {
-	if b.replayLimit == 0 || b.expectsNothing.Load() {
-		return out
-	}
-	return body.Announce(out)
 }

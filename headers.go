@@ -82,6 +82,21 @@ func (s *fieldSet) has(field string) bool {
 	return ok
 }
 
+// fold appends field to b in lower case, with '-' for all that is no letter or
+// digit.
+func fold(b []byte, field string) []byte {
+	for _, c := range []byte(field) {
+		switch {
+		case 'A' <= c && c <= 'Z':
+			c += 'a' - 'A'
+		case (c < 'a' || c > 'z') && (c < '0' || c > '9'):
+			c = '-'
+		}
+		b = append(b, c)
+	}
+	return b
+}
+
 // without returns a copy of h that lacks the fields of the set. The values
 // are shared with h: nobody writes to them on the way to the upstream.
 func (s *fieldSet) without(h http.Header) http.Header {
@@ -119,21 +134,6 @@ func (b *trailerBody) Read(p []byte) (int, error) {
 		b.reserved.deleteFrom(b.to)
 	}
 	return n, err
-}
-
-// fold appends field to b in lower case, with '-' for all that is no letter or
-// digit.
-func fold(b []byte, field string) []byte {
-	for _, c := range []byte(field) {
-		switch {
-		case 'A' <= c && c <= 'Z':
-			c += 'a' - 'A'
-		case (c < 'a' || c > 'z') && (c < '0' || c > '9'):
-			c = '-'
-		}
-		b = append(b, c)
-	}
-	return b
 }
 
 // validHeaderValue reports whether a value keeps to RFC 9110 §5.5: no control

@@ -120,6 +120,22 @@ func (m *clientMetrics) result(result string) prometheus.Counter {
 	return counter
 }
 
+// tokenRequested counts a token request that ended in err.
+func (m *clientMetrics) tokenRequested(took time.Duration, err error) {
+	result, asked := resultOK, true
+	if err != nil {
+		result = codeOther
+		if failure, ok := errors.AsType[*tokenError](err); ok && slices.Contains(knownCodes, failure.Code) {
+			result = failure.Code
+			asked = result != codeConfiguration || failure.Status != 0
+		}
+	}
+	m.result(result).Inc()
+	if asked { // otherwise there was no request: a setting could not be read
+		m.duration.Observe(took.Seconds())
+	}
+}
+
 // metricsByName are the clientMetrics of all names so far, like the series.
 var metricsByName sync.Map
 
@@ -221,22 +237,6 @@ func value(c prometheus.Counter) uint64 {
 		return 0
 	}
 	return uint64(m.GetCounter().GetValue())
-}
-
-// tokenRequested counts a token request that ended in err.
-func (m *clientMetrics) tokenRequested(took time.Duration, err error) {
-	result, asked := resultOK, true
-	if err != nil {
-		result = codeOther
-		if failure, ok := errors.AsType[*tokenError](err); ok && slices.Contains(knownCodes, failure.Code) {
-			result = failure.Code
-			asked = result != codeConfiguration || failure.Status != 0
-		}
-	}
-	m.result(result).Inc()
-	if asked { // otherwise there was no request: a setting could not be read
-		m.duration.Observe(took.Seconds())
-	}
 }
 
 // sourceCollector collects the states of the token sources when it is asked:

@@ -92,6 +92,26 @@ func (e *tokenError) classify() *tokenError {
 	return e
 }
 
+// remedy returns the hint, or what to do about failures that are no matter of
+// the configuration as long as they pass by themselves.
+func (e *tokenError) remedy() string {
+	switch {
+	case e.Hint != "":
+		return e.Hint
+	case e.Code == codeNetwork:
+		return "check host and port of token_url or issuer, and whether this machine may reach them: by a firewall, or a network_proxy in token_transport"
+	case e.Code == codeInvalidResponse:
+		return "check token_url: what answers there does not seem to be a token endpoint"
+	case e.Code == codeConfiguration:
+		return "correct the setting that is named"
+	case e.Status == http.StatusTooManyRequests:
+		return "wait: the server limits the rate of token requests"
+	case e.Status >= 500:
+		return "wait, or ask who runs the authorization server: the fault is there"
+	}
+	return "ask who runs the authorization server what it rejects"
+}
+
 // networkError describes a request that got no answer. Only errors whose text
 // is known to come from this machine are quoted: those of net/http repeat
 // parts of a malformed answer, and a server may send back what we sent.
@@ -178,22 +198,14 @@ func (e *reportedError) text() string {
 	return text
 }
 
-// remedy returns the hint, or what to do about failures that are no matter of
-// the configuration as long as they pass by themselves.
-func (e *tokenError) remedy() string {
-	switch {
-	case e.Hint != "":
-		return e.Hint
-	case e.Code == codeNetwork:
-		return "check host and port of token_url or issuer, and whether this machine may reach them: by a firewall, or a network_proxy in token_transport"
-	case e.Code == codeInvalidResponse:
-		return "check token_url: what answers there does not seem to be a token endpoint"
-	case e.Code == codeConfiguration:
-		return "correct the setting that is named"
-	case e.Status == http.StatusTooManyRequests:
-		return "wait: the server limits the rate of token requests"
-	case e.Status >= 500:
-		return "wait, or ask who runs the authorization server: the fault is there"
-	}
-	return "ask who runs the authorization server what it rejects"
+// safely turns a panic into an error: in a goroutine of ours nobody else could
+// recover it, and it would end the whole server. The panic's value is not
+// shown because it could hold what the request held.
+func safely(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = fmt.Errorf("the token request panicked with a value of type %T; please report it as a bug", p)
+		}
+	}()
+	return f()
 }

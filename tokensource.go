@@ -40,13 +40,6 @@ type requester interface {
 // Caddy takes every context.Canceled for a client that went away.
 var errReleased = errors.New("the configuration that asked for the token was unloaded")
 
-const (
-	// The two quick retries bridge a dropped connection or a restart of one
-	// of the server's instances.
-	quickRetries    = 2
-	quickRetryDelay = 100 * time.Millisecond
-)
-
 // tokenSource caches one access token and keeps it fresh. It is safe for
 // concurrent use. A fetch belongs to the source and not to a caller: it goes
 // on when the caller leaves, and its result serves everybody.
@@ -203,6 +196,17 @@ func (s *tokenSource) due(now time.Time) bool {
 	return !fresh && !s.backingOff(now)
 }
 
+// backingOff reports whether it is too early to fetch again. mu is held.
+func (s *tokenSource) backingOff(now time.Time) bool {
+	return s.lastErr != nil && now.Before(s.lastErr.retryAt)
+}
+
+// checkDue reports whether the secrets of a permanent error may be compared
+// again: with a new secret it is not too early to fetch. mu is held.
+func (s *tokenSource) checkDue(now time.Time) bool {
+	return s.failedWith != "" && !now.Before(s.nextCheckAt)
+}
+
 // Peek returns the token if there is one that may be used now and was not
 // refused, otherwise nil. It neither waits nor fetches.
 func (s *tokenSource) Peek() *token {
@@ -356,6 +360,12 @@ type fetch struct {
 	links   []trace.Link // to the waiters that are traced
 }
 
+// retry is a quick retry of a token request: when it was decided on, and why.
+type retry struct {
+	at    time.Time
+	cause error
+}
+
 // attempt is what a fetch has to know of the source when it starts.
 type attempt struct {
 	requester
@@ -442,6 +452,18 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, a attempt) {
 	}
 }
 
+// requestToken makes one token request, and a token of what is granted. A source
+// and `caddy oauth2-token` have no other way to one. The grant is returned beside
+// an error, too, if it is one of which nothing is left.
+func (l lifecycle) requestToken(ctx context.Context, r requester) (*token, grant, error) {
+	g, err := r.request(ctx)
+	if err != nil {
+		return nil, grant{}, err
+	}
+	t, err := l.newToken(g)
+	return t, g, err
+}
+
 // requestWithRetries makes the token request, in case of a transient error up to three
 // times. Only the first fetch that fails repeats itself: those that follow it are
 // repetitions already, at growing distances. A grant of which nothing is left is
@@ -522,17 +544,6 @@ func (s *tokenSource) refresh() {
 	}
 }
 
-// backingOff reports whether it is too early to fetch again. mu is held.
-func (s *tokenSource) backingOff(now time.Time) bool {
-	return s.lastErr != nil && now.Before(s.lastErr.retryAt)
-}
-
-// checkDue reports whether the secrets of a permanent error may be compared
-// again: with a new secret it is not too early to fetch. mu is held.
-func (s *tokenSource) checkDue(now time.Time) bool {
-	return s.failedWith != "" && !now.Before(s.nextCheckAt)
-}
-
 // fail notes a failure and computes when to try again. mu is held.
 func (s *tokenSource) fail(err error, fingerprint string, now time.Time) *fetchError {
 	if isPermanent(err) != (s.failedWith != "") {
@@ -553,28 +564,4 @@ func (s *tokenSource) fail(err error, fingerprint string, now time.Time) *fetchE
 	s.failures++
 	s.lastErr = &fetchError{err: err, retryAt: now.Add(wait)}
 	return s.lastErr
-}
-
-// requestToken makes one token request, and a token of what is granted. A source
-// and `caddy oauth2-token` have no other way to one. The grant is returned beside
-// an error, too, if it is one of which nothing is left.
-func (l lifecycle) requestToken(ctx context.Context, r requester) (*token, grant, error) {
-	g, err := r.request(ctx)
-	if err != nil {
-		return nil, grant{}, err
-	}
-	t, err := l.newToken(g)
-	return t, g, err
-}
-
-// safely turns a panic into an error: in a goroutine of ours nobody else could
-// recover it, and it would end the whole server. The panic's value is not
-// shown because it could hold what the request held.
-func safely(f func() error) (err error) {
-	defer func() {
-		if p := recover(); p != nil {
-			err = fmt.Errorf("the token request panicked with a value of type %T; please report it as a bug", p)
-		}
-	}()
-	return f()
 }

@@ -8,7 +8,6 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
-	"time"
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
@@ -60,12 +59,6 @@ func linkFrom(ctx context.Context, fetch trace.SpanContext) {
 	if fetch.IsValid() {
 		trace.SpanFromContext(ctx).AddLink(trace.Link{SpanContext: fetch})
 	}
-}
-
-// retry is a quick retry of a token request: when it was decided on, and why.
-type retry struct {
-	at    time.Time
-	cause error
 }
 
 // trace makes the span of a fetch that has ended in err, before anybody knows.

@@ -1,7 +1,7 @@
 // Package layers keeps the map of CONTRIBUTING.md: each file of the module's
-// package lies on a line of it, and uses the files of its own line and of the
-// lines below, never of those above. The compiler asks for no such order within
-// a package, and without one there soon is no file that can be read first.
+// package lies on a line of it, and uses the files to its left and those of the
+// lines below, never others. The compiler asks for no such order within a
+// package, and without one there soon is no file that can be read first.
 package layers
 
 import (
@@ -82,15 +82,16 @@ func check(lines [][]string, pkg *packages.Package) []string {
 	for _, file := range pkg.Syntax {
 		files[position(pkg, file.Package).Filename] = file
 	}
-	line := map[string]int{} // counted from the top
+	line := map[string]int{}   // counted from the top
+	column := map[string]int{} // counted from the left
 	for i, names := range lines {
-		for _, name := range names {
+		for j, name := range names {
 			if _, twice := line[name]; twice {
 				report("%s: is on the map twice: take one out", name)
 			} else if files[name] == nil {
 				report("%s: is on the map but not in the package: take it out", name)
 			}
-			line[name] = i
+			line[name], column[name] = i, j
 		}
 	}
 
@@ -106,14 +107,19 @@ func check(lines [][]string, pkg *packages.Package) []string {
 	}
 
 	found := uses(pkg)
+	all := circles(found)
 	for _, u := range found {
 		from, mapped := line[u.from]
-		if to, known := line[u.to]; mapped && known && to < from {
+		to, known := line[u.to]
+		switch {
+		case !mapped || !known:
+		case to < from:
 			report("%s:%d: uses %s of %s, a line above: move one of them", u.from, u.line, u.name, u.to)
+		case to == from && column[u.to] > column[u.from] && !inOne(all, u.from, u.to):
+			report("%s:%d: uses %s of %s, to the right of it: put that file first", u.from, u.line, u.name, u.to)
 		}
 	}
 
-	all := circles(found)
 	for _, c := range all {
 		if len(c) > maxCircleFiles {
 			report("%s: is in a circle of %d files, at most %d may be: untie %s", c[0], len(c), maxCircleFiles, strings.Join(c, ", "))
@@ -168,6 +174,11 @@ func uses(pkg *packages.Package) []use {
 		})
 	}
 	return found
+}
+
+// inOne reports whether two files are in one circle.
+func inOne(circles [][]string, a, b string) bool {
+	return slices.ContainsFunc(circles, func(c []string) bool { return slices.Contains(c, a) && slices.Contains(c, b) })
 }
 
 // circles returns the sets of files that all use each other, be it by way of

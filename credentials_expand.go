@@ -1,0 +1,93 @@
+// What becomes of the settings when a config is loaded: one spelling, and placeholders replaced.
+
+package outboundauth
+
+import (
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// expand returns a copy with the placeholders replaced in what is read once,
+// when the config is loaded. Secrets keep theirs: they are read again for
+// each token request, and nothing resolved may reach the config that the
+// admin API shows.
+func (c Credentials) expand(repl *caddy.Replacer) (Credentials, error) {
+	err := c.check()
+	if err != nil {
+		return c, err
+	}
+	replace := func(setting string, value *string) {
+		if err != nil || *value == "" {
+			return
+		}
+		var replaced string
+		if replaced, err = repl.ReplaceOrErr(*value, true, true); err != nil {
+			err = fmt.Errorf("%s: %w (only global placeholders such as {env.*} and {file.*} are known here)", setting, err)
+		}
+		*value = replaced
+	}
+	replace("name", &c.Name)
+	replace("token_url", &c.TokenURL)
+	replace("issuer", &c.Issuer)
+	replace("client_id", &c.ClientID)
+	replace("key_id", &c.KeyID)
+	replace("assertion_audience", &c.AssertionAudience)
+	for _, list := range []struct {
+		setting string
+		values  *[]string
+	}{{"scopes", &c.Scopes}, {"audience", &c.Audience}, {"resource", &c.Resource}} {
+		*list.values = slices.Clone(*list.values)
+		for i := range *list.values {
+			replace(list.setting, &(*list.values)[i])
+		}
+	}
+	if err != nil {
+		return c, err
+	}
+	// One placeholder may hold several scopes, as servers write them.
+	if c.Scopes != nil {
+		c.Scopes = strings.Fields(strings.Join(c.Scopes, " "))
+	}
+	for _, scope := range c.Scopes {
+		if !validScope(scope) { // whatever placeholder it comes from
+			return c, scopeError(scope)
+		}
+	}
+
+	if err := c.checkTemplates(); err != nil {
+		return c, err
+	}
+	if err := c.check(); err != nil {
+		return c, err
+	}
+	return c, c.checkTogether()
+}
+
+// canonical returns c with the names of its headers in canonical form, so that
+// an inherited header is overridden in whatever case it is written.
+func (c Credentials) canonical() (Credentials, error) {
+	var err error
+	if c.Headers, err = canonicalNames(c.Headers); err != nil {
+		return c, fmt.Errorf("header %w", err)
+	}
+	if c.TokenRequestHeaders, err = canonicalNames(c.TokenRequestHeaders); err != nil {
+		return c, fmt.Errorf("token_request_header %w", err)
+	}
+	return c, nil
+}
+
+func canonicalNames(headers map[string]string) (map[string]string, error) {
+	canonical := make(map[string]string, len(headers))
+	for _, field := range sortedKeys(headers) {
+		name := http.CanonicalHeaderKey(field)
+		if _, ok := canonical[name]; ok {
+			return nil, fmt.Errorf("%s is set twice: keep one", name)
+		}
+		canonical[name] = headers[field]
+	}
+	return canonical, nil
+}
