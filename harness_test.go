@@ -367,7 +367,7 @@ func proxyThrough(t *testing.T, rt http.RoundTripper, dial string, req *http.Req
 	return rec, handler.ServeHTTP(rec, req, caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { return nil }))
 }
 
-var ours = regexp.MustCompile(`caddy-outbound-auth(/internal/\w+)?\.\(\*(Transport|client|tokenSource|endpoint|Body|attemptBody)\)`)
+var ours = regexp.MustCompile(`caddy-outbound-auth(/internal/\w+)?\.\(\*(Transport|Credentials|block|client|discovery|issuerMetadata|tokenSource|endpoint|Body|attemptBody)\)`)
 
 // goroutines returns the stacks in which a function of the product runs.
 func goroutines() []string {
