@@ -11,7 +11,7 @@ import (
 
 const (
 	transientBackoff, maxTransientBackoff = 1 * time.Second, 30 * time.Second
-	minRenewalBackoff                     = 250 * time.Millisecond
+	minRefreshBackoff                     = 250 * time.Millisecond
 	permanentBackoff, maxPermanentBackoff = 5 * time.Second, 5 * time.Minute
 	maxRetryAfter                         = 5 * time.Minute
 
@@ -68,7 +68,7 @@ func retryDelay(err error, failures int, left time.Duration) (wait time.Duration
 		// The nearer the end of a token that is still in use, the sooner: the
 		// server may be back in time. These tries don't prolong the back-off
 		// that follows when it is not.
-		if soon := max(left/2, minRenewalBackoff); left > 0 && soon < wait {
+		if soon := max(left/2, minRefreshBackoff); left > 0 && soon < wait {
 			wait, prolongs = soon, false
 		}
 	}
@@ -96,21 +96,21 @@ func retryAfter(err error) time.Duration {
 }
 
 const (
-	// quietPeriod without a refusal ends the back-off of renewals.
+	// quietPeriod without a refusal ends the back-off of replacements.
 	quietPeriod = 30 * time.Second
 
-	// renewalInterval is the distance of renewals that help: some servers say
+	// replacementInterval is the distance of replacements that help: some servers say
 	// that a token lives longer than it does.
-	renewalInterval = 1 * time.Second
+	replacementInterval = 1 * time.Second
 )
 
-// renewals spaces out the renewals of tokens that an upstream refuses: an
+// replacements spaces out the replacements of tokens that an upstream refuses: an
 // upstream that refuses everything, or any token for some of its paths, must
 // not make the gateway ask the authorization server for a token for each
 // request. The first refusal after a quiet time is always followed by one.
-type renewals struct {
+type replacements struct {
 	mu      sync.Mutex // guards all below
-	count   int        // of renewals that did not help, as far as is known
+	count   int        // of replacements that did not help, as far as is known
 	started time.Time  // the last
 	until   time.Time  // no other before
 	refusal time.Time  // the last
@@ -120,7 +120,7 @@ type renewals struct {
 // allow reports whether a token that was refused may be replaced now. It is
 // counted when the renewal begins, as nobody may see how that ends: the client
 // of the proxy may go away.
-func (r *renewals) allow(refused *token) bool {
+func (r *replacements) allow(refused *token) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	now := time.Now()
@@ -143,8 +143,8 @@ func (r *renewals) allow(refused *token) bool {
 }
 
 // help notes that the upstream accepted the token which replaced a refused one.
-func (r *renewals) help() {
+func (r *replacements) help() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.count, r.until = 0, r.started.Add(renewalInterval)
+	r.count, r.until = 0, r.started.Add(replacementInterval)
 }

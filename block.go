@@ -12,8 +12,8 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/replay"
 )
 
-// A block is the credentials of one block of the config at work. Blocks that are
-// sent the same token have a client each, and share its source.
+// A block is the credentials of one block of the config at work. Blocks whose
+// upstreams are sent the same token have a client each, and share its source.
 type block struct {
 	*client
 
@@ -23,7 +23,7 @@ type block struct {
 
 	retryOn        []int       // statuses
 	replayLimit    int         // bytes
-	expectsNothing atomic.Bool // the upstream has failed an expectation
+	expectsNothing atomic.Bool // the upstream has refused an expectation, or ignored it
 
 	bound *boundTransport // bind_certificate; nil without it
 
@@ -134,7 +134,8 @@ func (b *block) judge(res *http.Response, body *replay.Body) verdict {
 func (b *block) refuses(status int) bool { return slices.Contains(b.retryOn, status) }
 
 // settle counts how a request ended that was sent once more, with a token that
-// replaces the refused one: with an answer, or with err.
+// replaces the refused one: with an answer, or with err. If the new token helped,
+// the next may be replaced soon.
 func (b *block) settle(ctx context.Context, res *http.Response, err error) {
 	switch {
 	case err != nil:
@@ -143,6 +144,6 @@ func (b *block) settle(ctx context.Context, res *http.Response, err error) {
 		b.endpoint.metrics.refused(ctx, refusalRefusedAgain)
 	default:
 		b.endpoint.metrics.refused(ctx, refusalRecovered)
-		b.renewals.help()
+		b.replacements.help()
 	}
 }

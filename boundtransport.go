@@ -47,7 +47,8 @@ func newBoundTransport(like *reverseproxy.HTTPTransport) (*boundTransport, error
 	return &boundTransport{like: like}, presentCertificates(like)
 }
 
-// send sends a request upstream on a connection with this certificate.
+// send sends a request upstream on a connection with this certificate. Its URL has
+// a scheme already: see Transport.RoundTrip.
 func (b *boundTransport) send(req *http.Request, certificate *tls.Certificate) (*http.Response, error) {
 	ctx, _ := clientcert.With(req.Context(), certificate)
 	return b.pool(certificate).RoundTrip(req.WithContext(ctx))

@@ -96,17 +96,8 @@ func (t *Transport) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			t.Upstreams = append(t.Upstreams, upstream)
 			blocks = append(blocks, block)
 		case "insecure_plaintext":
-			if t.InsecurePlaintext != nil {
-				return d.Err("insecure_plaintext is set twice: put all on one line")
-			}
-			t.InsecurePlaintext = d.RemainingArgs()
-			if len(t.InsecurePlaintext) == 0 {
-				return d.Errf("insecure_plaintext: say where: %s", strings.Join(plaintextTargets, ", "))
-			}
-			for _, target := range t.InsecurePlaintext {
-				if !slices.Contains(plaintextTargets, target) {
-					return d.Errf("insecure_plaintext: unknown '%s'; use %s", target, strings.Join(plaintextTargets, " or "))
-				}
+			if err := t.unmarshalPlaintext(d); err != nil {
+				return err
 			}
 		default:
 			ours, err := base.unmarshal(d)
@@ -131,6 +122,23 @@ func (t *Transport) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		}
 	}
 	return t.checkBlocks(base, blocks)
+}
+
+// unmarshalPlaintext parses insecure_plaintext.
+func (t *Transport) unmarshalPlaintext(d *caddyfile.Dispenser) error {
+	if t.InsecurePlaintext != nil {
+		return d.Err("insecure_plaintext is set twice: put all on one line")
+	}
+	t.InsecurePlaintext = d.RemainingArgs()
+	if len(t.InsecurePlaintext) == 0 {
+		return d.Errf("insecure_plaintext: say where: %s", strings.Join(plaintextTargets, ", "))
+	}
+	for _, target := range t.InsecurePlaintext {
+		if !slices.Contains(plaintextTargets, target) {
+			return d.Errf("insecure_plaintext: unknown '%s'; use %s", target, strings.Join(plaintextTargets, " or "))
+		}
+	}
+	return nil
 }
 
 // checkBlocks finds what only shows when the whole block has been read.

@@ -14,7 +14,7 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
 )
 
-// read reads certificate and key again each time.
+// read reads certificate and key; as long as they are the same, so is the value.
 func (c *ClientCertificate) read(repl *caddy.Replacer, cache *clientcert.Cache) (*tls.Certificate, error) {
 	current, err := c.readOnce(repl, cache)
 	if err != nil {

@@ -21,8 +21,8 @@ type client struct {
 	source   *tokenSource
 	endpoint *endpoint
 
-	renewals renewals // of tokens that requests were refused with
-	checks   renewals // after health checks, which must not hold up those after requests
+	replacements replacements // of tokens that requests were refused with
+	checks       replacements // after health checks, which must not hold up those after requests
 
 	spare   bool        // no upstream needs it: all have credentials of their own
 	started atomic.Bool // the config runs
@@ -56,10 +56,10 @@ func (cl *client) release() error {
 	return errors.Join(err, cl.endpoint.release())
 }
 
-// renew returns the token that replaces a token that an upstream has refused. It
-// returns nil if there is no other token, or if it is too early to ask for one.
-func (cl *client) renew(ctx context.Context, refused *token) *token {
-	if !cl.mayReplace(ctx, refused) {
+// replace returns the token that replaces one that an upstream has refused; nil if
+// there is no other, or if it is too early to ask for one.
+func (cl *client) replace(ctx context.Context, refused *token) *token {
+	if !cl.retire(ctx, refused) {
 		return nil
 	}
 	fresh, got, err := cl.source.Token(ctx)
@@ -72,20 +72,20 @@ func (cl *client) renew(ctx context.Context, refused *token) *token {
 	return fresh
 }
 
-// renewLater replaces a refused token without waiting for the new one.
-func (cl *client) renewLater(ctx context.Context, refused *token) {
-	if cl.mayReplace(ctx, refused) {
+// replaceLater replaces a refused token without waiting for the new one.
+func (cl *client) replaceLater(ctx context.Context, refused *token) {
+	if cl.retire(ctx, refused) {
 		cl.source.Warm()
 	}
 }
 
-// mayReplace takes a refused token out of use, unless it has been replaced
-// already. It returns false if it is too early for that.
-func (cl *client) mayReplace(ctx context.Context, refused *token) bool {
+// retire takes a refused token out of use, unless it has been replaced already. It
+// reports whether it may be replaced now.
+func (cl *client) retire(ctx context.Context, refused *token) bool {
 	if current := cl.source.Peek(); current != nil && current != refused {
 		return true
 	}
-	if !cl.renewals.allow(refused) {
+	if !cl.replacements.allow(refused) {
 		return false
 	}
 	cl.refuse(ctx, refused)

@@ -61,6 +61,9 @@ func (cs *clients) close() error {
 	return err
 }
 
+// closeToo has close clean up what belongs to one of the clients.
+func (cs *clients) closeToo(c caddy.CleanerUpper) { cs.provisioned = append(cs.provisioned, c) }
+
 // tokenTransport returns the way to the token endpoint of c.
 func (cs *clients) tokenTransport(ctx caddy.Context, c *Credentials) (tokenTransport, error) {
 	if c.ClientCertificate != nil { // which others must not use
@@ -96,13 +99,13 @@ func (cs *clients) provision(ctx caddy.Context, c *Credentials) (tokenTransport,
 		// Over HTTP/2, requests that end their connection take each other's away.
 		h.Versions = []string{"1.1"}
 	}
-	cs.provisioned = append(cs.provisioned, h)
+	cs.closeToo(h)
 	proxied := usesProxy(h) // Provision forgets it
 	if err := h.Provision(ctx); err != nil {
 		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
 	}
-	// Of a dial that outlives its request, net/http would keep the connection,
-	// and the next one be the client with the certificate of that time.
+	// net/http would keep the connection of a dial that outlives its request, and
+	// the next request would go out with the certificate of that time.
 	h.Transport.DisableKeepAlives = true
 	if c.ClientCertificate != nil {
 		if err := presentCertificates(h); err != nil {

@@ -349,8 +349,8 @@ func (c *Credentials) authMethod() string {
 	return authBasic
 }
 
-// needsSecret reports whether the method needs a client_secret. One that is not
-// said may.
+// needsSecret reports whether a method needs a client_secret. "" may: then
+// auth_method is not set.
 func needsSecret(method string) bool {
 	switch method {
 	case authKeyJWT, authTLS, authNone:
@@ -396,7 +396,8 @@ func (c *Credentials) lifecycle() lifecycle {
 }
 
 // shape returns everything that shapes a token request and the life of its
-// token: all settings but those of what the upstream is sent.
+// token: all settings but those of what the upstream is sent. A sourceKey is its
+// digest.
 func (c Credentials) shape(life lifecycle, transportConfig []byte) ([]byte, error) {
 	c.AuthMethod, c.GrantType = c.authMethod(), c.grantType()
 	c.BasicEncoding = cmp.Or(c.BasicEncoding, basicForm)

@@ -569,6 +569,7 @@ func TestFailedProvisionReleasesWhatWasAcquired(t *testing.T) {
 		{"before anything was acquired", settings + "versions 4", "unsupported HTTP version"},
 		{"in the http transport of the tokens", settings + "token_transport {\n versions 4\n}", "token_transport"},
 		{"in an upstream block", settings + "upstream 127.0.0.1:9000 {\n client_id {env.TEST_UNSET}\n}", "is empty"},
+		{"in a certificate that can't be bound", settings + "upstream 127.0.0.1:9000 {\n name never-ran\n client_certificate a b\n bind_certificate\n}", "bind_certificate: a certificate is presented in TLS only"},
 		{"in an address", settings + "upstream 127.0.0.1:9000 127.0.0.1:9000 {\n tenant acme\n}", "named twice"},
 		{"when all was acquired", settings + "upstream 127.0.0.1:9009 {\n tenant acme\n}", "no such upstream"},
 	} {
@@ -578,6 +579,9 @@ func TestFailedProvisionReleasesWhatWasAcquired(t *testing.T) {
 			cleanUp()
 			if got := references(held.fallback.client); got != 1 {
 				t.Errorf("got %d references, want 1 of the transport that is in use", got)
+			}
+			if _, ok := metricsByName.Load("never-ran"); ok {
+				t.Error("got metrics of a client that has never run")
 			}
 		})
 	}

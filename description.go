@@ -2,8 +2,7 @@
 
 package outboundauth
 
-// description is who a client is, as far as everybody may know: in metrics, spans
-// and logs, and in JSON for the admin API and `caddy oauth2-token`.
+// description is the client of a requester: for metrics and spans, and in JSON for the admin API and `caddy oauth2-token`.
 type description struct {
 	name string
 

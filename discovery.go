@@ -34,8 +34,8 @@ type discovery struct {
 	warned atomic.Pointer[string]  // of what the server does not list, last
 }
 
-// newDiscovery returns the discovery of the endpoints of c, which are permitted
-// what permit allows. It has to be released.
+// newDiscovery returns the discovery for the client c. permit refuses what must not
+// be sent its secrets. It has to be released.
 func newDiscovery(issuer *url.URL, c *Credentials, transport tokenTransport, permit func(*url.URL) error, logger *zap.Logger) (*discovery, error) {
 	shared, err := acquireIssuer(c, transport.config)
 	if err != nil {

@@ -11,7 +11,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 )
 
-// The events that operators can subscribe to.
+// Their names; behind each, its data.
 const (
 	eventObtained = "oauth2_token_obtained" // client, expires, renewal
 	eventFailed   = "oauth2_token_failed"   // client, error, error_description, status, failures, retry_at

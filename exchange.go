@@ -52,12 +52,12 @@ func newServerRequest(ctx context.Context, method string, u *url.URL, header htt
 	return req
 }
 
-// maxTokenResponse bounds the answer of a token endpoint, in bytes. RFC 6749
+// maxAnswer bounds the answer of a token endpoint, in bytes. RFC 6749
 // §5.1 leaves the size of a token open; a real one has a few kilobytes.
-const maxTokenResponse = 1 << 20
+const maxAnswer = 1 << 20
 
 // serverAnswer is what the authorization server said, up to a byte more than
-// maxTokenResponse. The zero value stands for no answer.
+// maxAnswer. The zero value stands for no answer.
 type serverAnswer struct {
 	status int
 	header http.Header
@@ -79,7 +79,7 @@ func exchange(ctx context.Context, transport http.RoundTripper, req *http.Reques
 	defer res.Body.Close()
 	a := serverAnswer{status: res.StatusCode, header: res.Header}
 	if a.status != http.StatusSwitchingProtocols {
-		a.body, err = io.ReadAll(io.LimitReader(res.Body, maxTokenResponse+1))
+		a.body, err = io.ReadAll(io.LimitReader(res.Body, maxAnswer+1))
 	}
 	return a, err
 }

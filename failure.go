@@ -31,7 +31,8 @@ import (
 const failureField = "Proxy-Authorization"
 
 // failureMark is the value of the field, new in each process. Upstreams can't
-// guess it, and it would be taken from them: see send.
+// guess it, and it would be taken from them: see
+// Transport.send.
 var failureMark = rand.Text()
 
 func init() {
@@ -100,15 +101,15 @@ func installFailureRoute(handler *reverseproxy.Handler) error {
 	return nil
 }
 
-// describe sets the placeholders that tell why there is no token: the OAuth
+// setFailurePlaceholders sets the placeholders that tell why there is no token: the OAuth
 // error code or one of ours, the description, and the status with which the
 // token endpoint answered, if it did.
-func describe(repl *caddy.Replacer, err error) {
+func setFailurePlaceholders(repl *caddy.Replacer, err error) {
 	code, description, status := codeConfiguration, err.Error(), ""
-	if refused, ok := errors.AsType[*tokenError](err); ok {
-		code, description = refused.Code, refused.Description
-		if refused.Status != 0 {
-			status = strconv.Itoa(refused.Status)
+	if failure, ok := errors.AsType[*tokenError](err); ok {
+		code, description = failure.Code, failure.Description
+		if failure.Status != 0 {
+			status = strconv.Itoa(failure.Status)
 		}
 	} else if errors.Is(err, context.DeadlineExceeded) {
 		code = codeTimeout

@@ -157,8 +157,8 @@ var hopHeaders = []string{
 	"te", "trailer", "transfer-encoding", "upgrade",
 }
 
-// checkHeaderField tells what is wrong with the name of a header that a
-// setting sends, except for the reserved ones.
+// checkHeaderField tells what is wrong with the name of a header that a setting
+// sends. Neither hopHeaders nor reserved, which is in lower case, may be set.
 func checkHeaderField(name string, reserved ...string) error {
 	if !validHeaderField(name) {
 		return fmt.Errorf("'%s' is not a header field name", name)

@@ -14,7 +14,7 @@ import (
 // upstream if there is one at hand: an upstream is not unhealthy because its
 // token is missing, so a check neither waits for one nor fails for lack of one.
 // It has one fetched for the next: an upstream that lets nobody in without a
-// token, and is therefore down, gets no request that would.
+// token, and is therefore down, gets no request that would fetch one.
 func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 	dial, _ := reverseproxy.GetDialInfo(req.Context())
 	checked := dialAddress{dial.Network, dial.Address}
@@ -63,7 +63,7 @@ func (t *Transport) routeByHost(host string) route {
 		return t.fallback
 	}
 	var found route
-	for i, upstream := range t.static[host] {
+	for i, upstream := range t.byHost[host] {
 		if i > 0 && upstream != found {
 			return route{}
 		}

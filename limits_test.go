@@ -68,7 +68,7 @@ func TestRefusalsCauseFewTokenRequests(t *testing.T) {
 			}
 			took := time.Since(started)
 			// On a slow machine, there is time for more.
-			if got := len(auth.asked()); got > 4+int(took/renewalInterval) {
+			if got := len(auth.asked()); got > 4+int(took/replacementInterval) {
 				t.Errorf("got %d token requests for 60 refusals in %v, want a handful", got, took)
 			}
 		})

@@ -49,10 +49,10 @@ type metadata struct {
 // parseMetadata reads a document. Whether what it says will do is for others
 // to judge; members that only a warning needs may be anything.
 func parseMetadata(body []byte) (*metadata, error) {
-	if len(body) > maxTokenResponse {
+	if len(body) > maxAnswer {
 		return nil, errors.New("the metadata is too large")
 	}
-	document, err := parseTokenResponse(body) // by name, not in any case
+	document, err := parseMembers(body) // by name, not in any case
 	if err != nil {
 		return nil, err
 	}
@@ -63,7 +63,7 @@ func parseMetadata(body []byte) (*metadata, error) {
 	if m.tokenEndpoint, err = document.str("token_endpoint"); err != nil {
 		return nil, err
 	}
-	if aliases, err := parseTokenResponse(document["mtls_endpoint_aliases"]); err == nil {
+	if aliases, err := parseMembers(document["mtls_endpoint_aliases"]); err == nil {
 		m.mtlsTokenEndpoint, _ = aliases.str("token_endpoint")
 	}
 	_ = json.Unmarshal(document["token_endpoint_auth_methods_supported"], &m.authMethods)
@@ -89,11 +89,11 @@ type issuerMetadata struct {
 	doubtful bool      // current, by a token request that failed
 	tried    time.Time // the last look-up
 	err      error     // of it
-	inflight *metadataFetch
+	inflight *metadataLookUp
 }
 
-// metadataFetch is one look-up in flight. m and err may be read once done is closed.
-type metadataFetch struct {
+// metadataLookUp is one look-up in flight. m and err may be read once done is closed.
+type metadataLookUp struct {
 	done chan struct{}
 	m    *metadata
 	err  error
@@ -127,7 +127,7 @@ func (i *issuerMetadata) Destruct() error { return nil }
 
 // get returns the metadata. It waits for a look-up if there is none, for a
 // short time if it is doubtful, and not at all if it is only old.
-func (i *issuerMetadata) get(ctx context.Context, fetch func(context.Context) (*metadata, error), logger *zap.Logger) (*metadata, error) {
+func (i *issuerMetadata) get(ctx context.Context, lookUp func(context.Context) (*metadata, error), logger *zap.Logger) (*metadata, error) {
 	i.mu.Lock()
 	known, doubtful := i.current, i.doubtful
 	if known != nil && !doubtful && time.Now().Before(i.until) {
@@ -140,14 +140,14 @@ func (i *issuerMetadata) get(ctx context.Context, fetch func(context.Context) (*
 	}
 	l := i.inflight
 	if l == nil {
-		l = &metadataFetch{done: make(chan struct{})}
+		l = &metadataLookUp{done: make(chan struct{})}
 		i.inflight = l
 		// The look-up presents the caller's certificate, but goes on when the
 		// caller gives up.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), metadataTimeout)
 		go func() {
 			defer cancel()
-			i.run(ctx, l, fetch, logger)
+			i.run(ctx, l, lookUp, logger)
 		}()
 	}
 	i.mu.Unlock()
@@ -179,9 +179,9 @@ func (i *issuerMetadata) get(ctx context.Context, fetch func(context.Context) (*
 }
 
 // run is the goroutine of one look-up, which ends by its timeout.
-func (i *issuerMetadata) run(ctx context.Context, l *metadataFetch, fetch func(context.Context) (*metadata, error), logger *zap.Logger) {
+func (i *issuerMetadata) run(ctx context.Context, l *metadataLookUp, lookUp func(context.Context) (*metadata, error), logger *zap.Logger) {
 	l.err = safely(func() (err error) {
-		l.m, err = fetch(ctx)
+		l.m, err = lookUp(ctx)
 		return err
 	})
 	i.mu.Lock()

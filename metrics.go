@@ -96,8 +96,8 @@ func registerMetrics(ctx caddy.Context) error {
 // rate needs a value to start from.
 type clientMetrics struct {
 	name          string
-	client        any                 // name, as the value of a placeholder
-	values        [len(tokenUses)]any // of another
+	client        any                 // the value of phClient
+	values        [len(tokenUses)]any // those of phToken
 	uses          [len(tokenUses)]prometheus.Counter
 	waits         prometheus.Observer
 	duration      prometheus.Observer

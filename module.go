@@ -54,18 +54,18 @@ type Transport struct {
 
 	*reverseproxy.HTTPTransport
 
-	clients      clients               // all of them
-	routes       map[dialAddress]route // of the addresses in Upstreams
-	fallback     route                 // of all other addresses
-	static       map[string][]route    // of the proxy's upstreams, by host
-	dials        []dialAddress         // of the proxy's upstreams, as far as they are static
-	reserved     fieldSet              // headers that only the transport sets
-	plaintext    bool                  // to upstreams, allowed
-	proxied      bool                  // by a network_proxy, so nothing stays on this machine
-	listedOnly   bool                  // no fallback: see checkUpstreams
-	healthStatus int                   // that active health checks expect; 0: any of success
-	routed       bool                  // the handler has the route for failures
-	logger       *zap.Logger
+	clients       clients               // all of them
+	routes        map[dialAddress]route // of the addresses in Upstreams
+	fallback      route                 // of all other addresses
+	byHost        map[string][]route    // of the proxy's upstreams
+	dials         []dialAddress         // of the proxy's upstreams, as far as they are static
+	reserved      fieldSet              // headers that only the transport sets
+	plaintext     bool                  // to upstreams, allowed
+	proxied       bool                  // see usesProxy
+	listedOnly    bool                  // no fallback: see checkUpstreams
+	healthStatus  int                   // that active health checks expect; 0: any of success
+	marksFailures bool                  // the handler has the response route for failures, see installFailureRoute
+	logger        *zap.Logger
 }
 
 // Upstream has the credentials of one or more upstreams.
@@ -112,7 +112,7 @@ func (*Transport) CaddyModule() caddy.ModuleInfo {
 
 // addresses returns the upstreams that are known before any request.
 func (t *Transport) addresses() []dialAddress {
-	if t.routed {
+	if t.marksFailures {
 		return t.dials
 	}
 	return slices.Collect(maps.Keys(t.routes))
@@ -125,7 +125,8 @@ func (t *Transport) Cleanup() error {
 	return errors.Join(t.HTTPTransport.Cleanup(), t.clients.close())
 }
 
-// loaded is the transports that are provisioned, oldest first.
+// loaded is the transports that are provisioned, oldest first: caddy oauth2-token
+// picks those of its config.
 var loaded struct {
 	mu         sync.Mutex // guards all below
 	transports []*Transport

@@ -8,7 +8,6 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// The placeholders that the transport sets in each request.
 const (
 	// For handle_errors: why there is no token.
 	phError       = "http.oauth2.error"
@@ -21,13 +20,14 @@ const (
 	phWait    = "http.oauth2.wait_ms"
 	phRetried = "http.oauth2.retried"
 
-	// For the route of failures only: the error, and whether there is one.
+	// For the response route of failures (failure.go) only: the error, and whether
+	// there is one.
 	phFailure = "http.oauth2.failure"
 	phFailed  = "http.oauth2.failed"
 )
 
-// replacerOf returns the replacer of the request that ctx belongs to. Requests
-// that did not come in have none: those of active health checks.
+// replacerOf returns the replacer of the request that ctx belongs to. That of an
+// active health check knows nothing of any request.
 func replacerOf(ctx context.Context) (*caddy.Replacer, bool) {
 	repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	return repl, ok

@@ -95,17 +95,21 @@ func (t *Transport) openUpstream(ctx caddy.Context, u *Upstream, base *Credentia
 
 // open opens the route of credentials that are complete.
 func (t *Transport) open(ctx caddy.Context, c Credentials) (route, error) {
+	var bound *boundTransport
+	if c.BindCertificate && c.ClientCertificate != nil { // the one without the other is an error
+		var err error
+		if bound, err = newBoundTransport(t.HTTPTransport); err != nil {
+			return route{}, fmt.Errorf("bind_certificate: %w", err)
+		}
+		t.clients.closeToo(bound)
+	}
+	// Last: what is acquired is used by others at once.
 	cl, err := t.clients.open(ctx, c)
 	if err != nil {
 		return route{}, err
 	}
 	b := newBlock(cl)
-	if c.BindCertificate {
-		if b.bound, err = newBoundTransport(t.HTTPTransport); err != nil {
-			return route{}, fmt.Errorf("bind_certificate: %w", err)
-		}
-		t.clients.provisioned = append(t.clients.provisioned, b.bound)
-	}
+	b.bound = bound
 	b.fields(&t.reserved)
 	return route{block: b}, nil
 }
@@ -153,7 +157,7 @@ func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 		}
 	}
 	fallbackUsed := !complete
-	t.static = make(map[string][]route)
+	t.byHost = make(map[string][]route)
 	for dial, address := range static {
 		r, listed := t.routes[dial]
 		if !listed {
@@ -161,7 +165,7 @@ func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 			fallbackUsed = true
 		}
 		host, _, _ := net.SplitHostPort(dial.address)
-		t.static[host] = append(t.static[host], r)
+		t.byHost[host] = append(t.byHost[host], r)
 		if r.unknown() {
 			missing := "token_url, client_id and client_secret are missing"
 			if t.Credentials != nil {
@@ -169,7 +173,7 @@ func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 			}
 			return fmt.Errorf("upstream %s has no credentials: %s; or add `upstream %s { … }` or `upstream %s off`", address, missing, address, address)
 		}
-		if r.block != nil && !t.plaintext && !t.encrypted(dial) {
+		if r.block != nil && !t.plaintext && !t.private(dial) {
 			return plaintextError(address)
 		}
 	}
@@ -194,9 +198,9 @@ func (t *Transport) warnHeaderUp(handler *reverseproxy.Handler) {
 	}
 }
 
-// encrypted reports whether what is sent to a static upstream can be seen by
+// private reports whether what is sent to a static upstream can be seen by
 // nobody outside this machine.
-func (t *Transport) encrypted(dial dialAddress) bool {
+func (t *Transport) private(dial dialAddress) bool {
 	host, port, err := net.SplitHostPort(dial.address)
 	if err != nil {
 		host = dial.address
@@ -286,7 +290,7 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 		if err := installFailureRoute(handler); err != nil {
 			return err
 		}
-		t.routed = true
+		t.marksFailures = true
 	} // otherwise it is the transport of a handler of which nothing is known
 	if err := t.warmUp(); err != nil {
 		return err

@@ -21,8 +21,8 @@ import (
 // is: the proxy sends the same to the next upstream when it retries, and logs
 // it.
 func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
-	// As the http transport would, which shares the URL: whether a token may go
-	// there is asked of it.
+	// As the http transport would do later, on the same URL: exposes and
+	// boundTransport need it now.
 	t.SetScheme(req)
 	ctx := req.Context()
 	if isHealthCheck(ctx) {
@@ -82,19 +82,9 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 	if err != nil {
 		return t.fail(req, http.StatusBadGateway, err)
 	}
-	var body *replay.Body
-	var trailer http.Header // as announced
-	if hasBody(req) {
-		trailer = t.reserved.without(req.Trailer)
-		reader := req.Body
-		if len(b.retryOn) > 0 {
-			body = replay.New(req.Body, b.replayLimit)
-			defer body.Commit(req.Context())
-			reader = body.First()
-		}
-		t.setBody(out, reader, trailer)
-	}
+	body, trailer := t.record(out, req, b)
 	if body != nil {
+		defer body.Commit(req.Context())
 		out = b.announce(out, body)
 	}
 	res, err := t.send(out, b, tok)
@@ -112,11 +102,11 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 	case giveUp:
 		if b.refuses(res.StatusCode) {
 			b.endpoint.metrics.refused(req.Context(), refusalNotRepeatable)
-			b.renewLater(req.Context(), tok) // for the next request
+			b.replaceLater(req.Context(), tok) // for the next request
 		}
 		return res, nil
 	case replace:
-		if next = b.renew(req.Context(), tok); next == nil {
+		if next = b.replace(req.Context(), tok); next == nil {
 			b.endpoint.metrics.refused(req.Context(), refusalNoToken)
 			return res, nil // as the upstream answered
 		}
@@ -148,8 +138,24 @@ func (t *Transport) outbound(req *http.Request, b *block, tok *token) (*http.Req
 	return out, b.dress(out, tok)
 }
 
-// send sends a request upstream with Caddy's own transport or, if its token is
-// bound to a certificate, with that. What the upstream sends in the field of
+// record makes the body of req that of out, recorded if it may be sent again, and
+// returns it with the trailers that it announces; nil if it is not recorded.
+func (t *Transport) record(out, req *http.Request, b *block) (body *replay.Body, trailer http.Header) {
+	if !hasBody(req) {
+		return nil, nil
+	}
+	trailer = t.reserved.without(req.Trailer)
+	reader := req.Body
+	if len(b.retryOn) > 0 {
+		body = replay.New(req.Body, b.replayLimit)
+		reader = body.First()
+	}
+	t.setBody(out, reader, trailer)
+	return body, trailer
+}
+
+// send sends a request upstream with Caddy's own transport or, for a block that
+// binds its tokens, on a connection with the token's certificate. What the upstream sends in the field of
 // the mark is removed. b and tok may be nil.
 func (t *Transport) send(req *http.Request, b *block, tok *token) (res *http.Response, err error) {
 	if b != nil && b.bound != nil {
@@ -207,10 +213,10 @@ func (t *Transport) fail(req *http.Request, status int, err error) (*http.Respon
 	closeBody(req)
 	ctx := req.Context()
 	repl, ok := replacerOf(ctx)
-	if !t.routed || !ok || isHealthCheck(ctx) {
+	if !t.marksFailures || !ok || isHealthCheck(ctx) {
 		return nil, caddyhttp.Error(status, err)
 	}
-	describe(repl, err)
+	setFailurePlaceholders(repl, err)
 	repl.Set(phFailure, caddyhttp.Error(status, err))
 	repl.Set(phFailed, true)
 	return &http.Response{
@@ -228,8 +234,8 @@ func (t *Transport) fail(req *http.Request, status int, err error) (*http.Respon
 // statusOf tells a client of the proxy why there is no token: 504 if it did
 // not come in time, otherwise 503.
 func statusOf(err error) int {
-	refused, ok := errors.AsType[*tokenError](err)
-	if errors.Is(err, context.DeadlineExceeded) || (ok && refused.Code == codeTimeout) {
+	failure, ok := errors.AsType[*tokenError](err)
+	if errors.Is(err, context.DeadlineExceeded) || (ok && failure.Code == codeTimeout) {
 		return http.StatusGatewayTimeout
 	}
 	return http.StatusServiceUnavailable

@@ -8,7 +8,7 @@ import (
 
 func TestRenewalsBackOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var r renewals
+		var r replacements
 		want := permanentBackoff
 		for i := range 10 {
 			if !r.allow(new(token)) {
@@ -27,7 +27,7 @@ func TestRenewalsBackOff(t *testing.T) {
 // All requests that were sent with one token get the one that replaces it.
 func TestRenewalIsSharedByTheRequestsOfAToken(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var r renewals
+		var r replacements
 		refused := new(token)
 		for range 100 {
 			if !r.allow(refused) {
@@ -43,7 +43,7 @@ func TestRenewalIsSharedByTheRequestsOfAToken(t *testing.T) {
 
 func TestQuietPeriodEndsTheBackOff(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var r renewals
+		var r replacements
 		for renewed := 0; renewed < 6; time.Sleep(time.Second) { // the next interval is above a minute
 			if r.allow(new(token)) {
 				renewed++
@@ -63,16 +63,16 @@ func TestQuietPeriodEndsTheBackOff(t *testing.T) {
 // A server that says its tokens live longer than they do.
 func TestRenewalsThatHelpAreNotHeldBack(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var r renewals
+		var r replacements
 		for range 100 {
 			if !r.allow(new(token)) {
 				t.Fatal("got no renewal, want one: the last one helped")
 			}
 			r.help()
 			if r.allow(new(token)) {
-				t.Fatalf("got a renewal at once, want %v between them", renewalInterval)
+				t.Fatalf("got a renewal at once, want %v between them", replacementInterval)
 			}
-			time.Sleep(renewalInterval)
+			time.Sleep(replacementInterval)
 		}
 	})
 }
@@ -80,7 +80,7 @@ func TestRenewalsThatHelpAreNotHeldBack(t *testing.T) {
 // A day of requests for a path that accepts no token.
 func TestPathThatAcceptsNoTokenCausesFewRenewals(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var r renewals
+		var r replacements
 		renewed := 0
 		for start := time.Now(); time.Since(start) < 24*time.Hour; time.Sleep(time.Second) {
 			if r.allow(new(token)) {
@@ -88,7 +88,7 @@ func TestPathThatAcceptsNoTokenCausesFewRenewals(t *testing.T) {
 			}
 		}
 		if limit := 24*12 + 10; renewed > limit {
-			t.Errorf("got %d renewals in a day, want at most %d", renewed, limit)
+			t.Errorf("got %d replacements in a day, want at most %d", renewed, limit)
 		}
 	})
 }

@@ -116,8 +116,8 @@ func (c *Credentials) resolveNow(certificates *clientcert.Cache) (r resolved, er
 	return r, nil
 }
 
-// resolveKeys reads certificate and key. Provision calls it as well: what
-// can't be read, or does not fit, is found at load.
+// resolveKeys reads certificate and key. newEndpoint calls it as well: what can't
+// be read, or does not fit, is found at load.
 func (c *Credentials) resolveKeys(repl *caddy.Replacer, certificates *clientcert.Cache) (certificate *tls.Certificate, key *jwt.Key, source []byte, err error) {
 	if c.ClientCertificate != nil {
 		if certificate, err = c.ClientCertificate.read(repl, certificates); err != nil {

@@ -12,7 +12,7 @@ const (
 	stateFresh   = "fresh"   // as good as new
 	stateStale   = "stale"   // due to be replaced
 	stateExpired = "expired" // not used any more, or refused by an upstream
-	stateAbsent  = "absent"  // there has been none
+	stateAbsent  = "absent"  // there is none
 )
 
 var tokenStates = []string{stateFresh, stateStale, stateExpired, stateAbsent}
@@ -63,11 +63,23 @@ func sourceStatuses() []sourceStatus {
 // statuses returns what s is like now, as the newest client of each name has
 // it; nothing if s has no client yet.
 func (s *tokenSource) statuses(now time.Time) []sourceStatus {
+	status, requesters := s.statusAlone(now)
+	var statuses []sourceStatus
+	for _, r := range requesters {
+		status.description = r.describe()
+		named := func(other sourceStatus) bool { return other.name == status.name }
+		if !slices.ContainsFunc(statuses, named) {
+			statuses = append(statuses, status)
+		}
+	}
+	return statuses
+}
+
+// statusAlone returns what s is like now, without its clients, and these apart,
+// the newest first.
+func (s *tokenSource) statusAlone(now time.Time) (sourceStatus, []requester) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.last == nil {
-		return nil
-	}
 	status := sourceStatus{state: stateAbsent, failures: s.failures, fetching: s.inflight != nil}
 	if t := s.current; t != nil {
 		status.obtained, status.renewal, status.expires = t.obtained, t.refreshAt, t.expires
@@ -84,13 +96,10 @@ func (s *tokenSource) statuses(now time.Time) []sourceStatus {
 		status.err, status.retryAt = s.lastErr, s.lastErr.retryAt
 	}
 
-	var statuses []sourceStatus
-	for _, client := range slices.Backward(append([]requester{s.last}, s.requesters...)) {
-		status.description = client.describe()
-		named := func(other sourceStatus) bool { return other.name == status.name }
-		if !slices.ContainsFunc(statuses, named) {
-			statuses = append(statuses, status)
-		}
+	requesters := slices.Clone(s.requesters)
+	slices.Reverse(requesters)
+	if s.last != nil && len(requesters) == 0 {
+		requesters = append(requesters, s.last) // for requests that are still on their way
 	}
-	return statuses
+	return status, requesters
 }

@@ -72,8 +72,8 @@ interrupted; --json writes what the admin API answers.`,
 	})
 }
 
-// showStatus writes the clients of the Caddy whose admin API is at address; if
-// watch, again and again until ctx ends.
+// showStatus writes the clients of the Caddy whose admin API is at address: once,
+// or if every is not 0, at that interval until ctx ends.
 func showStatus(ctx context.Context, w io.Writer, address string, every time.Duration, asJSON bool) error {
 	for first := true; ; first = false {
 		text, err := statusText(ctx, address, asJSON)

@@ -87,7 +87,7 @@ func TestTrailersThatArriveDuringTheRetry(t *testing.T) {
 	const retries = 60
 	auth := newAuthServer(t)
 	up := newUpstream(t, auth)
-	// A transport for each retry, as one spaces out its renewals.
+	// A transport for each retry, as one spaces out its replacements.
 	var site strings.Builder
 	for i := range retries {
 		fmt.Fprintf(&site, "handle /%d {\n%s\n}\n", i, proxySite(up, auth, ""))

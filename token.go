@@ -33,13 +33,14 @@ type grant struct {
 
 	// When the life of the token began, at the earliest: when it was asked for.
 	issued time.Time
-	took   time.Duration // the answer
+	took   time.Duration // from issued until the answer was read
 
 	// What the token is bound to (RFC 8705 §3), or nil.
 	binding *tls.Certificate
 }
 
-// lifecycle is how long a token is used; see the fields of Credentials.
+// lifecycle is what the settings say of a token's life: how early it is replaced,
+// how long it lasts if the server doesn't say, and how long a fetch may take.
 type lifecycle struct {
 	refreshBefore   time.Duration // 0: the last 26 % of the lifetime
 	defaultLifetime time.Duration
@@ -53,8 +54,8 @@ const (
 	reserveDivisor = 10
 	maxReserve     = 10 * time.Second
 
-	// It is replaced in its last 26 %: they outlast an outage of a quarter of it,
-	// and a try after.
+	// A token is replaced in the last 26 % of its life: they outlast an outage of
+	// a quarter of it, and a try after.
 	refreshPercent = 26
 
 	// Up to 4 % earlier, at random, so that a fleet that started together does

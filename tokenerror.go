@@ -42,7 +42,7 @@ const (
 // tokenError is why a token request failed. Every part of it may be logged
 // and shown: it holds no secret, token, form or body.
 type tokenError struct {
-	Endpoint    string // host of the token endpoint
+	Endpoint    string // host that was asked: of the token endpoint, or of the issuer's metadata
 	Status      int    // HTTP status; 0 without an answer
 	Code        string // the OAuth error code, or one of ours
 	Description string // in words: the server's, or ours
@@ -170,11 +170,12 @@ type reportedError struct {
 	Hint        string `json:"hint,omitempty"`
 }
 
-// reportError returns what is told of an error that a fetch ended in.
+// reportError returns what is told of the reason why there is no token.
 func reportError(err error) *reportedError {
 	if failure, ok := errors.AsType[*tokenError](err); ok {
 		return &reportedError{failure.Code, failure.Description, failure.Status, failure.remedy()}
 	}
+	// What was granted can't be used, or there was a panic.
 	return &reportedError{Code: codeInvalidResponse, Description: err.Error()}
 }
 

@@ -251,8 +251,8 @@ func TestEndlessAnswerIsCutOff(t *testing.T) {
 	cl := newTestClient(t, canaryCredentials("https://auth.example.com/token"), server)
 	_, err := cl.endpoint.request(t.Context())
 	wantTokenError(t, err, codeInvalidResponse, false)
-	if server.read > maxTokenResponse+1 || !server.closed {
-		t.Errorf("read %d bytes, closed: %v, want %d at most and true", server.read, server.closed, maxTokenResponse+1)
+	if server.read > maxAnswer+1 || !server.closed {
+		t.Errorf("read %d bytes, closed: %v, want %d at most and true", server.read, server.closed, maxAnswer+1)
 	}
 }
 

@@ -115,14 +115,16 @@ func (e *endpoint) fingerprint(ctx context.Context) string {
 // request implements requester.
 func (e *endpoint) request(ctx context.Context) (grant, error) {
 	start := time.Now()
-	g, err := e.requestOnce(ctx)
+	g, err := e.requestUncounted(ctx)
 	if !errors.Is(context.Cause(ctx), errReleased) { // which says nothing about the server
 		e.metrics.tokenRequested(time.Since(start), err)
 	}
 	return g, err
 }
 
-func (e *endpoint) requestOnce(ctx context.Context) (grant, error) {
+// requestUncounted is request without the metrics. If the token endpoint seems to
+// have moved, it is looked up and asked again.
+func (e *endpoint) requestUncounted(ctx context.Context) (grant, error) {
 	r, err := e.credentials.resolve(ctx, &e.certificates)
 	if err != nil {
 		return grant{}, err
@@ -163,8 +165,8 @@ func mayHaveMoved(err error) bool {
 	return failure.Code == codeInvalidResponse || (failure.Status >= 300 && failure.Status < 400)
 }
 
-// requestAt makes one token request at u (RFC 6749 §4.4.2) as the client of
-// the server that is called audience.
+// requestAt makes one token request at u (RFC 6749 §4.4.2). audience is whom the
+// client's JWTs are meant for, unless assertion_audience says otherwise.
 func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r resolved) (grant, error) {
 	form, header, secrets, err := e.form(r, cmp.Or(e.credentials.AssertionAudience, audience))
 	if err != nil {
@@ -173,7 +175,7 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 	if e.discovery == nil {
 		secrets.AddQuery(e.urlTemplate, u)
 	}
-	ctx, certificate := clientcert.With(ctx, r.certificate)
+	ctx, presented := clientcert.With(ctx, r.certificate)
 	sent := time.Now()
 	a, err := exchange(ctx, e.transport, newServerRequest(ctx, http.MethodPost, u, header, form.Encode()))
 	if err != nil {
@@ -181,7 +183,7 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 	}
 	g, err := e.credentials.readAnswer(u, a, secrets)
 	if err != nil {
-		return grant{}, e.advise(err, r, certificate)
+		return grant{}, e.advise(err, r, presented)
 	}
 	g.issued, g.took = sent, time.Since(sent)
 	if e.credentials.BindCertificate {

@@ -31,9 +31,9 @@ const (
 	maxSearchedDescription = 4 << 10
 )
 
-// readAnswer turns the answer of the token endpoint at u into a grant or a
-// *tokenError, of which the settings know what to change. No text of the answer
-// that holds one of the secrets is shown.
+// readAnswer turns the answer of the token endpoint at u into a grant, or a
+// *tokenError with a hint at the settings. No text of the answer that holds one of
+// the secrets is shown.
 func (c *Credentials) readAnswer(u *url.URL, a serverAnswer, secrets redact.Secrets) (grant, error) {
 	failure := &tokenError{Endpoint: u.Host, Status: a.status}
 	if a.status >= 300 && a.status < 400 {
@@ -45,10 +45,10 @@ func (c *Credentials) readAnswer(u *url.URL, a serverAnswer, secrets redact.Secr
 		}
 		return grant{}, failure.classify()
 	}
-	if len(a.body) > maxTokenResponse {
-		return grant{}, unreadable(failure, fmt.Errorf("the answer is larger than %d bytes", maxTokenResponse))
+	if len(a.body) > maxAnswer {
+		return grant{}, unreadable(failure, fmt.Errorf("the answer is larger than %d bytes", maxAnswer))
 	}
-	parsed, err := parseTokenResponse(a.body)
+	parsed, err := parseMembers(a.body)
 	code, description := parsed.refusal()
 	code, description = code[:min(len(code), maxSearchedCode)], description[:min(len(description), maxSearchedDescription)]
 
@@ -109,15 +109,15 @@ func errorCode(code string) string {
 	return redact.Clean(code, maxShownCode)
 }
 
-// tokenResponse holds the members of a token endpoint's answer by name. Not a
+// members holds the members of a token endpoint's answer by name. Not a
 // struct: encoding/json matches names in any case, and "ACCESS_TOKEN" is not
 // the member that RFC 6749 names. Unknown members are ignored (§5.1), and so
 // is refresh_token: the next token is simply asked for (§4.4.3).
-type tokenResponse map[string]json.RawMessage
+type members map[string]json.RawMessage
 
-// parseTokenResponse reads a body as a JSON object.
-func parseTokenResponse(body []byte) (tokenResponse, error) {
-	var r tokenResponse
+// parseMembers reads a body as a JSON object.
+func parseMembers(body []byte) (members, error) {
+	var r members
 	if err := json.Unmarshal(body, &r); err != nil || r == nil {
 		// The decoder's error would quote the body.
 		return nil, errors.New("the answer is not a JSON object")
@@ -127,7 +127,7 @@ func parseTokenResponse(body []byte) (tokenResponse, error) {
 
 // grant reads a successful answer (RFC 6749 §5.1), strictly: a token that is
 // no bearer token, or that would break the header, must not be used.
-func (r tokenResponse) grant() (grant, error) {
+func (r members) grant() (grant, error) {
 	accessToken, err := r.str("access_token")
 	if err != nil {
 		return grant{}, err
@@ -156,12 +156,12 @@ func (r tokenResponse) grant() (grant, error) {
 		return grant{}, err
 	}
 	scope, _ := r.str("scope") // is only shown
-	return grant{accessToken: accessToken, lifetime: lifetime, scope: redact.Clean(scope, maxTokenResponse)}, nil
+	return grant{accessToken: accessToken, lifetime: lifetime, scope: redact.Clean(scope, maxAnswer)}, nil
 }
 
 // lifetime reads expires_in, in seconds. The RFC means an integer; servers
 // also send floats and strings. 0, as good as absent, leaves it open.
-func (r tokenResponse) lifetime() (time.Duration, error) {
+func (r members) lifetime() (time.Duration, error) {
 	raw := bytes.TrimSpace(r["expires_in"])
 	if len(raw) > 0 && raw[0] == '"' {
 		s, err := r.str("expires_in")
@@ -193,7 +193,7 @@ func (r tokenResponse) lifetime() (time.Duration, error) {
 }
 
 // str returns a member that must be a string; "" if it is absent or null.
-func (r tokenResponse) str(name string) (string, error) {
+func (r members) str(name string) (string, error) {
 	raw, ok := r[name]
 	if !ok {
 		return "", nil
@@ -209,7 +209,7 @@ func (r tokenResponse) str(name string) (string, error) {
 }
 
 // hasToken reports whether an answer has a token, which an error has not.
-func (r tokenResponse) hasToken() bool {
+func (r members) hasToken() bool {
 	for _, name := range []string{"access_token", "refresh_token", "id_token"} {
 		if _, ok := r[name]; ok {
 			return true
@@ -220,7 +220,7 @@ func (r tokenResponse) hasToken() bool {
 
 // refusal reads the error members (RFC 6749 §5.2) and the other names under
 // which servers send the description. An answer without any gives "", "".
-func (r tokenResponse) refusal() (code, description string) {
+func (r members) refusal() (code, description string) {
 	code, _ = r.str("error")
 	for _, name := range []string{"error_description", "errorDescription", "message"} {
 		if description, _ = r.str(name); description != "" {

@@ -20,7 +20,7 @@ import (
 // requester makes the token requests of a source. A source is shared by all
 // configs that need the same token, and each of them brings its own.
 type requester interface {
-	// request makes one token request. It tells when, and how long that took.
+	// request makes one token request. The grant says when, and how long it took.
 	request(ctx context.Context) (grant, error)
 
 	// fingerprint tells the client's current secrets apart without holding
@@ -57,10 +57,10 @@ var errReleased = errors.New("the configuration that asked for the token was unl
 //	FetchNow     waits for a fetch, whatever the state
 //	Refuse       makes it refused              -
 //	Forget       makes it absent
-//	timer        -          fetch, if wanted   fetch, if wanted
+//	timer        -          fetch, if wanted or if the last one failed
 //
-// A fetch that nobody waits for does not start within a back-off, nor, but for a
-// request, after the last config that uses the source has ended.
+// A fetch that nobody waits for does not start within a back-off. After the last
+// config that uses the source has ended, only Token and FetchNow start one.
 type tokenSource struct {
 	lifecycle
 
@@ -366,8 +366,8 @@ type retry struct {
 	cause error
 }
 
-// attempt is what a fetch has to know of the source when it starts.
-type attempt struct {
+// fetchStart is what a fetch has to know of the source when it starts.
+type fetchStart struct {
 	requester
 	failures int // before it
 
@@ -394,7 +394,7 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	f := &fetch{done: make(chan struct{}), cancel: cancel, started: now}
 	s.inflight = f
-	before := attempt{requester: s.last, failures: s.failures}
+	before := fetchStart{requester: s.last, failures: s.failures}
 	if onlyIfChanged {
 		before.failedWith, before.err = s.failedWith, s.lastErr
 	}
@@ -404,7 +404,7 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 
 // run is the goroutine of one fetch: it ends with the fetch, which ends by
 // its timeout, or earlier when the source is released.
-func (s *tokenSource) run(ctx context.Context, f *fetch, a attempt) {
+func (s *tokenSource) run(ctx context.Context, f *fetch, a fetchStart) {
 	defer f.cancel(nil)
 	ctx, cancel := context.WithTimeout(ctx, s.fetchTimeout)
 	defer cancel()
@@ -468,7 +468,7 @@ func (l lifecycle) requestToken(ctx context.Context, r requester) (*token, grant
 // times. Only the first fetch that fails repeats itself: those that follow it are
 // repetitions already, at growing distances. A grant of which nothing is left is
 // not asked for again at once: the next would be no better.
-func (s *tokenSource) requestWithRetries(ctx context.Context, f *fetch, a attempt) (*token, error) {
+func (s *tokenSource) requestWithRetries(ctx context.Context, f *fetch, a fetchStart) (*token, error) {
 	for try := 0; ; try++ {
 		var (
 			t *token
@@ -537,9 +537,9 @@ func (s *tokenSource) refresh() {
 	defer s.mu.Unlock()
 	now := time.Now()
 	// A failed renewal is repeated while its token lives, asked for or not.
-	renewing := s.failures > 0 && s.current != nil && now.Before(s.current.usableTo)
+	refreshing := s.failures > 0 && s.current != nil && now.Before(s.current.usableTo)
 	// The timer may have fired while somebody else saw to it: then it is not due.
-	if (s.wanted || renewing) && !s.released && s.due(now) {
+	if (s.wanted || refreshing) && !s.released && s.due(now) {
 		s.start(false)
 	}
 }

@@ -124,7 +124,7 @@ func TestRenewalDuringALookAtTheSecret(t *testing.T) {
 		go func() { _, _, _ = s.Token(t.Context()) }()
 		time.Sleep(secretCheckInterval)
 		if tok, err := s.FetchNow(t.Context()); err != nil || tok.value != "t2" {
-			t.Errorf("Renew() = %v, %v, want the token of a second request", tok, err)
+			t.Errorf("FetchNow() = %v, %v, want the token of a second request", tok, err)
 		}
 	})
 }

@@ -217,6 +217,8 @@ func TestTokenThatExpiredOnItsWayIsAnError(t *testing.T) {
 		s := newTestSource(t, r)
 		if got := ask(t.Context(), s); got.err == nil || got.waited != r.delay {
 			t.Errorf("Token() = %v, want an error after %v", got, r.delay)
+		} else {
+			wantError(t, got.err, "the token lives for 1s, but took 900ms to get: nothing is left of it")
 		}
 		expectCached(t, s, nil)
 

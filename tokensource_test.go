@@ -151,7 +151,7 @@ func expectToken(t *testing.T, s *tokenSource, value string, waited time.Duratio
 func expectCached(t *testing.T, s *tokenSource, want *token) {
 	t.Helper()
 	if got := s.Peek(); got != want {
-		t.Errorf("Cached() = %p, want %p", got, want)
+		t.Errorf("Peek() = %p, want %p", got, want)
 	}
 }
 
@@ -252,7 +252,7 @@ func TestExpiredTokenIsNotServed(t *testing.T) {
 				r.setDelay(100 * time.Millisecond)
 				expectToken(t, s, "t1", 0)
 				if s.Peek() == nil {
-					t.Error("Cached() = nil, want the token")
+					t.Error("Peek() = nil, want the token")
 				}
 				time.Sleep(time.Nanosecond)
 				expectCached(t, s, nil)

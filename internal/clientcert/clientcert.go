@@ -42,7 +42,7 @@ func (cache *Cache) Latest() *tls.Certificate {
 }
 
 // Presented is the certificate of one request. It goes with the request's
-// context, so that a token is never taken for bound to another one.
+// context, so that a token is bound to the certificate that was presented for it.
 type Presented struct {
 	certificate *tls.Certificate
 	asked       atomic.Bool // by the server

@@ -99,7 +99,7 @@ func ParseKey(source []byte, alg, id string) (*Key, error) {
 		}
 	}
 	if len(certificates) > 0 {
-		if err := k.certify(certificates[0]); err != nil {
+		if err := k.setCertificate(certificates[0]); err != nil {
 			return nil, err
 		}
 	}
@@ -170,11 +170,13 @@ func parseDER(block *pem.Block) (key any, err error) {
 // noted already. One that is for another key changes nothing.
 func (k *Key) Certify(certificate *x509.Certificate) {
 	if k.thumbprint == "" {
-		_ = k.certify(certificate)
+		_ = k.setCertificate(certificate)
 	}
 }
 
-func (k *Key) certify(certificate *x509.Certificate) error {
+// setCertificate notes the certificate that some servers know the key by. One for
+// another key is an error.
+func (k *Key) setCertificate(certificate *x509.Certificate) error {
 	if !belongs(certificate, k.key) {
 		return errors.New("the certificate beside it is for another key")
 	}

@@ -29,8 +29,7 @@ func Clean(s string, limit int) string {
 	return s
 }
 
-// Secrets are what a token request and its answer contain that must not be
-// shown.
+// Secrets are what must not be shown of a token request.
 type Secrets []string
 
 // Add adds a secret, unless it is too short to be one.
@@ -70,8 +69,8 @@ const Telltale = 8
 // true are no secrets.
 const minSecret = 4
 
-// In reports whether a text holds something confidential, or enough of it, in
-// whatever spelling a server may repeat it.
+// In reports whether a text holds a secret, or enough of one, in whatever spelling
+// a server may repeat it.
 func (s Secrets) In(text string) bool {
 	texts := readings(text)
 	windows := make(map[string]struct{}) // all that is long enough in texts

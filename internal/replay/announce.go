@@ -36,11 +36,9 @@ func (b *Body) Expected() bool { return b.expected }
 // it wants the body.
 func (b *Body) Ignored() bool { return b.ignored.Load() }
 
-// expectContinue asks the upstream to say whether it wants the body of out
-// (RFC 9110 §10.1.1), which is longer than what can be kept of it, or may be:
-// what can't be kept waits for that. Once it is on its way, it would be too
-// late to send it again, and an upstream that refuses it may reset the
-// connection with its own answer.
+// expectContinue asks (RFC 9110 §10.1.1). What can't be recorded waits for the
+// answer: once it is on its way, it would be too late to send it again, and an
+// upstream that refuses it may reset the connection with its own answer.
 func (b *Body) expectContinue(out *http.Request) *http.Request {
 	b.expected = out.Header.Get("Expect") == ""
 	b.pause = MaxPause

@@ -21,7 +21,9 @@ const DefaultLimit = 64 << 10
 
 // A Body is a request's body that can be sent twice. While it is sent for the
 // first time, what is read of it is recorded, up to limit; the second time, the
-// recording is sent first, and then what nobody has read yet.
+// recording is sent first, and then what nobody has read yet. The upstream may be
+// asked first whether it wants the body, see Announce: until it says so, the first
+// attempt pauses.
 //
 // Each attempt reads through a body of its own, so that one which was given
 // up, and may still be reading in a goroutine of net/http, takes nothing away
@@ -124,10 +126,10 @@ func (b *Body) Again() io.ReadCloser {
 // with ctx, the request's. Ended before, it would break the connection on
 // which the answer is still coming.
 //
-// An attempt that was held has its answer, too, and most likely nobody reads
-// its body any more. It goes on only after a while, for an upstream that ends
-// its answer when it has read all: at once, it would be reading the body while
-// the request ends and Caddy counts what was read of it.
+// An attempt that is held already has its answer, and most likely nobody reads its
+// body any more. It goes on only after MaxPause, for an upstream that ends its
+// answer when it has read all. At once, it would read the body while the request
+// ends, and Caddy counts what was read of it.
 func (b *Body) Commit(ctx context.Context) {
 	b.mu.Lock()
 	if b.final {
@@ -150,7 +152,7 @@ func (b *Body) Commit(ctx context.Context) {
 		b.endPause()
 	}
 	b.forget()
-	now, touched := b.closed && b.closable(), b.touched
+	now, touched := b.closed && b.closeNow(), b.touched
 	b.mu.Unlock()
 	switch {
 	case now && touched:
@@ -164,10 +166,10 @@ func (b *Body) Commit(ctx context.Context) {
 	}
 }
 
-// closable reports whether the body itself may be closed now: not while it is
+// closeNow reports whether the body itself may be closed now: not while it is
 // being read, which few bodies allow. Then it is closed after that. mu is
 // held, and must not be while the body is closed.
-func (b *Body) closable() bool {
+func (b *Body) closeNow() bool {
 	b.closing = b.reading
 	return !b.reading
 }
@@ -275,7 +277,7 @@ func (a *attemptBody) Close() error {
 		b.closed = true
 		if b.final {
 			b.forget()
-			now = b.closable()
+			now = b.closeNow()
 		}
 	}
 	b.mu.Unlock()
