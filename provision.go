@@ -17,6 +17,54 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
+// Provision sets up the transport. It makes no token request: provisioning
+// also happens when a config is merely validated.
+func (t *Transport) Provision(ctx caddy.Context) error {
+	t.logger = ctx.Logger()
+	for _, target := range t.InsecurePlaintext {
+		if !slices.Contains(plaintextTargets, target) {
+			return fmt.Errorf("insecure_plaintext: '%s' is neither %s nor %s", target, plaintextTokenURL, plaintextUpstream)
+		}
+	}
+	t.plaintext = slices.Contains(t.InsecurePlaintext, plaintextUpstream)
+	t.reserved.add(defaultBearerField)
+	t.reserved.add(defaultTenantField)
+
+	if err := registerMetrics(ctx); err != nil {
+		return fmt.Errorf("registering metrics: %w", err)
+	}
+	t.proxied = usesProxy(t.HTTPTransport) // Provision forgets it
+	if err := t.HTTPTransport.Provision(ctx); err != nil {
+		return err
+	}
+	app, err := ctx.App("events")
+	if err != nil {
+		return fmt.Errorf("getting events app: %w", err)
+	}
+	t.clients = clients{
+		logger:    t.logger,
+		events:    &emitter{app.(*caddyevents.App), ctx, t.logger},
+		plaintext: slices.Contains(t.InsecurePlaintext, plaintextTokenURL),
+	}
+	if err := t.provisionRoutes(ctx); err != nil {
+		return err
+	}
+	if handler, ok := parentHandler(ctx); ok {
+		if err := t.checkUpstreams(handler); err != nil {
+			return err
+		}
+		if err := installFailureRoute(handler); err != nil {
+			return err
+		}
+		t.marksFailures = true
+	} // otherwise it is the transport of a handler of which nothing is known
+	if err := t.warmUp(); err != nil {
+		return err
+	}
+	t.load()
+	return nil
+}
+
 // provisionRoutes makes the table by which a request finds its credentials, and
 // opens their clients.
 func (t *Transport) provisionRoutes(ctx caddy.Context) error {
@@ -248,53 +296,5 @@ func (clients onStarted) Handle(context.Context, caddy.Event) error {
 			cl.source.Warm()
 		}
 	}
-	return nil
-}
-
-// Provision sets up the transport. It makes no token request: provisioning
-// also happens when a config is merely validated.
-func (t *Transport) Provision(ctx caddy.Context) error {
-	t.logger = ctx.Logger()
-	for _, target := range t.InsecurePlaintext {
-		if !slices.Contains(plaintextTargets, target) {
-			return fmt.Errorf("insecure_plaintext: '%s' is neither %s nor %s", target, plaintextTokenURL, plaintextUpstream)
-		}
-	}
-	t.plaintext = slices.Contains(t.InsecurePlaintext, plaintextUpstream)
-	t.reserved.add(defaultBearerField)
-	t.reserved.add(defaultTenantField)
-
-	if err := registerMetrics(ctx); err != nil {
-		return fmt.Errorf("registering metrics: %w", err)
-	}
-	t.proxied = usesProxy(t.HTTPTransport) // Provision forgets it
-	if err := t.HTTPTransport.Provision(ctx); err != nil {
-		return err
-	}
-	app, err := ctx.App("events")
-	if err != nil {
-		return fmt.Errorf("getting events app: %w", err)
-	}
-	t.clients = clients{
-		logger:    t.logger,
-		events:    &emitter{app.(*caddyevents.App), ctx, t.logger},
-		plaintext: slices.Contains(t.InsecurePlaintext, plaintextTokenURL),
-	}
-	if err := t.provisionRoutes(ctx); err != nil {
-		return err
-	}
-	if handler, ok := parentHandler(ctx); ok {
-		if err := t.checkUpstreams(handler); err != nil {
-			return err
-		}
-		if err := installFailureRoute(handler); err != nil {
-			return err
-		}
-		t.marksFailures = true
-	} // otherwise it is the transport of a handler of which nothing is known
-	if err := t.warmUp(); err != nil {
-		return err
-	}
-	t.load()
 	return nil
 }
