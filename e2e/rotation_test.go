@@ -20,8 +20,6 @@ type rotation struct {
 
 	upstream *upstream
 	bound    *tlsUpstream // the same, if it asks for certificates
-	replaced bool
-	granted  int // tokens, until then
 }
 
 // TestRotationUnderLoad replaces keys, certificates, secrets and assertions
@@ -29,63 +27,54 @@ type rotation struct {
 // unfavourable one: the server knows only the new one before the gateway does,
 // and refuses a renewal. The token at hand bridges that; no request fails, and
 // nobody reloads the gateway.
+//
+// One after the other: all loads at once are more than a busy machine can carry,
+// and then the requests that are waiting only grow.
 func TestRotationUnderLoad(t *testing.T) {
 	as := startAuthServer(t, 5*time.Second)
-	rotations := []*rotation{rotateKey(t, as), rotateCertificate(t, as), rotateSecret(t, as), rotateAssertions(t, as)}
-	var routes []route
-	for _, r := range rotations {
-		as.register(t, r.start)
-		routes = append(routes, r.serve(t, as))
+	for _, r := range []*rotation{rotateKey(t, as), rotateCertificate(t, as), rotateSecret(t, as), rotateAssertions(t, as)} {
+		t.Run(r.name, func(t *testing.T) { r.run(t, as) })
 	}
-	gw := startRoutes(t, routes)
-	var stops []func() outcomes
-	for i := range rotations {
-		gw.get(t, routePath(i), 200)
-		requests := &steadyLoad{url: gw.url + routePath(i), rate: 100}
-		requests.start()
-		stop := sync.OnceValue(requests.stop)
-		stops = append(stops, stop)
-		t.Cleanup(func() { stop() })
-	}
+}
 
-	for _, r := range rotations {
-		as.register(t, r.next)
-	}
-	await(t, "second renewal of each", func() bool {
+func (r *rotation) run(t *testing.T, as *authServer) {
+	as.register(t, r.start)
+	gw := startRoutes(t, []route{r.serve(t, as)})
+	gw.get(t, routePath(0), 200)
+	requests := &steadyLoad{url: gw.url + routePath(0), rate: 100}
+	requests.start()
+	stop := sync.OnceValue(requests.stop)
+	t.Cleanup(func() { stop() })
+
+	as.register(t, r.next)
+	replaced, granted := false, 0 // tokens, until then
+	await(t, "second renewal", func() bool {
 		stats := as.stats(t)
-		done := true
-		for _, r := range rotations {
-			if !r.replaced && stats.Refused[r.start.ID] > 0 {
-				r.replace(t)
-				r.replaced, r.granted = true, stats.Granted[r.start.ID]
-			}
-			// By the second renewal, nothing is left of what was before.
-			done = done && r.replaced && stats.Granted[r.start.ID] >= r.granted+2
+		if !replaced && stats.Refused[r.start.ID] > 0 {
+			r.replace(t)
+			replaced, granted = true, stats.Granted[r.start.ID]
 		}
-		return done
+		// By the second renewal, nothing is left of what was before.
+		return replaced && stats.Granted[r.start.ID] >= granted+2
 	})
 
-	for i, r := range rotations {
-		t.Run(r.name, func(t *testing.T) {
-			all := stops[i]()
-			lost := all.lost()
-			stats := as.stats(t)
-			t.Logf("%d requests, the longest %v; %v; tokens granted %d, refused %d",
-				len(all), all.longest(), r.upstream, stats.Granted[r.start.ID], stats.Refused[r.start.ID])
-			for _, o := range lost[:min(len(lost), 5)] {
-				t.Errorf("request %v after the first: %v", o.due.Sub(all[0].due), o)
-			}
-			if len(lost) != 0 {
-				t.Errorf("%d of %d requests were lost, want none", len(lost), len(all))
-			}
-			proto := "HTTP/1.1"
-			if r.bound != nil {
-				proto = "HTTP/2.0"
-				r.bound.wantCertificates(t, r.certs)
-			}
-			r.upstream.wantAccepted(t, len(all)+1, proto)
-		})
+	all := stop()
+	lost := all.lost()
+	stats := as.stats(t)
+	t.Logf("%d requests, the longest %v; %v; tokens granted %d, refused %d",
+		len(all), all.longest(), r.upstream, stats.Granted[r.start.ID], stats.Refused[r.start.ID])
+	for _, o := range lost[:min(len(lost), 5)] {
+		t.Errorf("request %v after the first: %v", o.due.Sub(all[0].due), o)
 	}
+	if len(lost) != 0 {
+		t.Errorf("%d of %d requests were lost, want none", len(lost), len(all))
+	}
+	proto := "HTTP/1.1"
+	if r.bound != nil {
+		proto = "HTTP/2.0"
+		r.bound.wantCertificates(t, r.certs)
+	}
+	r.upstream.wantAccepted(t, len(all)+1, proto)
 }
 
 // serve starts the upstream, and returns the way to it.
