@@ -223,7 +223,7 @@ func TestAdminRenewsDuringABackOff(t *testing.T) {
 // A failed renewal leaves the token, which is still good, in use.
 func TestAdminRenewalThatFailsKeepsTheToken(t *testing.T) {
 	g, auth, up, path := adminGateway(t, "")
-	auth.script(refusing(http.StatusUnauthorized, `{"error":"invalid_client"}`))
+	auth.script(refusingForLong(http.StatusUnauthorized, `{"error":"invalid_client"}`))
 	g.ask(http.MethodPost, path+"/renew").want(t, http.StatusBadGateway)
 	if got := g.only(); got.State != stateFresh || got.Failures != 1 {
 		t.Errorf("got %+v, want the token and a failure", got)
@@ -285,7 +285,7 @@ func TestAdminForgetsTheToken(t *testing.T) {
 	auth.wantAsked(t, 2)
 
 	// It is not a last resort either.
-	auth.script(refusing(http.StatusServiceUnavailable, ""))
+	auth.script(refusingForLong(http.StatusServiceUnavailable, ""))
 	g.ask(http.MethodDelete, path+"/token").want(t, http.StatusOK)
 	g.ask(http.MethodDelete, path+"/token").want(t, http.StatusOK) // again
 	g.get().want(t, http.StatusServiceUnavailable)

@@ -108,6 +108,16 @@ func refusing(status int, body string) func(http.ResponseWriter, tokenRequest) b
 	}
 }
 
+// refusingForLong has the client stay away for five minutes as well. Otherwise it
+// asks again after some seconds, on a busy machine before a test has seen what the
+// first refusal made of it.
+func refusingForLong(status int, body string) func(http.ResponseWriter, tokenRequest) bool {
+	return func(w http.ResponseWriter, r tokenRequest) bool {
+		w.Header().Set("Retry-After", "300")
+		return refusing(status, body)(w, r)
+	}
+}
+
 // revoke makes all tokens worthless.
 func (a *authServer) revoke() {
 	a.mu.Lock()

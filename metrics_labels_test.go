@@ -19,7 +19,7 @@ import (
 func TestClientsOfOneNameShareTheirMetrics(t *testing.T) {
 	auth := newAuthServer(t)
 	auth.script(func(w http.ResponseWriter, r tokenRequest) bool {
-		return r.client == "failing" && refusing(http.StatusUnauthorized, `{"error":"invalid_client"}`)(w, r)
+		return r.client == "failing" && refusingForLong(http.StatusUnauthorized, `{"error":"invalid_client"}`)(w, r)
 	})
 	a, b, c := newUpstream(t, auth), newUpstream(t, auth), newUpstream(t, auth)
 	g, name := newOperableGateway(t), newName()

@@ -155,7 +155,7 @@ func TestMetricsTellHowRequestsGotTheirTokens(t *testing.T) {
 	eventually(t, func() bool { return g.scrape().of(name)[`token_requests_total{result="ok"}`] == 2 }, "the renewal")
 
 	sourceOf(t, name).Forget()
-	auth.script(refusing(http.StatusUnauthorized, `{"error":"invalid_client"}`))
+	auth.script(refusingForLong(http.StatusUnauthorized, `{"error":"invalid_client"}`))
 	wantAll(t, g.burst(4), http.StatusServiceUnavailable)
 
 	got := g.scrape().of(name)
