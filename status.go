@@ -37,11 +37,11 @@ type sourceStatus struct {
 // token that has expired, and nothing is wrong with it.
 func (s sourceStatus) worseThan(other sourceStatus) bool {
 	rank := func(s sourceStatus) []int {
-		rejected := 0
+		permanent := 0
 		if isPermanent(s.err) {
-			rejected = 1
+			permanent = 1
 		}
-		return []int{rejected, min(s.failures, 1), slices.Index(tokenStates, s.state), s.failures}
+		return []int{permanent, min(s.failures, 1), slices.Index(tokenStates, s.state), s.failures}
 	}
 	return slices.Compare(rank(s), rank(other)) > 0
 }
