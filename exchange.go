@@ -1,4 +1,4 @@
-// One request to the authorization server, and its answer.
+// One request to the authorization server: sent, and its answer received.
 
 package outboundauth
 

@@ -1,4 +1,4 @@
-// How a missing token becomes an error of the handler, not of the upstream.
+// How what does not go upstream becomes an error of the handler, not of the upstream.
 
 package outboundauth
 

@@ -1,4 +1,4 @@
-// What an authorization server publishes about itself, looked up once for all of its clients.
+// What an authorization server publishes about itself: shared by its clients, used for a day.
 
 package outboundauth
 

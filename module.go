@@ -1,7 +1,8 @@
-// Package outboundauth gives Caddy's reverse proxy an access token for each
-// upstream: it obtains it with the OAuth 2.0 client credentials grant
-// (RFC 6749 §4.4) or the JWT bearer grant (RFC 7523), keeps it fresh, and sends
-// it along with the headers that name the tenant.
+// Package outboundauth is a transport for Caddy's reverse proxy: Transport.
+//
+// It obtains an access token for each upstream with the OAuth 2.0 client
+// credentials grant (RFC 6749 §4.4) or the JWT bearer grant (RFC 7523), keeps it
+// fresh, and sends it along with the headers that name the tenant.
 package outboundauth
 
 import (

@@ -1,4 +1,4 @@
-// The token request, and the endpoint that it is made at.
+// The token request, its endpoint, and what is told of both: log, events, description.
 
 package outboundauth
 

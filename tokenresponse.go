@@ -1,4 +1,4 @@
-// How a token endpoint's answer is read.
+// What a token endpoint's answer means: a token, or why there is none.
 
 package outboundauth
 

@@ -1,5 +1,4 @@
-// Package clientcert keeps the certificate of a client, and presents it in the
-// requests that are to carry it.
+// Package clientcert keeps a client's certificate, and presents it in its requests.
 package clientcert
 
 import (

@@ -1,5 +1,4 @@
-// Package redact says what of a foreign text may be shown: nothing that is
-// secret, nothing that breaks a line.
+// Package redact says what of a foreign text may be shown.
 package redact
 
 import (

@@ -1,5 +1,4 @@
-// Package replay sends a request's body twice: what was read of it for the first
-// time is recorded, up to a limit, and sent again before the rest.
+// Package replay sends a request's body twice.
 package replay
 
 import (
