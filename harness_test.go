@@ -428,12 +428,15 @@ func gateAndFakes(t *testing.T, settings string) (*gateway, *authServer, *upstre
 	return startGateway(t, proxySite(up, auth, settings)), auth, up
 }
 
+// proxySite is a site that proxies to up, with these settings of the transport. A
+// busy upstream accepts connections later than Caddy waits by default.
 func proxySite(up *upstream, auth *authServer, settings string) string {
 	return expand(`reverse_proxy $UP {
 		transport oauth2 {
 			token_url $AUTH/token
 			client_id gateway
 			client_secret canary-secret
+			dial_timeout 1m
 			$SETTINGS
 		}
 	}`, "$UP", up.addr, "$SETTINGS", settings, "$AUTH", auth.URL)
