@@ -109,16 +109,16 @@ const (
 // not make the gateway ask the authorization server for a token for each
 // request. The first refusal after a quiet time is always followed by one.
 type replacements struct {
-	mu      sync.Mutex // guards all below
-	count   int        // of replacements that did not help, as far as is known
-	started time.Time  // the last
-	until   time.Time  // no other before
-	refusal time.Time  // the last
-	renewed *token     // the last that was allowed to be replaced
+	mu       sync.Mutex // guards all below
+	count    int        // of replacements that did not help, as far as is known
+	started  time.Time  // the last
+	until    time.Time  // no other before
+	refusal  time.Time  // the last
+	replaced *token     // the last that was allowed to be replaced
 }
 
 // allow reports whether a token that was refused may be replaced now. It is
-// counted when the renewal begins, as nobody may see how that ends: the client
+// counted when the replacement begins, as nobody may see how that ends: the client
 // of the proxy may go away.
 func (r *replacements) allow(refused *token) bool {
 	r.mu.Lock()
@@ -126,7 +126,7 @@ func (r *replacements) allow(refused *token) bool {
 	now := time.Now()
 	quiet := now.Sub(r.refusal) >= quietPeriod
 	r.refusal = now
-	if r.renewed == refused {
+	if r.replaced == refused {
 		return true // by another request
 	}
 	if quiet {
@@ -138,7 +138,7 @@ func (r *replacements) allow(refused *token) bool {
 	r.started = now
 	r.until = now.Add(backoff(r.count, permanentBackoff, maxPermanentBackoff))
 	r.count++
-	r.renewed = refused
+	r.replaced = refused
 	return true
 }
 

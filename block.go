@@ -110,7 +110,7 @@ const (
 )
 
 // judge returns the verdict of an upstream's first answer. body is that of the
-// request; nil if it has none. If it is to be sent once more, its first attempt
+// request; nil if none is recorded. If it is to be sent once more, its first attempt
 // does not go on reading it meanwhile, or too much of it would be gone.
 func (b *block) judge(res *http.Response, body *replay.Body) verdict {
 	v := accept
