@@ -11,6 +11,7 @@ import (
 	"go/ast"
 	"go/parser"
 	gotoken "go/token"
+	"maps"
 	"math/big"
 	"os"
 	"path/filepath"
@@ -51,61 +52,85 @@ func TestExamplesWork(t *testing.T) {
 	}
 }
 
-// TestReadmeWorks loads each block of the README that is a Caddyfile or a part
-// of one.
-func TestReadmeWorks(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
+// pages returns the texts for users, README.md and the pages of docs/, by path.
+func pages(t *testing.T) map[string]string {
+	t.Helper()
+	paths, err := filepath.Glob("docs/*.md")
+	if err != nil || len(paths) == 0 {
+		t.Fatalf("got %d pages in docs, err %v, want some", len(paths), err)
 	}
-	blocks := fencedBlocks(string(readme), "caddyfile")
-	if len(blocks) == 0 {
-		t.Fatal("got no ```caddyfile block in README.md, want some")
+	texts := make(map[string]string)
+	for _, path := range append(paths, "README.md") {
+		texts[path] = readFile(t, path)
 	}
-	for _, block := range blocks {
-		t.Run(fmt.Sprintf("line %d", block.line), func(t *testing.T) {
-			setPlaceholders(t, []byte(block.text))
-			wantError(t, validateCaddyfile(t, withSecretFiles(t, completeCaddyfile(block.text))), "")
-			if got := caddyfile.Format([]byte(block.text)); string(got) != block.text {
-				t.Errorf("got a block that is not formatted, want\n%s", got)
-			}
-		})
+	return texts
+}
+
+// TestDocumentedCaddyfilesWork loads each block of the pages that is a Caddyfile
+// or a part of one.
+func TestDocumentedCaddyfilesWork(t *testing.T) {
+	for path, text := range pages(t) {
+		if path == "docs/providers.md" {
+			continue // its blocks have tests of their own
+		}
+		for _, block := range fencedBlocks(text, "caddyfile") {
+			t.Run(fmt.Sprintf("%s line %d", path, block.line), func(t *testing.T) {
+				setPlaceholders(t, []byte(block.text))
+				wantError(t, validateCaddyfile(t, withSecretFiles(t, completeCaddyfile(block.text))), "")
+				if got := caddyfile.Format([]byte(block.text)); string(got) != block.text {
+					t.Errorf("got a block that is not formatted, want\n%s", got)
+				}
+			})
+		}
+	}
+	if len(fencedBlocks(readFile(t, "README.md"), "caddyfile")) == 0 {
+		t.Error("got no ```caddyfile block in README.md, want some")
 	}
 }
 
 func TestReadmeNamesEverySetting(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	names := slices.Concat(jsonNames(reflect.TypeFor[Credentials]()), []string{"upstream", "insecure_plaintext"})
-	for _, name := range names {
-		// As code: several are words that occur in any text.
-		code := regexp.MustCompile("(?m)`" + name + "[` ]|^\\s*(# )?" + name + "\\s")
-		if !code.Match(readme) {
+	readme := readFile(t, "README.md")
+	names := slices.Sorted(maps.Keys(credentialsSettings))
+	for _, name := range append(names, "upstream", "insecure_plaintext") {
+		if !namesSetting(readme, name) {
 			t.Errorf("got nothing about %s in README.md, want `%s` explained", name, name)
 		}
 	}
 }
 
-func TestJSONOfTheReadmeWorks(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
+// TestDocumentsNameEveryJSONField looks for the names that differ from those of
+// the Caddyfile as well.
+func TestDocumentsNameEveryJSONField(t *testing.T) {
+	text := readFile(t, "README.md") + readFile(t, "docs/json.md")
+	for _, name := range append(jsonNames(reflect.TypeFor[Credentials]()), "upstreams", "insecure_plaintext") {
+		if !namesSetting(text, name) {
+			t.Errorf("got nothing about %s in README.md and docs/json.md, want `%s` explained", name, name)
+		}
 	}
+}
+
+// namesSetting reports whether a text has the name as code: several are words that
+// occur in any text.
+func namesSetting(text, name string) bool {
+	return regexp.MustCompile("(?m)`" + name + "[` ]|^\\s*(# )?" + name + "\\s").MatchString(text)
+}
+
+func TestDocumentedJSONWorks(t *testing.T) {
 	proxies := 0
-	for _, block := range fencedBlocks(string(readme), "json") {
-		setPlaceholders(t, []byte(block.text))
-		for _, proxy := range findModules(t, []byte(block.text), "handler", "reverse_proxy") {
-			proxies++
-			delete(proxy, "handler")
-			if _, _, err := loadProxy(t, encode(t, proxy)); err != nil {
-				t.Errorf("line %d: got %v, want that it loads", block.line, err)
+	for path, text := range pages(t) {
+		for _, block := range fencedBlocks(text, "json") {
+			setPlaceholders(t, []byte(block.text))
+			for _, proxy := range findModules(t, []byte(block.text), "handler", "reverse_proxy") {
+				proxies++
+				delete(proxy, "handler")
+				if _, _, err := loadProxy(t, encode(t, proxy)); err != nil {
+					t.Errorf("%s line %d: got %v, want that it loads", path, block.line, err)
+				}
 			}
 		}
 	}
 	if proxies == 0 {
-		t.Error("got no ```json block with a reverse_proxy in README.md, want one")
+		t.Error("got no ```json block with a reverse_proxy, want one")
 	}
 }
 
@@ -242,49 +267,48 @@ func setPlaceholders(t *testing.T, source []byte) {
 // TestLinksLeadSomewhere looks for the files and headings that the documents
 // refer to.
 func TestLinksLeadSomewhere(t *testing.T) {
-	documents, err := filepath.Glob("*.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, pattern := range []string{"docs/*.md", "grafana/*.md", "e2e/*.md", ".github/*/*.md"} {
-		more, err := filepath.Glob(pattern)
-		if err != nil {
-			t.Fatal(err)
-		}
-		documents = append(documents, more...)
-	}
+	const home = "https://github.com/outboundauth/caddy-outbound-auth"
 	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
-	notInAnchors := regexp.MustCompile("[^a-z0-9 _-]")
-	for _, document := range documents {
-		content, err := os.ReadFile(document)
+	for _, pattern := range []string{"*.md", "docs/*.md", "grafana/*.md", "e2e/*.md", ".github/*/*.md", ".github/*/*.yml"} {
+		documents, err := filepath.Glob(pattern)
 		if err != nil {
 			t.Fatal(err)
 		}
-		for _, match := range link.FindAllSubmatch(content, -1) {
-			path, anchor, _ := strings.Cut(string(match[1]), "#")
-			if strings.Contains(path, "://") {
-				continue
-			}
-			target := document
-			if path != "" {
-				target = filepath.Join(filepath.Dir(document), path)
-			}
-			text, err := os.ReadFile(target)
-			if info, statErr := os.Stat(target); err != nil && (statErr != nil || !info.IsDir()) {
-				t.Errorf("%s: got a link to %s, want a file there", document, match[1])
-			}
-			found := anchor == ""
-			for line := range strings.Lines(string(text)) {
-				if heading, ok := strings.CutPrefix(strings.TrimLeft(line, "#"), " "); ok && line[0] == '#' {
-					slug := notInAnchors.ReplaceAllString(strings.ToLower(strings.TrimSpace(heading)), "")
-					found = found || strings.ReplaceAll(slug, " ", "-") == anchor
+		for _, document := range documents {
+			for _, match := range link.FindAllStringSubmatch(readFile(t, document), -1) {
+				path, anchor, _ := strings.Cut(match[1], "#")
+				target := document
+				if file, ok := strings.CutPrefix(path, home+"/blob/main/"); ok {
+					target = file
+				} else if path == home && anchor != "" {
+					target = "README.md" // which is shown there
+				} else if strings.Contains(path, "://") {
+					continue
+				} else if path != "" {
+					target = filepath.Join(filepath.Dir(document), path)
+				}
+				if _, err := os.Stat(target); err != nil {
+					t.Errorf("%s: got a link to %s, want a file there", document, match[1])
+				} else if anchor != "" && !slices.Contains(anchors(readFile(t, target)), anchor) {
+					t.Errorf("%s: got a link to %s, want a heading like that", document, match[1])
 				}
 			}
-			if !found {
-				t.Errorf("%s: got a link to #%s, want a heading like that", document, anchor)
-			}
 		}
 	}
+}
+
+var notInAnchors = regexp.MustCompile("[^a-z0-9 _-]")
+
+// anchors returns what the headings of a Markdown text are called in links.
+func anchors(markdown string) []string {
+	var all []string
+	for line := range strings.Lines(markdown) {
+		if heading, ok := strings.CutPrefix(strings.TrimLeft(line, "#"), " "); ok && line[0] == '#' {
+			slug := notInAnchors.ReplaceAllString(strings.ToLower(strings.TrimSpace(heading)), "")
+			all = append(all, strings.ReplaceAll(slug, " ", "-"))
+		}
+	}
+	return all
 }
 
 // TestTroubleshootingQuotesMessages looks for each message that the README
