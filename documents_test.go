@@ -88,6 +88,15 @@ func TestDocumentedCaddyfilesWork(t *testing.T) {
 	}
 }
 
+func TestReadmeLeadsToEveryPage(t *testing.T) {
+	readme := readFile(t, "README.md")
+	for path := range pages(t) {
+		if path != "README.md" && !strings.Contains(readme, "]("+path) {
+			t.Errorf("got no link to %s in README.md, want one", path)
+		}
+	}
+}
+
 func TestReadmeNamesEverySetting(t *testing.T) {
 	readme := readFile(t, "README.md")
 	names := slices.Sorted(maps.Keys(credentialsSettings))
@@ -102,7 +111,7 @@ func TestReadmeNamesEverySetting(t *testing.T) {
 // the Caddyfile as well.
 func TestDocumentsNameEveryJSONField(t *testing.T) {
 	text := readFile(t, "README.md") + readFile(t, "docs/json.md")
-	for _, name := range append(jsonNames(reflect.TypeFor[Credentials]()), "upstreams", "insecure_plaintext") {
+	for _, name := range append(jsonNames(reflect.TypeFor[Credentials]()), "credentials", "upstreams", "addresses", "off", "insecure_plaintext") {
 		if !namesSetting(text, name) {
 			t.Errorf("got nothing about %s in README.md and docs/json.md, want `%s` explained", name, name)
 		}
@@ -311,22 +320,17 @@ func anchors(markdown string) []string {
 	return all
 }
 
-// TestTroubleshootingQuotesMessages looks for each message that the README
+// TestTroubleshootingQuotesMessages looks for each message that the page
 // explains among those of the program. A part that varies is written as `…`.
 func TestTroubleshootingQuotesMessages(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, section, _ := strings.Cut(string(readme), "\n## Troubleshooting\n")
-	section, _, _ = strings.Cut(section, "\n## ")
-	quotes := regexp.MustCompile("(?m)^\\*\\*`(.*)`\\*\\*$").FindAllStringSubmatch(section, -1)
-	if len(quotes) < 10 {
-		t.Fatalf("got %d messages under Troubleshooting, want them all", len(quotes))
+	page := readFile(t, "docs/troubleshooting.md")
+	quotes := regexp.MustCompile("(?m)^\\*\\*`(.*)`\\*\\*$").FindAllStringSubmatch(page, -1)
+	if len(quotes) < 20 {
+		t.Fatalf("got %d messages in docs/troubleshooting.md, want them all", len(quotes))
 	}
 
 	t.Setenv("TEST_UNSET", "")
-	_, err = caddy.NewReplacer().ReplaceOrErr("{env.TEST_UNSET}", true, true)
+	_, err := caddy.NewReplacer().ReplaceOrErr("{env.TEST_UNSET}", true, true)
 	messages := strings.ReplaceAll(err.Error(), "TEST_UNSET", "X") // it is Caddy's
 	for _, pattern := range []string{"*.go", "internal/*/*.go"} {
 		files, err := filepath.Glob(pattern)

@@ -1,12 +1,10 @@
 package outboundauth
 
 import (
-	"bytes"
 	"crypto/rand"
 	"fmt"
 	"maps"
 	"net/http"
-	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -204,13 +202,10 @@ func TestMetricsAreNamedByTheConventions(t *testing.T) {
 	for _, problem := range problems {
 		t.Errorf("got %s: %s, want no problem", problem.Metric, problem.Text)
 	}
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	page := readFile(t, "docs/operate.md")
 	for _, family := range families {
-		if !bytes.Contains(readme, []byte("`"+family.GetName()+"`")) {
-			t.Errorf("got nothing about %s in README.md, want it explained", family.GetName())
+		if !strings.Contains(page, "`"+family.GetName()+"`") {
+			t.Errorf("got nothing about %s in docs/operate.md, want it explained", family.GetName())
 		}
 	}
 }
