@@ -88,6 +88,14 @@ func TestDocumentedCaddyfilesWork(t *testing.T) {
 	}
 }
 
+// TestReadmeIsShort keeps it short enough to be read. Words are those of wc -w.
+func TestReadmeIsShort(t *testing.T) {
+	const limit = 2600
+	if words := len(strings.Fields(readFile(t, "README.md"))); words > limit {
+		t.Errorf("got %d words in README.md, want %d at most: move what not every user needs to docs/", words, limit)
+	}
+}
+
 func TestReadmeLeadsToEveryPage(t *testing.T) {
 	readme := readFile(t, "README.md")
 	for path := range pages(t) {
