@@ -140,10 +140,35 @@ func jsonNames(typ reflect.Type) []string {
 	return slices.Sorted(slices.Values(names))
 }
 
+// caddyfileName returns what the Caddyfile calls a field of Credentials: what JSON
+// calls it, but that the names of maps are plural there.
+func caddyfileName(field reflect.StructField) string {
+	name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
+	if field.Type.Kind() == reflect.Map {
+		return strings.TrimSuffix(name, "s")
+	}
+	return name
+}
+
+// settingNames returns the names of all settings of Credentials.
+func settingNames() []string {
+	var names []string
+	for field := range reflect.TypeFor[Credentials]().Fields() {
+		names = append(names, caddyfileName(field))
+	}
+	return slices.Sorted(slices.Values(names))
+}
+
 func TestJSONNamesAreTheNamesInTheCaddyfile(t *testing.T) {
 	got := slices.Sorted(maps.Keys(credentialsSettings))
-	if want := jsonNames(reflect.TypeFor[Credentials]()); !slices.Equal(got, want) {
-		t.Errorf("got the settings %q, want the JSON names %q", got, want)
+	if want := settingNames(); !slices.Equal(got, want) {
+		t.Errorf("got the settings %q, want those of the JSON names, %q", got, want)
+	}
+	for field := range reflect.TypeFor[Credentials]().Fields() {
+		name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
+		if field.Type.Kind() == reflect.Map && !strings.HasSuffix(name, "s") {
+			t.Errorf("got the JSON name %s of a map, want a plural, as Caddy has them", name)
+		}
 	}
 }
 

@@ -149,7 +149,7 @@ type Credentials struct {
 	// More claims of the JWT of `jwt_bearer`: strings, by name. Global
 	// placeholders in the values are supported and evaluated for each token
 	// request. Default: none.
-	Claims map[string]string `json:"claim,omitempty"`
+	Claims map[string]string `json:"claims,omitempty"`
 
 	// The scopes to ask for. Global placeholders are supported and evaluated
 	// when the config is loaded; one may hold several scopes, with spaces
@@ -170,13 +170,13 @@ type Credentials struct {
 	// More form parameters of the token request, by name. Global placeholders
 	// in the values are supported and evaluated for each token request; one
 	// that evaluates to nothing fails it. Default: none.
-	Params map[string]string `json:"param,omitempty"`
+	Params map[string]string `json:"params,omitempty"`
 
 	// More headers of the token request, by field name; neither `Authorization`
 	// nor `Content-Type`. Global placeholders in the values are supported and
 	// evaluated for each token request; one that evaluates to nothing fails
 	// it. Default: none.
-	TokenRequestHeaders map[string]string `json:"token_request_header,omitempty"`
+	TokenRequestHeaders map[string]string `json:"token_request_headers,omitempty"`
 
 	// How long getting one token may take, quick retries included. Requests
 	// that wait for it are then answered with 504. 0 means the default.
@@ -198,7 +198,7 @@ type Credentials struct {
 	// name. They replace what the client sends under these names. Placeholders
 	// are supported and evaluated for each request; if that leaves nothing of a
 	// value, its header is not sent. Default: none.
-	Headers map[string]string `json:"header,omitempty"`
+	Headers map[string]string `json:"headers,omitempty"`
 
 	// The header that carries the token to the upstream.
 	// Default: `Authorization: Bearer <token>`.

@@ -155,7 +155,7 @@ func eachSetting(t *testing.T, f func(t *testing.T, field int, base, change, cha
 	changes := settingChanges(t)
 	typ := reflect.TypeFor[Credentials]()
 	for i := range typ.NumField() {
-		name, _, _ := strings.Cut(typ.Field(i).Tag.Get("json"), ",")
+		name := caddyfileName(typ.Field(i))
 		t.Run(name, func(t *testing.T) {
 			s := changes[name]
 			value := reflect.ValueOf(s.change).Field(i)
@@ -206,12 +206,12 @@ func TestInheritance(t *testing.T) {
 		{"lists are replaced", `{"scopes":["a","b"],"audience":["a","b"],"retry_on":[401,403]}`, `{"scopes":["c"],"audience":["c"],"retry_on":[-1]}`, `{"scopes":["c"],"audience":["c"],"retry_on":[-1]}`},
 		{"objects are replaced", `{"tenant":{"field":"X-Organization","value":"a"},"bearer_header":{"field":"X-Token","scheme":""}}`, `{"tenant":{"value":"b"},"bearer_header":{"field":"X-Auth"}}`, `{"tenant":{"value":"b"},"bearer_header":{"field":"X-Auth"}}`},
 		{"token_transport is replaced", `{"token_transport":{"dial_timeout":1,"tls":{}}}`, `{"token_transport":{"read_timeout":2}}`, `{"token_transport":{"read_timeout":2}}`},
-		{"named values are merged", `{"param":{"a":"1","b":"1"},"token_request_header":{"A":"1","B":"1"},"header":{"A":"1","B":"1"}}`, `{"param":{"b":"2","c":"2"},"token_request_header":{"B":"2","C":"2"},"header":{"B":"2","C":"2"}}`, `{"param":{"a":"1","b":"2","c":"2"},"token_request_header":{"A":"1","B":"2","C":"2"},"header":{"A":"1","B":"2","C":"2"}}`},
+		{"named values are merged", `{"params":{"a":"1","b":"1"},"token_request_headers":{"A":"1","B":"1"},"headers":{"A":"1","B":"1"}}`, `{"params":{"b":"2","c":"2"},"token_request_headers":{"B":"2","C":"2"},"headers":{"B":"2","C":"2"}}`, `{"params":{"a":"1","b":"2","c":"2"},"token_request_headers":{"A":"1","B":"2","C":"2"},"headers":{"A":"1","B":"2","C":"2"}}`},
 		{"auth_method none drops the secret", `{"client_id":"a","client_secret":"s"}`, `{"auth_method":"none"}`, `{"client_id":"a","auth_method":"none"}`},
 		{"an inherited auth_method none drops the secret", `{"client_secret":"s","auth_method":"none"}`, `{"client_id":"a"}`, `{"client_id":"a","auth_method":"none"}`},
 		{"a server takes the place of an issuer", `{"issuer":"https://a.example"}`, `{"token_url":"https://b.example/token"}`, `{"token_url":"https://b.example/token"}`},
 		{"an issuer takes the place of a server", `{"token_url":"https://a.example/token"}`, `{"issuer":"https://b.example"}`, `{"issuer":"https://b.example"}`},
-		{"claims are merged", `{"grant_type":"jwt_bearer","private_key":"k","claim":{"a":"1","b":"1"}}`, `{"claim":{"b":"2","c":"2"}}`, `{"private_key":"k","grant_type":"jwt_bearer","claim":{"a":"1","b":"2","c":"2"}}`},
+		{"claims are merged", `{"grant_type":"jwt_bearer","private_key":"k","claims":{"a":"1","b":"1"}}`, `{"claims":{"b":"2","c":"2"}}`, `{"private_key":"k","grant_type":"jwt_bearer","claims":{"a":"1","b":"2","c":"2"}}`},
 		{"client_certificate is replaced", `{"client_certificate":{"certificate":"c","key":"k"}}`, `{"client_certificate":{"certificate":"d","key":"l"}}`, `{"client_certificate":{"certificate":"d","key":"l"}}`},
 
 		// A token is bound to one certificate.
@@ -260,8 +260,8 @@ func TestInheritance(t *testing.T) {
 		{"jwt_bearer with a key of its own", `{"client_secret":"s"}`, `{"grant_type":"jwt_bearer","private_key":"k"}`, `{"private_key":"k","grant_type":"jwt_bearer"}`},
 		{"jwt_bearer with a secret of its own", `{"grant_type":"jwt_bearer","private_key":"k","subject":"a"}`, `{"client_secret":"s"}`, `{"client_secret":"s","private_key":"k","grant_type":"jwt_bearer","subject":"a"}`},
 		{"another key for an authenticated jwt_bearer", `{"grant_type":"jwt_bearer","private_key":"k","client_secret":"s"}`, `{"private_key":"l"}`, `{"client_secret":"s","private_key":"l","grant_type":"jwt_bearer"}`},
-		{"another grant drops subject and claims", `{"grant_type":"jwt_bearer","private_key":"k","subject":"a","claim":{"b":"c"}}`, `{"grant_type":"client_credentials"}`, `{"private_key":"k","grant_type":"client_credentials"}`},
-		{"an assertion_file for the grant drops subject and claims", `{"grant_type":"jwt_bearer","private_key":"k","subject":"a","claim":{"b":"c"}}`, `{"assertion_file":"f"}`, `{"assertion_file":"f","grant_type":"jwt_bearer"}`},
+		{"another grant drops subject and claims", `{"grant_type":"jwt_bearer","private_key":"k","subject":"a","claims":{"b":"c"}}`, `{"grant_type":"client_credentials"}`, `{"private_key":"k","grant_type":"client_credentials"}`},
+		{"an assertion_file for the grant drops subject and claims", `{"grant_type":"jwt_bearer","private_key":"k","subject":"a","claims":{"b":"c"}}`, `{"assertion_file":"f"}`, `{"assertion_file":"f","grant_type":"jwt_bearer"}`},
 
 		{"a method takes the place of none", `{"client_secret":"s","auth_method":"none"}`, `{"auth_method":"client_secret_post"}`, `{"client_secret":"s","auth_method":"client_secret_post"}`},
 	} {
@@ -423,6 +423,7 @@ func wantUsable(t *testing.T, name string, c Credentials) {
 func TestInheritedHeadersAreOverriddenInAnyCase(t *testing.T) {
 	load := func(t *testing.T, setting, base, own string) *block {
 		t.Helper()
+		setting += "s" // in JSON
 		credentials := map[string]any{"token_url": "https://auth.example.com/token", "client_id": "gateway", "client_secret": "secret"}
 		credentials[setting] = map[string]string{base: "base"}
 		transport, _, err := loadTransport(t, "127.0.0.1:9000", map[string]any{

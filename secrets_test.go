@@ -331,10 +331,10 @@ func TestSecretsAreNotInErrorsOfTheConfig(t *testing.T) {
 		good + `"scopes":["a","\\"]`,
 		good + `"auth_method":"none"`,
 		good + `"tenant":{"field":"Host","value":"acme"}`,
-		good + `"param":{"client_secret":"hidden-header"}`,
-		good + `"param":{"a":"{http.request.header.X}hidden-header"}`,
-		good + `"token_request_header":{"X-Hidden":"hidden-header\n"}`,
-		good + `"token_request_header":{"Authorization":"hidden-header"}`,
+		good + `"params":{"client_secret":"hidden-header"}`,
+		good + `"params":{"a":"{http.request.header.X}hidden-header"}`,
+		good + `"token_request_headers":{"X-Hidden":"hidden-header\n"}`,
+		good + `"token_request_headers":{"Authorization":"hidden-header"}`,
 	} {
 		g := newGateway(t)
 		err := caddy.Load([]byte(expand(`{"admin":{"disabled":true},"logging":{"logs":{"default":{"writer":{"output":"discard"}}}},"apps":{"http":{"servers":{"s":{"listen":["$ADDR"],

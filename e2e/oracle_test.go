@@ -266,7 +266,7 @@ func startOracleGateway(t *testing.T, clients []oracleClient) *process {
 			"auth_method":   c.method,
 			"scopes":        withoutPlaceholders(c.scopes),
 			"audience":      withoutPlaceholders(c.audience),
-			"param":         params,
+			"params":        params,
 			"token_timeout": oracleTimeout,
 		})
 	}
