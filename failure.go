@@ -83,7 +83,11 @@ func installFailureRoute(handler *reverseproxy.Handler) error {
 	}
 	// lb_retry_match comes before the response routes: it must not take the
 	// marked response for one of an upstream.
-	for _, matchers := range handler.LoadBalancing.RetryMatchRaw {
+	for i, matchers := range handler.LoadBalancing.RetryMatchRaw {
+		if matchers == nil { // null in JSON, which matches everything
+			matchers = make(caddy.ModuleMap)
+			handler.LoadBalancing.RetryMatchRaw[i] = matchers
+		}
 		not := []json.RawMessage{json.RawMessage(`{"vars": {"{` + phFailed + `}": ["true"]}}`)}
 		if raw, ok := matchers["not"]; ok {
 			var users []json.RawMessage

@@ -120,6 +120,31 @@ func TestValidate(t *testing.T) {
 	}
 }
 
+// JSON may have null where Caddy expects an object. What is around the transport
+// must not make it panic either.
+func TestNullAroundTheTransport(t *testing.T) {
+	const transport = `"transport":{"protocol":"oauth2","credentials":{"token_url":"https://auth.example.com/token","client_id":"gateway","client_secret":"s"}}`
+	for _, test := range []struct{ name, config string }{
+		{"retry_match", `{"upstreams":[{"dial":"127.0.0.1:9000"}],"load_balancing":{"retry_match":[null]},` + transport + `}`},
+		{"retry_match beside another", `{"upstreams":[{"dial":"127.0.0.1:9000"}],"load_balancing":{"retry_match":[{"method":["GET"]},null]},` + transport + `}`},
+		{"not of retry_match", `{"upstreams":[{"dial":"127.0.0.1:9000"}],"load_balancing":{"retry_match":[{"not":null}]},` + transport + `}`},
+		{"load_balancing", `{"upstreams":[{"dial":"127.0.0.1:9000"}],"load_balancing":null,` + transport + `}`},
+		{"health_checks", `{"upstreams":[{"dial":"127.0.0.1:9000"}],"health_checks":{"active":null},` + transport + `}`},
+		{"headers", `{"upstreams":[{"dial":"127.0.0.1:9000"}],"headers":{"request":null},` + transport + `}`},
+		{"handle_response", `{"upstreams":[{"dial":"127.0.0.1:9000"}],"handle_response":null,` + transport + `}`},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			defer func() {
+				if p := recover(); p != nil {
+					t.Errorf("got panic %v, want none", p)
+				}
+			}()
+			_, _, err := loadProxy(t, json.RawMessage(test.config))
+			wantError(t, err, "")
+		})
+	}
+}
+
 // What dynamic upstreams there will be is not known when the config is loaded.
 func TestAddressesMayBelongToDynamicUpstreams(t *testing.T) {
 	source := strings.Replace(proxyConfig("", clientSettings+"upstream 127.0.0.1:9009 {\n tenant acme\n}"),
