@@ -21,9 +21,9 @@ type block struct {
 	bearerPrefix string // with the space, if there is a scheme
 	identity     []headerTemplate
 
-	retryOn        []int       // statuses
-	replayLimit    int         // bytes
-	expectsNothing atomic.Bool // the upstream has refused an expectation, or ignored it
+	retryOn     []int // statuses
+	replayLimit int   // bytes
+	announces   bool  // larger bodies, always
 
 	bound *boundTransport // bind_certificate; nil without it
 
@@ -48,10 +48,14 @@ func newBlock(cl *client) *block {
 	b.retryOn = c.RetryOn
 	if len(c.RetryOn) == 0 {
 		b.retryOn = []int{http.StatusUnauthorized}
-	} else if c.RetryOn[0] == retryOff {
+	} else if c.neverRetries() {
 		b.retryOn = nil
 	}
-	b.replayLimit = int(max(0, cmp.Or(c.ReplayBody, defaultReplayBody)))
+	b.replayLimit = defaultReplayBody
+	if r := c.ReplayBody; r != nil {
+		b.replayLimit = int(max(0, cmp.Or(r.Size, defaultReplayBody)))
+		b.announces = r.Announce
+	}
 	if c.Tenant != nil {
 		b.identity = append(b.identity, newHeaderTemplate(c.Tenant.field(), c.Tenant.Value))
 	}
@@ -90,10 +94,12 @@ func (b *block) fields(s *fieldSet) {
 	}
 }
 
-// announce has the upstream asked whether it wants the body of out, if that may
-// be longer than what can be kept of it, and the upstream heeds such questions.
+// announce has the upstream asked whether it wants the body of out, if more may come
+// than what is kept of it: the upstream can then refuse the token before that. It is
+// not asked without need, as that costs a round trip, and not every server knows
+// such questions.
 func (b *block) announce(out *http.Request, body *replay.Body) *http.Request {
-	if b.replayLimit == 0 || b.expectsNothing.Load() {
+	if !body.MayOutgrow(out) || !b.source.places.wantsAnnouncement(dialAddressOf(out.Context()), b.announces) {
 		return out
 	}
 	return body.Announce(out)
@@ -109,10 +115,10 @@ const (
 	giveUp                 // it can't be sent once more: the answer is the client's
 )
 
-// judge returns the verdict of an upstream's first answer. body is that of the
-// request; nil if none is recorded. If it is to be sent once more, its first attempt
-// does not go on reading it meanwhile, or too much of it would be gone.
-func (b *block) judge(res *http.Response, body *replay.Body) verdict {
+// judge returns the verdict of an upstream's first answer. ctx and body are those of
+// the request; body is nil if none is recorded. If it is to be sent once more, its
+// first attempt does not go on reading it meanwhile, or too much of it would be gone.
+func (b *block) judge(ctx context.Context, res *http.Response, body *replay.Body) verdict {
 	v := accept
 	switch {
 	case b.refuses(res.StatusCode):
@@ -120,7 +126,7 @@ func (b *block) judge(res *http.Response, body *replay.Body) verdict {
 	case res.StatusCode == http.StatusExpectationFailed && body != nil && body.Expected():
 		// The expectation was ours, so this is not for the client. RFC 9110
 		// §10.1.1: repeat the request without it.
-		b.expectsNothing.Store(true)
+		b.source.places.unheard(dialAddressOf(ctx))
 		v = resend
 	}
 	if v != accept && body != nil && !body.Hold() {

@@ -58,7 +58,7 @@ import (
 //		refresh_before       <duration>
 //		default_lifetime     <duration>
 //		retry_on             <status...> | off
-//		replay_body          <size>
+//		replay_body          <size> [announce]
 //
 //		# other credentials for some of the upstreams
 //		upstream <address...> {
@@ -144,28 +144,28 @@ func (t *Transport) unmarshalPlaintext(d *caddyfile.Dispenser) error {
 // checkBlocks finds what only shows when the whole block has been read.
 // Provision would find it too, but knows neither file nor line.
 func (t *Transport) checkBlocks(base *credentialsBlock, blocks []*credentialsBlock) error {
-	if err := t.checkBlock(base, base.Credentials, len(t.Upstreams) == 0); err != nil {
-		return err
+	if len(t.Upstreams) == 0 || base.missing() == "" { // else others only inherit from it
+		if err := t.checkBlock(base, nil); err != nil {
+			return err
+		}
 	}
 	for i, upstream := range t.Upstreams {
 		if upstream.Off {
 			continue
 		}
-		if err := t.checkBlock(blocks[i], upstream.inherit(t.Credentials), true); err != nil {
+		if err := t.checkBlock(blocks[i], t.Credentials); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// checkBlock checks the credentials that a block and its inheritance make up.
-func (t *Transport) checkBlock(block *credentialsBlock, merged Credentials, complete bool) error {
-	if missing := merged.missing(); missing != "" && complete {
+// checkBlock checks a block with all that it inherits from base.
+func (t *Transport) checkBlock(block *credentialsBlock, base *Credentials) error {
+	if missing := block.missingBeside(base); missing != "" {
 		return block.at.WrapErr(fmt.Errorf("transport oauth2: %s", missing))
 	}
-	if !complete && merged.missing() != "" {
-		return nil // nothing but what others inherit
-	}
+	merged := block.inherit(base)
 	if err := merged.checkTogether(); err != nil {
 		// At the setting that the error starts with, if the block has it.
 		setting, _, _ := strings.Cut(strings.ReplaceAll(err.Error(), ":", " "), " ")
@@ -386,8 +386,15 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 		if err != nil {
 			return d.Errf("replay_body: '%s' is not a size, such as 64KiB", arg)
 		}
-		if c.ReplayBody = size; size == 0 {
-			c.ReplayBody = replayNoBody
+		if size == 0 {
+			size = replayNothing
+		}
+		c.ReplayBody = &ReplayBody{Size: size}
+		if d.NextArg() {
+			if d.Val() != "announce" {
+				return d.Errf("replay_body: unknown '%s'; write `replay_body <size> [announce]`", d.Val())
+			}
+			c.ReplayBody.Announce = true
 		}
 		return nil
 	},

@@ -273,7 +273,7 @@ func TestEverySettingIsReadStrictly(t *testing.T) {
 		for name, lines := range cases {
 			for place, block := range map[string]string{
 				"transport": "oauth2 {\n" + needs + lines + "\n upstream 127.0.0.1:9000 off\n}",
-				"upstream":  "oauth2 {\n upstream 127.0.0.1:9000 {\n" + needs + lines + "\n}\n" + baseWithout(setting) + "}",
+				"upstream":  "oauth2 {\n upstream 127.0.0.1:9000 {\n" + needs + notInherited(setting) + lines + "\n}\n" + baseWithout(setting) + "}",
 			} {
 				t.Run(setting+" "+name+" in "+place, func(t *testing.T) {
 					transport := new(Transport).CaddyModule().New().(*Transport)
@@ -288,6 +288,23 @@ func TestEverySettingIsReadStrictly(t *testing.T) {
 			}
 		}
 	}
+}
+
+// notInherited returns what an upstream block with this setting needs as well, because
+// it inherits no client authentication.
+func notInherited(setting string) string {
+	brings := append(settingNeeds[setting], setting)
+	if !slices.ContainsFunc(brings, func(s string) bool { return slices.Contains(authSettings, s) }) {
+		return ""
+	}
+	var lines string
+	if setting != "token_url" && setting != "issuer" {
+		lines += "token_url https://auth.example.com/token\n"
+	}
+	if slices.Contains([]string{"token_url", "issuer", "auth_method", "basic_encoding"}, setting) {
+		lines += "client_secret secret\n"
+	}
+	return lines
 }
 
 // baseWithout returns what a client needs, without one of it.

@@ -168,10 +168,11 @@ func TestClientsDoNotShareConnections(t *testing.T) {
 			return issue(w, r)
 		})
 		site := m.site("bind_certificate\n" + expand(`upstream $OTHER {
+			token_url $AUTH/token
 			client_id b
 			client_certificate $DIR/client.crt $DIR/client.key
 			bind_certificate
-		}`, "$OTHER", m.upHost, "$DIR", dirB))
+		}`, "$OTHER", m.upHost, "$AUTH", m.auth.URL, "$DIR", dirB))
 		site = strings.Replace(site, "https://"+m.up.addr+" {", "https://"+m.up.addr+" https://"+m.upHost+" {\nlb_policy round_robin", 1)
 		g := startGateway(t, site)
 		wantAll(t, g.burst(20), http.StatusOK)
@@ -223,11 +224,13 @@ func TestClientWithoutCertificateBesideOneThatHasIt(t *testing.T) {
 				tls_insecure_skip_verify
 			}
 			upstream $B {
+				token_url $AUTH/token
 				client_id b
 				auth_method tls_client_auth
 				client_certificate $DIR/client.crt $DIR/client.key
 			}
 			upstream $C {
+				token_url $AUTH/token
 				client_id c
 				client_secret t
 			}

@@ -11,7 +11,6 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
 // A client is an OAuth client at work: the source of its token, and the endpoint
@@ -82,6 +81,7 @@ func (cl *client) replaceLater(ctx context.Context, refused *token) {
 // retire takes a refused token out of use, unless it has been replaced already. It
 // reports whether it may be replaced now.
 func (cl *client) retire(ctx context.Context, refused *token) bool {
+	cl.source.places.refused(dialAddressOf(ctx))
 	if current := cl.source.Peek(); current != nil && current != refused {
 		return true
 	}
@@ -92,6 +92,16 @@ func (cl *client) retire(ctx context.Context, refused *token) bool {
 	return true
 }
 
+// replaceAfterCheck replaces a token with which an upstream refused a health check,
+// unless it is too early.
+func (cl *client) replaceAfterCheck(ctx context.Context, refused *token) {
+	cl.source.places.refused(dialAddressOf(ctx))
+	if cl.checks.allow(refused) {
+		cl.refuse(ctx, refused)
+		cl.source.Warm()
+	}
+}
+
 // refuse takes a token out of use that the upstream of a request has refused. The
 // first refusal is told to operators.
 func (cl *client) refuse(ctx context.Context, refused *token) {
@@ -99,9 +109,9 @@ func (cl *client) refuse(ctx context.Context, refused *token) {
 		return
 	}
 	cl.endpoint.metrics.refusedTokens.Inc()
-	dial, _ := reverseproxy.GetDialInfo(ctx)
-	cl.endpoint.logger.Warn("the upstream refused the token", append(cl.endpoint.logFields(), zap.String("upstream", dial.Address))...)
+	upstream := dialAddressOf(ctx).address
+	cl.endpoint.logger.Warn("the upstream refused the token", append(cl.endpoint.logFields(), zap.String("upstream", upstream))...)
 	// In a goroutine of its own: the request goes on, however slow the
 	// handlers are.
-	go cl.endpoint.events.emit(eventRefused, map[string]any{"client": cl.endpoint.metrics.name, "upstream": dial.Address})
+	go cl.endpoint.events.emit(eventRefused, map[string]any{"client": cl.endpoint.metrics.name, "upstream": upstream})
 }

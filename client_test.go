@@ -18,6 +18,7 @@ const twoClients = `transport oauth2 {
 	client_secret s
 	tenant default
 	upstream $A {
+		token_url $AUTH/token
 		client_id a
 		client_secret sa
 		tenant of-a
@@ -253,11 +254,11 @@ func TestEqualClientsShareOneToken(t *testing.T) {
 
 func TestOtherClientsHaveTokensOfTheirOwn(t *testing.T) {
 	for _, other := range []string{
-		"client_id other", "client_secret other", "auth_method client_secret_post", "scopes a", "audience a",
+		"client_id other", "token_url $AUTH/token\nclient_secret other", "token_url $AUTH/token\nclient_secret s\nauth_method client_secret_post", "scopes a", "audience a",
 		"param a b", "token_request_header X-A b", "token_timeout 3s", "default_lifetime 1m", "refresh_before 1m",
 		"token_transport {\ndial_timeout 5s\n}",
 	} {
-		t.Run(strings.Fields(other)[0], func(t *testing.T) {
+		t.Run(other, func(t *testing.T) {
 			auth := newAuthServer(t)
 			a, b := newUpstream(t, auth), newUpstream(t, auth)
 			g := startGateway(t, expand(`reverse_proxy $A $B {
@@ -270,7 +271,7 @@ func TestOtherClientsHaveTokensOfTheirOwn(t *testing.T) {
 						$OTHER
 					}
 				}
-			}`, "$A", a.addr, "$B", b.addr, "$AUTH", auth.URL, "$OTHER", other))
+			}`, "$A", a.addr, "$B", b.addr, "$AUTH", auth.URL, "$OTHER", expand(other, "$AUTH", auth.URL)))
 			g.get().want(t, http.StatusOK)
 			g.get().want(t, http.StatusOK)
 			auth.wantAsked(t, 2)

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/url"
+	"slices"
 	"strings"
 	"time"
 
@@ -223,15 +224,9 @@ type Credentials struct {
 	// replaces a token that the upstream refuses. Default: `[401]`.
 	RetryOn []int `json:"retry_on,omitempty"`
 
-	// How much of a request's body is kept for sending it once more, in
-	// bytes. A longer body can be repeated only if the upstream answered before
-	// more than this was sent; the rest is then sent as the client sends it. To
-	// let the upstream answer before, a body that is longer, or may be, is
-	// announced to it with `Expect: 100-continue`. What can't be kept of it
-	// waits for the answer, at most a tenth of a second, and only as long as
-	// the upstream heeds it. 0 means the default; -1 keeps nothing, and
-	// announces nothing. Default: `65536`.
-	ReplayBody int64 `json:"replay_body,omitempty"`
+	// How a request with a body is sent once more. Default: 64 KiB of the body
+	// are kept.
+	ReplayBody *ReplayBody `json:"replay_body,omitempty"`
 }
 
 // ClientCertificate is a certificate with its key. Both are PEM files, or their
@@ -268,6 +263,24 @@ type BearerHeader struct {
 	Scheme *string `json:"scheme,omitempty"`
 }
 
+// ReplayBody says how a request with a body is sent once more.
+type ReplayBody struct {
+	// How much of the body is kept for that, in bytes, 1 MiB at most. A longer
+	// body can be sent once more only if the upstream refuses the token before
+	// more than this is sent; the rest is then sent as the client sends it. 0
+	// means the default; -1 keeps nothing. Default: `65536`.
+	Size int64 `json:"size,omitempty"`
+
+	// Ask the upstream first whether it wants a body that is longer than this,
+	// or may be (`Expect: 100-continue`): then it can refuse the token before the
+	// body is sent. What can't be kept waits for the upstream's answer, for a
+	// tenth of a second at most. An upstream that does not answer in that time,
+	// or answers with 417, is not asked again for five minutes. Without this,
+	// an upstream is asked only for half a minute after it refused a token.
+	// Default: `false`.
+	Announce bool `json:"announce,omitempty"`
+}
+
 const (
 	defaultTenantField   = "X-Tenant-Id"
 	defaultBearerField   = "Authorization"
@@ -275,11 +288,12 @@ const (
 	defaultTokenTimeout  = 10 * time.Second
 	defaultTokenLifetime = 5 * time.Minute
 	defaultReplayBody    = replay.DefaultLimit
+	maxReplayBody        = 1 << 20 // of each request that is under way
 
 	defaultAssertionLifetime = 1 * time.Minute
 
-	retryOff     = -1
-	replayNoBody = -1
+	retryOff      = -1
+	replayNothing = -1
 )
 
 // The ways to authenticate the client at the token endpoint (RFC 6749 §2.3.1,
@@ -386,6 +400,9 @@ func presentsCertificate(h *reverseproxy.HTTPTransport) bool {
 	return h != nil && h.TLS != nil && (h.TLS.ClientCertificateFile != "" || h.TLS.ClientCertificateAutomate != "")
 }
 
+// neverRetries reports whether no request is sent twice.
+func (c *Credentials) neverRetries() bool { return slices.Equal(c.RetryOn, []int{retryOff}) }
+
 // lifecycle returns how long a token is used.
 func (c *Credentials) lifecycle() lifecycle {
 	return lifecycle{
@@ -403,7 +420,7 @@ func (c Credentials) shape(life lifecycle, transportConfig []byte) ([]byte, erro
 	c.BasicEncoding = cmp.Or(c.BasicEncoding, basicForm)
 	c.AssertionLifetime = cmp.Or(c.AssertionLifetime, caddy.Duration(defaultAssertionLifetime))
 	c.TokenTransport, c.TokenTimeout, c.RefreshBefore, c.DefaultLifetime = nil, 0, 0, 0
-	c.Name, c.Tenant, c.Headers, c.BearerHeader, c.RetryOn, c.ReplayBody = "", nil, nil, nil, nil, 0
+	c.Name, c.Tenant, c.Headers, c.BearerHeader, c.RetryOn, c.ReplayBody = "", nil, nil, nil, nil, nil
 	// encoding/json sorts the maps, and keeps neighbouring values apart.
 	shape, err := json.Marshal([]any{
 		c, json.RawMessage(transportConfig), life.refreshBefore, life.defaultLifetime, life.fetchTimeout,

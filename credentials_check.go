@@ -51,6 +51,9 @@ func (c *Credentials) check() error {
 	if _, err := parseIssuer(c.Issuer); err != nil && c.Issuer != "" && !hasPlaceholder(c.Issuer) {
 		return fmt.Errorf("issuer: %w", err)
 	}
+	if err := c.checkBlank(); err != nil {
+		return err
+	}
 	if err := c.checkAuth(); err != nil {
 		return err
 	}
@@ -59,7 +62,7 @@ func (c *Credentials) check() error {
 			return scopeError(scope)
 		}
 	}
-	if slices.Contains(c.Audience, "") {
+	if slices.ContainsFunc(c.Audience, blank) {
 		return errors.New("audience: an empty value cannot be sent; remove it")
 	}
 	for _, resource := range c.Resource {
@@ -79,19 +82,20 @@ func (c *Credentials) check() error {
 		if err := checkHeaderField(field, "authorization", "content-type"); err != nil {
 			return fmt.Errorf("token_request_header: %w", err)
 		}
-		if !validHeaderValue(c.TokenRequestHeaders[field]) {
-			return fmt.Errorf("token_request_header %s: the value holds a control character", field)
+		if err := checkHeaderValue(c.TokenRequestHeaders[field]); err != nil {
+			return fmt.Errorf("token_request_header %s: %w", field, err)
 		}
 	}
 	for _, status := range c.RetryOn {
-		if (status < 400 || status > 599) && !slices.Equal(c.RetryOn, []int{retryOff}) {
+		if (status < 400 || status > 599) && !c.neverRetries() {
 			return fmt.Errorf("retry_on: %d is not an error status (400 to 599)", status)
 		}
 	}
-	if c.ReplayBody < replayNoBody {
-		return errors.New("replay_body: must not be negative")
-	}
 	switch {
+	case c.ReplayBody != nil && c.ReplayBody.Size < replayNothing:
+		return errors.New("replay_body: the size must not be negative")
+	case c.ReplayBody != nil && c.ReplayBody.Size > maxReplayBody:
+		return errors.New("replay_body: at most 1MiB is kept of each request; with `announce`, the upstream may refuse a longer body before it is sent")
 	case c.TokenTimeout < 0:
 		return errors.New("token_timeout: must not be negative")
 	case c.RefreshBefore < 0:
@@ -100,6 +104,21 @@ func (c *Credentials) check() error {
 		return errors.New("default_lifetime: must not be negative")
 	}
 	return c.checkHeaders()
+}
+
+// checkBlank finds a setting that holds only white space.
+func (c *Credentials) checkBlank() error {
+	values := c.templates()
+	maps.Copy(values, map[string]string{
+		"name": c.Name, "client_id": c.ClientID, "key_id": c.KeyID,
+		"assertion_audience": c.AssertionAudience, "assertion_typ": c.AssertionTyp,
+	})
+	for _, setting := range sortedKeys(values) {
+		if value := values[setting]; value != "" && blank(value) {
+			return fmt.Errorf("%s: holds nothing but white space; write a value, or remove the setting", setting)
+		}
+	}
+	return nil
 }
 
 // checkAuth tells what is wrong with a setting that is present.
@@ -119,7 +138,7 @@ func (c *Credentials) checkAuth() error {
 	if c.AssertionLifetime != 0 && time.Duration(c.AssertionLifetime) < minAssertionLifetime {
 		return fmt.Errorf("assertion_lifetime: must be %v at least, as the JWT is dated back by %v", minAssertionLifetime, assertionLeeway)
 	}
-	if cert := c.ClientCertificate; cert != nil && (cert.Certificate == "" || cert.Key == "") {
+	if cert := c.ClientCertificate; cert != nil && (blank(cert.Certificate) || blank(cert.Key)) {
 		return errors.New("client_certificate: name both the certificate and its key")
 	}
 	for _, name := range sortedKeys(c.Claims) {
@@ -141,6 +160,9 @@ func (c *Credentials) checkTogether() error {
 	}
 	if err := c.checkAuthTogether(); err != nil {
 		return err
+	}
+	if c.ReplayBody != nil && c.neverRetries() {
+		return errors.New("replay_body has no effect with retry_on off: remove one of the two")
 	}
 	var taken fieldSet
 	field, _ := c.BearerHeader.withDefaults()
@@ -234,16 +256,16 @@ func (c *Credentials) checkHeaders() error {
 		if err := checkHeaderField(c.Tenant.field()); err != nil {
 			return fmt.Errorf("tenant: %w", err)
 		}
-		if !validHeaderValue(c.Tenant.Value) {
-			return errors.New("tenant: the value holds a control character")
+		if err := checkHeaderValue(c.Tenant.Value); err != nil {
+			return fmt.Errorf("tenant: %w", err)
 		}
 	}
 	for _, field := range sortedKeys(c.Headers) {
 		if err := checkHeaderField(field); err != nil {
 			return fmt.Errorf("header: %w", err)
 		}
-		if !validHeaderValue(c.Headers[field]) {
-			return fmt.Errorf("header %s: the value holds a control character", field)
+		if err := checkHeaderValue(c.Headers[field]); err != nil {
+			return fmt.Errorf("header %s: %w", field, err)
 		}
 	}
 	return nil
@@ -281,9 +303,32 @@ func (c *Credentials) missingAuth() string {
 	return ""
 }
 
-// checkTemplates checks the settings whose placeholders are replaced for each
-// token request.
-func (c *Credentials) checkTemplates() error {
+// missingBeside names the first setting that c lacks, with what it inherits from
+// base, and what to write; "" if nothing is missing. If base says how to
+// authenticate, a block that does not inherit it has to say so, too: otherwise the
+// method or the encoding would change without a word.
+func (c *Credentials) missingBeside(base *Credentials) string {
+	merged := c.inherit(base)
+	missing, own := merged.missing(), c.authSettings()
+	if base == nil || len(own) == 0 {
+		return missing
+	}
+	notInherited := slices.DeleteFunc(base.authSettings(), func(name string) bool { return slices.Contains(own, name) })
+	switch {
+	case base.AuthMethod != "" && c.AuthMethod == "":
+		missing = fmt.Sprintf("auth_method is missing: around this block it is %s; repeat that, or set another", base.AuthMethod)
+	case base.BasicEncoding != "" && c.BasicEncoding == "" && merged.authMethod() == authBasic:
+		missing = fmt.Sprintf("basic_encoding is missing: around this block it is %s; repeat that, or set the other", base.BasicEncoding)
+	case missing == "" || len(notInherited) == 0:
+		return missing
+	}
+	return fmt.Sprintf("%s (this block sets %s, so it inherits no client authentication from the settings around it: no %s)",
+		missing, own[0], strings.Join(notInherited, ", "))
+}
+
+// templates returns the settings whose placeholders are replaced for each token
+// request.
+func (c *Credentials) templates() map[string]string {
 	templates := map[string]string{
 		"client_secret":  c.ClientSecret,
 		"private_key":    c.PrivateKey,
@@ -300,6 +345,12 @@ func (c *Credentials) checkTemplates() error {
 			templates[setting+" "+name] = value
 		}
 	}
+	return templates
+}
+
+// checkTemplates checks these settings.
+func (c *Credentials) checkTemplates() error {
+	templates := c.templates()
 	for _, setting := range sortedKeys(templates) {
 		if err := checkSecretTemplate(setting, templates[setting]); err != nil {
 			return err
@@ -336,6 +387,9 @@ func validResource(s string) bool {
 	u, err := url.Parse(s)
 	return err == nil && u.IsAbs() && u.Fragment == "" && !strings.HasSuffix(s, "#")
 }
+
+// blank reports whether s holds nothing, or nothing but white space.
+func blank(s string) bool { return strings.TrimSpace(s) == "" }
 
 func hasPlaceholder(s string) bool { return strings.Contains(s, "{") }
 

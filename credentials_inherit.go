@@ -5,25 +5,35 @@ package outboundauth
 import (
 	"cmp"
 	"maps"
-	"strings"
 )
 
 // inherit returns c with what it doesn't set taken from base: lists and
-// objects as a whole, the named values of `param`, `token_request_header` and
-// `header` one by one.
+// objects as a whole, the named values of `param`, `claim`,
+// `token_request_header` and `header` one by one. But if c sets anything of
+// client authentication, it takes nothing of that: otherwise nobody could
+// foretell which of base's settings go with which of its own.
 func (c Credentials) inherit(base *Credentials) Credentials {
 	if base == nil {
 		return c
 	}
-	sameServer := c.TokenURL == "" && c.Issuer == "" // each takes the place of the other
-	if sameServer {
-		c.TokenURL, c.Issuer = base.TokenURL, base.Issuer
-	}
-	if c.ClientID == "" { // another client has another name
+	ownAuth := len(c.authSettings()) > 0
+	if !ownAuth && c.ClientID == "" { // another client has another name
 		c.Name = cmp.Or(c.Name, base.Name)
 	}
 	c.ClientID = cmp.Or(c.ClientID, base.ClientID)
-	c = c.inheritAuth(base, sameServer)
+	if !ownAuth {
+		c.TokenURL, c.Issuer = base.TokenURL, base.Issuer
+		c.ClientSecret, c.AuthMethod, c.BasicEncoding = base.ClientSecret, base.AuthMethod, base.BasicEncoding
+		c.PrivateKey, c.KeyID, c.SigningAlg = base.PrivateKey, base.KeyID, base.SigningAlg
+		c.AssertionAudience, c.AssertionTyp, c.AssertionLifetime = base.AssertionAudience, base.AssertionTyp, base.AssertionLifetime
+		c.AssertionFile = base.AssertionFile
+		c.ClientCertificate, c.BindCertificate = base.ClientCertificate, base.BindCertificate
+	}
+	c.GrantType = cmp.Or(c.GrantType, base.GrantType)
+	if c.grantsByJWT() && c.AssertionFile == "" { // otherwise nothing uses them
+		c.Subject = cmp.Or(c.Subject, base.Subject)
+		c.Claims = union(base.Claims, c.Claims)
+	}
 	c.Scopes = orList(c.Scopes, base.Scopes)
 	c.Audience = orList(c.Audience, base.Audience)
 	c.Resource = orList(c.Resource, base.Resource)
@@ -37,58 +47,41 @@ func (c Credentials) inherit(base *Credentials) Credentials {
 	c.RefreshBefore = cmp.Or(c.RefreshBefore, base.RefreshBefore)
 	c.DefaultLifetime = cmp.Or(c.DefaultLifetime, base.DefaultLifetime)
 	c.RetryOn = orList(c.RetryOn, base.RetryOn)
-	c.ReplayBody = cmp.Or(c.ReplayBody, base.ReplayBody)
+	if !c.neverRetries() { // otherwise nothing uses it
+		c.ReplayBody = cmp.Or(c.ReplayBody, base.ReplayBody)
+	}
 	return c
 }
 
-// inheritAuth inherits what the client authenticates with, as far as its
-// auth_method and grant_type have use for it: a block with a method of its own
-// must not be told to remove what stands elsewhere.
-func (c Credentials) inheritAuth(base *Credentials, sameServer bool) Credentials {
-	c.GrantType = cmp.Or(c.GrantType, base.GrantType)
-	brought := c.ClientSecret != ""
-	if !c.grantsByJWT() || !base.grantsByJWT() { // else key and file are for the grant, here and there
-		brought = brought || c.PrivateKey != "" || c.AssertionFile != ""
-	}
-	c.AuthMethod = cmp.Or(c.AuthMethod, base.AuthMethod)
-	if c.ClientCertificate == nil && !c.presentsOther() {
-		c.ClientCertificate = base.ClientCertificate
-		c.BindCertificate = c.BindCertificate || base.BindCertificate
-	} else if base.ClientCertificate == nil { // bind_certificate alone is meant for all blocks
-		c.BindCertificate = c.BindCertificate || base.BindCertificate
-	}
-
-	if needsSecret(c.AuthMethod) && (c.AuthMethod != "" || !brought) {
-		c.ClientSecret = cmp.Or(c.ClientSecret, base.ClientSecret)
-	}
-	if method := c.AuthMethod; method == authKeyJWT || c.grantsByJWT() || (method == "" && !brought) {
-		ownKey, ownFile := c.PrivateKey != "", c.AssertionFile != ""
-		both := method == authKeyJWT && c.grantsByJWT() // the key for the client, the file for the grant
-		if !ownKey && (!ownFile || both) {
-			c.PrivateKey, c.KeyID = base.PrivateKey, cmp.Or(c.KeyID, base.KeyID)
-		}
-		if !ownFile && (!ownKey || (both && base.grantsByJWT())) {
-			c.AssertionFile = base.AssertionFile
+// authSettings returns the names of the settings of client authentication that c
+// has. The server belongs to them: if a block with a server of its own inherited
+// the rest, the secret of another client would be sent there.
+func (c *Credentials) authSettings() []string {
+	var names []string
+	for _, setting := range []struct {
+		name string
+		set  bool
+	}{
+		{"token_url", c.TokenURL != ""},
+		{"issuer", c.Issuer != ""},
+		{"client_secret", c.ClientSecret != ""},
+		{"auth_method", c.AuthMethod != ""},
+		{"basic_encoding", c.BasicEncoding != ""},
+		{"private_key", c.PrivateKey != ""},
+		{"key_id", c.KeyID != ""},
+		{"signing_alg", c.SigningAlg != ""},
+		{"assertion_audience", c.AssertionAudience != ""},
+		{"assertion_typ", c.AssertionTyp != ""},
+		{"assertion_lifetime", c.AssertionLifetime != 0},
+		{"assertion_file", c.AssertionFile != ""},
+		{"client_certificate", c.ClientCertificate != nil},
+		{"bind_certificate", c.BindCertificate},
+	} {
+		if setting.set {
+			names = append(names, setting.name)
 		}
 	}
-	if c.authMethod() == authBasic {
-		c.BasicEncoding = cmp.Or(c.BasicEncoding, base.BasicEncoding)
-	}
-	if c.signs() {
-		if strings.HasPrefix(base.SigningAlg, "HS") != c.usesKey() {
-			c.SigningAlg = cmp.Or(c.SigningAlg, base.SigningAlg)
-		}
-		if sameServer { // or this one got what is valid at the other
-			c.AssertionAudience = cmp.Or(c.AssertionAudience, base.AssertionAudience)
-		}
-		c.AssertionTyp = cmp.Or(c.AssertionTyp, base.AssertionTyp)
-		c.AssertionLifetime = cmp.Or(c.AssertionLifetime, base.AssertionLifetime)
-	}
-	if c.grantsByJWT() && c.AssertionFile == "" {
-		c.Subject = cmp.Or(c.Subject, base.Subject)
-		c.Claims = union(base.Claims, c.Claims)
-	}
-	return c
+	return names
 }
 
 func orList[T any](own, base []T) []T {

@@ -37,7 +37,7 @@ var generalCredentials = Credentials{
 	RefreshBefore:       caddy.Duration(time.Minute),
 	DefaultLifetime:     caddy.Duration(time.Hour),
 	RetryOn:             []int{401, 403},
-	ReplayBody:          4096,
+	ReplayBody:          &ReplayBody{Size: 4096},
 }
 
 // baseCredentials authenticates with a secret.
@@ -143,8 +143,8 @@ func settingChanges(t *testing.T) map[string]settingChange {
 		"bearer_header":    secret(nil, func(c *Credentials) { c.BearerHeader = &BearerHeader{Field: "X-Token"} }),
 		"refresh_before":   secret(nil, func(c *Credentials) { c.RefreshBefore = caddy.Duration(2 * time.Minute) }),
 		"default_lifetime": secret(nil, func(c *Credentials) { c.DefaultLifetime = caddy.Duration(2 * time.Hour) }),
-		"retry_on":         secret(nil, func(c *Credentials) { c.RetryOn = []int{retryOff} }),
-		"replay_body":      secret(nil, func(c *Credentials) { c.ReplayBody = replayNoBody }),
+		"retry_on":         secret(nil, func(c *Credentials) { c.RetryOn = []int{403} }),
+		"replay_body":      secret(nil, func(c *Credentials) { c.ReplayBody = &ReplayBody{Size: 4096, Announce: true} }),
 	}
 }
 
@@ -179,10 +179,37 @@ func TestEverySettingIsInherited(t *testing.T) {
 	})
 }
 
+// authSettings are the settings of client authentication, as README lists them.
+var authSettings = []string{
+	"token_url", "issuer", "client_secret", "auth_method", "basic_encoding", "private_key", "key_id", "signing_alg",
+	"assertion_audience", "assertion_typ", "assertion_lifetime", "assertion_file", "client_certificate", "bind_certificate",
+}
+
+// withoutAuth returns c without its settings of client authentication.
+func withoutAuth(c Credentials) Credentials {
+	for i := range reflect.TypeFor[Credentials]().NumField() {
+		if slices.Contains(authSettings, caddyfileName(reflect.TypeFor[Credentials]().Field(i))) {
+			reflect.ValueOf(&c).Elem().Field(i).SetZero()
+		}
+	}
+	return c
+}
+
+// A block that sets anything of client authentication inherits nothing of it, and
+// everything else.
 func TestEverySettingOverridesWhatIsInherited(t *testing.T) {
-	eachSetting(t, func(t *testing.T, _ int, base, change, changed Credentials) {
+	eachSetting(t, func(t *testing.T, field int, base, change, changed Credentials) {
 		before := base
-		wantSettings(t, change.inherit(&base), changed)
+		want := changed
+		if _, setting, _ := strings.Cut(t.Name(), "/"); slices.Contains(authSettings, setting) {
+			want = withoutAuth(changed)
+			reflect.ValueOf(&want).Elem().Field(field).Set(reflect.ValueOf(change).Field(field))
+			want.Name = "" // it is another client
+			if got := change.authSettings(); !slices.Equal(got, []string{setting}) {
+				t.Errorf("got %q as settings of client authentication, want %s", got, setting)
+			}
+		}
+		wantSettings(t, change.inherit(&base), want)
 		if !reflect.DeepEqual(base, before) {
 			t.Errorf("got %+v, want that what is inherited from stays as it was", base)
 		}
@@ -207,63 +234,24 @@ func TestInheritance(t *testing.T) {
 		{"objects are replaced", `{"tenant":{"field":"X-Organization","value":"a"},"bearer_header":{"field":"X-Token","scheme":""}}`, `{"tenant":{"value":"b"},"bearer_header":{"field":"X-Auth"}}`, `{"tenant":{"value":"b"},"bearer_header":{"field":"X-Auth"}}`},
 		{"token_transport is replaced", `{"token_transport":{"dial_timeout":1,"tls":{}}}`, `{"token_transport":{"read_timeout":2}}`, `{"token_transport":{"read_timeout":2}}`},
 		{"named values are merged", `{"params":{"a":"1","b":"1"},"token_request_headers":{"A":"1","B":"1"},"headers":{"A":"1","B":"1"}}`, `{"params":{"b":"2","c":"2"},"token_request_headers":{"B":"2","C":"2"},"headers":{"B":"2","C":"2"}}`, `{"params":{"a":"1","b":"2","c":"2"},"token_request_headers":{"A":"1","B":"2","C":"2"},"headers":{"A":"1","B":"2","C":"2"}}`},
-		{"auth_method none drops the secret", `{"client_id":"a","client_secret":"s"}`, `{"auth_method":"none"}`, `{"client_id":"a","auth_method":"none"}`},
-		{"an inherited auth_method none drops the secret", `{"client_secret":"s","auth_method":"none"}`, `{"client_id":"a"}`, `{"client_id":"a","auth_method":"none"}`},
-		{"a server takes the place of an issuer", `{"issuer":"https://a.example"}`, `{"token_url":"https://b.example/token"}`, `{"token_url":"https://b.example/token"}`},
-		{"an issuer takes the place of a server", `{"token_url":"https://a.example/token"}`, `{"issuer":"https://b.example"}`, `{"issuer":"https://b.example"}`},
-		{"claims are merged", `{"grant_type":"jwt_bearer","private_key":"k","claims":{"a":"1","b":"1"}}`, `{"claims":{"b":"2","c":"2"}}`, `{"private_key":"k","grant_type":"jwt_bearer","claims":{"a":"1","b":"2","c":"2"}}`},
-		{"client_certificate is replaced", `{"client_certificate":{"certificate":"c","key":"k"}}`, `{"client_certificate":{"certificate":"d","key":"l"}}`, `{"client_certificate":{"certificate":"d","key":"l"}}`},
-
-		// A token is bound to one certificate.
-		{"bind_certificate comes with the certificate", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"client_id":"a"}`, `{"client_id":"a","client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`},
-		{"bind_certificate for the inherited certificate", `{"client_certificate":{"certificate":"c","key":"k"}}`, `{"bind_certificate":true}`, `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`},
+		{"client_id says nothing of authentication", `{"token_url":"https://a.example/token","client_secret":"s","auth_method":"client_secret_post"}`, `{"client_id":"a"}`, `{"token_url":"https://a.example/token","client_id":"a","client_secret":"s","auth_method":"client_secret_post"}`},
+		{"grant_type, subject and claims neither", `{"issuer":"https://a.example","private_key":"k","key_id":"1"}`, `{"grant_type":"jwt_bearer","subject":"a","claims":{"b":"1"}}`, `{"issuer":"https://a.example","private_key":"k","key_id":"1","grant_type":"jwt_bearer","subject":"a","claims":{"b":"1"}}`},
+		{"another server gets no secret", `{"token_url":"https://a.example/token","client_id":"a","client_secret":"s"}`, `{"token_url":"https://b.example/token"}`, `{"token_url":"https://b.example/token","client_id":"a"}`},
+		{"another issuer gets no key", `{"token_url":"https://a.example/token","private_key":"k"}`, `{"issuer":"https://b.example"}`, `{"issuer":"https://b.example"}`},
+		{"another secret goes to no server unsaid", `{"token_url":"https://a.example/token","client_secret":"s"}`, `{"client_secret":"t"}`, `{"client_secret":"t"}`},
+		{"a bound certificate is inherited as such", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"client_id":"a"}`, `{"client_id":"a","client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`},
 		{"another certificate is bound only if the block says so", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"client_certificate":{"certificate":"d","key":"l"}}`, `{"client_certificate":{"certificate":"d","key":"l"}}`},
-		{"another certificate that is bound", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"client_certificate":{"certificate":"d","key":"l"},"bind_certificate":true}`, `{"client_certificate":{"certificate":"d","key":"l"},"bind_certificate":true}`},
-		{"what is bound stands in each block", `{"bind_certificate":true}`, `{"client_certificate":{"certificate":"c","key":"k"}}`, `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`},
-		{"a certificate of token_transport takes the place of it", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"token_transport":{"tls":{"client_certificate_file":"d","client_certificate_key_file":"l"}}}`, `{"token_transport":{"tls":{"client_certificate_file":"d","client_certificate_key_file":"l"}}}`},
-		{"one that Caddy manages takes the place of it", `{"client_certificate":{"certificate":"c","key":"k"}}`, `{"token_transport":{"tls":{"client_certificate_automate":"gateway.example.com"}}}`, `{"token_transport":{"tls":{"client_certificate_automate":"gateway.example.com"}}}`},
-		{"a token_transport without a certificate does not", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"token_transport":{"tls":{}}}`, `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true,"token_transport":{"tls":{}}}`},
+		{"another client has another name", `{"name":"a","client_id":"a","client_secret":"s"}`, `{"client_id":"b"}`, `{"client_id":"b","client_secret":"s"}`},
+		{"a client of another server, too", `{"name":"a","client_id":"a"}`, `{"token_url":"https://b.example/token"}`, `{"token_url":"https://b.example/token","client_id":"a"}`},
+		{"the same client has the same name", `{"name":"a","client_id":"a"}`, `{"scopes":["b"]}`, `{"name":"a","client_id":"a","scopes":["b"]}`},
 
-		// A JWT is for one server.
-		{"assertion_audience for another key", `{"token_url":"https://a.example/token","private_key":"k","assertion_audience":"a"}`, `{"private_key":"l"}`, `{"token_url":"https://a.example/token","private_key":"l","assertion_audience":"a"}`},
-		{"another token_url is another audience", `{"token_url":"https://a.example/token","private_key":"k","assertion_audience":"a","assertion_typ":"JWT"}`, `{"token_url":"https://b.example/token"}`, `{"token_url":"https://b.example/token","private_key":"k","assertion_typ":"JWT"}`},
-		{"an issuer is another audience", `{"token_url":"https://a.example/token","private_key":"k","assertion_audience":"a"}`, `{"issuer":"https://b.example"}`, `{"issuer":"https://b.example","private_key":"k"}`},
-		{"another server with an audience of its own", `{"token_url":"https://a.example/token","private_key":"k","assertion_audience":"a"}`, `{"token_url":"https://b.example/token","assertion_audience":"b"}`, `{"token_url":"https://b.example/token","private_key":"k","assertion_audience":"b"}`},
-
-		// What one method needs does not follow into another.
-		{"another method drops basic_encoding", `{"client_secret":"s","basic_encoding":"raw"}`, `{"auth_method":"client_secret_post"}`, `{"client_secret":"s","auth_method":"client_secret_post"}`},
-		{"a key takes the place of the secret", `{"client_secret":"s","basic_encoding":"raw"}`, `{"private_key":"k"}`, `{"private_key":"k"}`},
-		{"an assertion_file takes the place of the secret", `{"client_secret":"s"}`, `{"assertion_file":"f"}`, `{"assertion_file":"f"}`},
-		{"a secret takes the place of the key", `{"private_key":"k","key_id":"1","signing_alg":"ES256","assertion_typ":"JWT","assertion_lifetime":1}`, `{"client_secret":"s"}`, `{"client_secret":"s"}`},
-		{"a secret takes the place of an assertion_file", `{"assertion_file":"f"}`, `{"client_secret":"s"}`, `{"client_secret":"s"}`},
-		{"private_key_jwt drops the secret", `{"client_secret":"s"}`, `{"auth_method":"private_key_jwt","private_key":"k"}`, `{"auth_method":"private_key_jwt","private_key":"k"}`},
-		{"tls_client_auth drops secret and key", `{"client_secret":"s","client_certificate":{"certificate":"c","key":"k"}}`, `{"auth_method":"tls_client_auth"}`, `{"auth_method":"tls_client_auth","client_certificate":{"certificate":"c","key":"k"}}`},
-		{"a method of the secret drops the key", `{"auth_method":"private_key_jwt","private_key":"k","key_id":"1"}`, `{"auth_method":"client_secret_post","client_secret":"s"}`, `{"client_secret":"s","auth_method":"client_secret_post"}`},
-		{"none drops the key", `{"private_key":"k","key_id":"1","assertion_lifetime":1}`, `{"auth_method":"none"}`, `{"auth_method":"none"}`},
-		{"what contradicts the inherited method stays, to be told", `{"auth_method":"client_secret_post","client_secret":"s"}`, `{"private_key":"k"}`, `{"client_secret":"s","auth_method":"client_secret_post","private_key":"k"}`},
-
-		// What describes a key stays with it.
-		{"another key has another key_id", `{"private_key":"k","key_id":"1"}`, `{"private_key":"l"}`, `{"private_key":"l"}`},
-		{"another key_id", `{"private_key":"k","key_id":"1"}`, `{"key_id":"2"}`, `{"private_key":"k","key_id":"2"}`},
-		{"an assertion_file takes the place of the key", `{"private_key":"k","key_id":"1","signing_alg":"ES256"}`, `{"assertion_file":"f"}`, `{"assertion_file":"f"}`},
-		{"a key takes the place of an assertion_file", `{"assertion_file":"f"}`, `{"private_key":"k"}`, `{"private_key":"k"}`},
-		{"the algorithm of a key is none of a secret", `{"private_key":"k","signing_alg":"ES256","assertion_lifetime":1}`, `{"auth_method":"client_secret_jwt","client_secret":"s"}`, `{"client_secret":"s","auth_method":"client_secret_jwt","assertion_lifetime":1}`},
-		{"the algorithm of a secret is none of a key", `{"auth_method":"client_secret_jwt","client_secret":"s","signing_alg":"HS512"}`, `{"auth_method":"private_key_jwt","private_key":"k"}`, `{"auth_method":"private_key_jwt","private_key":"k"}`},
-
-		{"the algorithm of the grant's key beside a secret that signs", `{"auth_method":"client_secret_jwt","client_secret":"s","grant_type":"jwt_bearer","private_key":"k","signing_alg":"PS256"}`, `{"subject":"a"}`, `{"client_secret":"s","auth_method":"client_secret_jwt","private_key":"k","signing_alg":"PS256","grant_type":"jwt_bearer","subject":"a"}`},
-		{"the algorithm of a secret is none of the grant's key", `{"auth_method":"client_secret_jwt","client_secret":"s","signing_alg":"HS512"}`, `{"grant_type":"jwt_bearer","private_key":"k"}`, `{"client_secret":"s","auth_method":"client_secret_jwt","private_key":"k","grant_type":"jwt_bearer"}`},
-		{"another JWT for the client that has a key", `{"auth_method":"private_key_jwt","private_key":"k","key_id":"1","grant_type":"jwt_bearer","assertion_file":"f"}`, `{"assertion_file":"g"}`, `{"auth_method":"private_key_jwt","private_key":"k","key_id":"1","assertion_file":"g","grant_type":"jwt_bearer"}`},
-		{"another key for the client that has a JWT", `{"auth_method":"private_key_jwt","private_key":"k","key_id":"1","grant_type":"jwt_bearer","assertion_file":"f"}`, `{"private_key":"l"}`, `{"auth_method":"private_key_jwt","private_key":"l","assertion_file":"f","grant_type":"jwt_bearer"}`},
-
-		// The key of jwt_bearer is for the grant, and not for the client.
-		{"jwt_bearer with the inherited key", `{"private_key":"k","key_id":"1"}`, `{"grant_type":"jwt_bearer","subject":"a"}`, `{"private_key":"k","key_id":"1","grant_type":"jwt_bearer","subject":"a"}`},
-		{"jwt_bearer with a key of its own", `{"client_secret":"s"}`, `{"grant_type":"jwt_bearer","private_key":"k"}`, `{"private_key":"k","grant_type":"jwt_bearer"}`},
-		{"jwt_bearer with a secret of its own", `{"grant_type":"jwt_bearer","private_key":"k","subject":"a"}`, `{"client_secret":"s"}`, `{"client_secret":"s","private_key":"k","grant_type":"jwt_bearer","subject":"a"}`},
-		{"another key for an authenticated jwt_bearer", `{"grant_type":"jwt_bearer","private_key":"k","client_secret":"s"}`, `{"private_key":"l"}`, `{"client_secret":"s","private_key":"l","grant_type":"jwt_bearer"}`},
-		{"another grant drops subject and claims", `{"grant_type":"jwt_bearer","private_key":"k","subject":"a","claims":{"b":"c"}}`, `{"grant_type":"client_credentials"}`, `{"private_key":"k","grant_type":"client_credentials"}`},
-		{"an assertion_file for the grant drops subject and claims", `{"grant_type":"jwt_bearer","private_key":"k","subject":"a","claims":{"b":"c"}}`, `{"assertion_file":"f"}`, `{"assertion_file":"f","grant_type":"jwt_bearer"}`},
-
-		{"a method takes the place of none", `{"client_secret":"s","auth_method":"none"}`, `{"auth_method":"client_secret_post"}`, `{"client_secret":"s","auth_method":"client_secret_post"}`},
+		// What has no effect is not inherited: nobody could remove it.
+		{"claims are merged", `{"grant_type":"jwt_bearer","private_key":"k","claims":{"a":"1","b":"1"}}`, `{"claims":{"b":"2","c":"2"}}`, `{"private_key":"k","grant_type":"jwt_bearer","claims":{"a":"1","b":"2","c":"2"}}`},
+		{"another grant has no use for subject and claims", `{"grant_type":"jwt_bearer","private_key":"k","subject":"a","claims":{"b":"c"}}`, `{"grant_type":"client_credentials"}`, `{"private_key":"k","grant_type":"client_credentials"}`},
+		{"nor has an assertion_file for the grant", `{"grant_type":"jwt_bearer","private_key":"k","subject":"a","claims":{"b":"c"}}`, `{"assertion_file":"f"}`, `{"assertion_file":"f","grant_type":"jwt_bearer"}`},
+		{"replay_body is inherited", `{"replay_body":{"size":1,"announce":true}}`, `{"retry_on":[403]}`, `{"retry_on":[403],"replay_body":{"size":1,"announce":true}}`},
+		{"replay_body is replaced", `{"replay_body":{"size":1,"announce":true}}`, `{"replay_body":{"size":2}}`, `{"replay_body":{"size":2}}`},
+		{"who never retries has no use for replay_body", `{"replay_body":{"size":1}}`, `{"retry_on":[-1]}`, `{"retry_on":[-1]}`},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			var base *Credentials
@@ -294,11 +282,6 @@ func TestIncompleteBaseIsOnlyInheritedFrom(t *testing.T) {
 	key := keytest.New(t)
 	keyFile := writeFile(t, filepath.Join(dir, "key"), keytest.PKCS8(t, key))
 	certificate := writeFile(t, filepath.Join(dir, "crt"), keytest.CertificatePEM(t, key))
-	withKey := Credentials{ClientID: "a", PrivateKey: keyFile}
-	withSecret := Credentials{ClientID: "a", ClientSecret: "s"}
-	withCertificate := Credentials{ClientID: "a", ClientCertificate: &ClientCertificate{Certificate: certificate, Key: keyFile}}
-	bound := withCertificate
-	bound.BindCertificate = true
 	for _, test := range []struct {
 		name       string
 		base       Credentials
@@ -307,18 +290,17 @@ func TestIncompleteBaseIsOnlyInheritedFrom(t *testing.T) {
 		want       string // error
 		wantMerged func(c Credentials) bool
 	}{
-		{"signing_alg", Credentials{SigningAlg: "ES256"}, withKey, "signing_alg ES256\n$UP {\nclient_id a\nprivate_key $KEY\n}", "", func(c Credentials) bool { return c.SigningAlg == "ES256" }},
-		{"signing_alg that does not fit the key", Credentials{SigningAlg: "RS256"}, withKey, "signing_alg RS256\n$UP {\nclient_id a\nprivate_key $KEY\n}", "which the signing_alg RS256 does not fit", nil},
-		{"signing_alg that nobody needs", Credentials{SigningAlg: "ES256"}, withSecret, "signing_alg ES256\n$UP {\nclient_id a\nclient_secret s\n}", "", func(c Credentials) bool { return c.SigningAlg == "" }},
-		{"signing_alg of no one", Credentials{SigningAlg: "ES257"}, withKey, "signing_alg ES257\n$UP {\nclient_id a\nprivate_key $KEY\n}", "signing_alg: unknown algorithm 'ES257'", nil},
-		{"assertion_audience", Credentials{AssertionAudience: "x"}, withKey, "assertion_audience x\n$UP {\nclient_id a\nprivate_key $KEY\n}", "", func(c Credentials) bool { return c.AssertionAudience == "x" }},
-		{"assertion_audience beside a method", Credentials{AssertionAudience: "x", AuthMethod: authPost}, withSecret, "assertion_audience x\nauth_method client_secret_post\n$UP {\nclient_id a\nclient_secret s\n}", "", func(c Credentials) bool { return c.AssertionAudience == "" }},
-		{"bind_certificate", Credentials{BindCertificate: true}, bound, "bind_certificate\n$UP {\nclient_id a\nclient_certificate $CRT $KEY\nbind_certificate\n}", "", func(c Credentials) bool { return c.BindCertificate }},
-		{"bind_certificate without a certificate", Credentials{BindCertificate: true}, withSecret, "bind_certificate\n$UP {\nclient_id a\nclient_secret s\n}", "bind_certificate: there is no client_certificate to bind tokens to", nil},
-		{"key_id beside a secret", Credentials{KeyID: "1", ClientSecret: "s"}, Credentials{ClientID: "a"}, "key_id 1\nclient_secret s\n$UP {\nclient_id a\n}", "key_id has no effect with client_secret", nil},
+		{"a server for all", Credentials{TokenURL: testTokenURL}, Credentials{ClientID: "a"}, "token_url $URL\n$UP {\nclient_id a\n}", "client_secret is missing: set it, for example to {env.CLIENT_SECRET}, or set auth_method none", nil},
+		{"a secret for all", Credentials{TokenURL: testTokenURL, ClientSecret: "s"}, Credentials{ClientID: "a"}, "token_url $URL\nclient_secret s\n$UP {\nclient_id a\n}", "", func(c Credentials) bool { return c.ClientSecret == "s" && c.TokenURL == testTokenURL }},
+		{"scopes for all", Credentials{Scopes: []string{"x"}}, Credentials{TokenURL: testTokenURL, ClientID: "a", ClientSecret: "s"}, "scopes x\n$UP {\ntoken_url $URL\nclient_id a\nclient_secret s\n}", "", func(c Credentials) bool { return slices.Equal(c.Scopes, []string{"x"}) }},
+		{"a signing_alg for nobody", Credentials{SigningAlg: "ES256"}, Credentials{TokenURL: testTokenURL, ClientID: "a", ClientSecret: "s"}, "signing_alg ES256\n$UP {\ntoken_url $URL\nclient_id a\nclient_secret s\n}", "", func(c Credentials) bool { return c.SigningAlg == "" }},
+		{"a signing_alg that does not fit the key", Credentials{TokenURL: testTokenURL, PrivateKey: keyFile, SigningAlg: "RS256"}, Credentials{ClientID: "a"}, "token_url $URL\nprivate_key $KEY\nsigning_alg RS256\n$UP {\nclient_id a\n}", "which the signing_alg RS256 does not fit", nil},
+		{"a signing_alg that is none", Credentials{SigningAlg: "ES257"}, Credentials{TokenURL: testTokenURL, ClientID: "a", PrivateKey: keyFile}, "signing_alg ES257\n$UP {\ntoken_url $URL\nclient_id a\nprivate_key $KEY\n}", "signing_alg: unknown algorithm 'ES257'", nil},
+		{"a bound certificate for all", Credentials{TokenURL: testTokenURL, ClientCertificate: &ClientCertificate{Certificate: certificate, Key: keyFile}, BindCertificate: true}, Credentials{ClientID: "a"}, "token_url $URL\nclient_certificate $CRT $KEY\nbind_certificate\n$UP {\nclient_id a\n}", "", func(c Credentials) bool { return c.BindCertificate }},
+		{"bind_certificate without a certificate", Credentials{TokenURL: testTokenURL, ClientSecret: "s", BindCertificate: true}, Credentials{ClientID: "a"}, "token_url $URL\nclient_secret s\nbind_certificate\n$UP {\nclient_id a\n}", "bind_certificate: there is no client_certificate to bind tokens to", nil},
+		{"a key_id beside a secret", Credentials{TokenURL: testTokenURL, KeyID: "1", ClientSecret: "s"}, Credentials{ClientID: "a"}, "token_url $URL\nkey_id 1\nclient_secret s\n$UP {\nclient_id a\n}", "key_id has no effect with client_secret", nil},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			test.base.TokenURL = testTokenURL
 			fromJSON, _, errJSON := loadTransport(t, "127.0.0.1:9000", map[string]any{
 				"credentials": test.base,
 				"upstreams":   []any{Upstream{Addresses: []string{"127.0.0.1:9000"}, Credentials: &test.own}},
@@ -326,8 +308,8 @@ func TestIncompleteBaseIsOnlyInheritedFrom(t *testing.T) {
 			})
 			wantError(t, errJSON, test.want)
 
-			source := proxyConfig("127.0.0.1:9000", "tls\ntoken_url "+testTokenURL+"\n"+
-				strings.NewReplacer("$UP", "upstream 127.0.0.1:9000", "$KEY", keyFile, "$CRT", certificate).Replace(test.caddyfile))
+			source := proxyConfig("127.0.0.1:9000", "tls\n"+
+				strings.NewReplacer("$UP", "upstream 127.0.0.1:9000", "$URL", testTokenURL, "$KEY", keyFile, "$CRT", certificate).Replace(test.caddyfile))
 			adapted, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(source), nil)
 			if err != nil {
 				wantError(t, err, cmp.Or(test.want, "none"))
@@ -340,7 +322,7 @@ func TestIncompleteBaseIsOnlyInheritedFrom(t *testing.T) {
 			}
 			for _, transport := range []*Transport{fromJSON, fromCaddyfile} {
 				if got := transport.routes[dialAddress{"tcp", "127.0.0.1:9000"}].endpoint.credentials; !test.wantMerged(got) {
-					t.Errorf("got %+v, want what is inherited as far as it has an effect", got)
+					t.Errorf("got %+v, want what is inherited", got)
 				}
 			}
 		})
@@ -384,23 +366,23 @@ func waysToAuthenticate() map[string]Credentials {
 }
 
 // Whoever says in a block how its client authenticates need not know how the
-// others do.
+// others do, but for the method and the encoding, which must not change unsaid.
 func TestAnyWayToAuthenticateMayReplaceAnyOther(t *testing.T) {
 	ways := waysToAuthenticate()
 	for from, base := range ways {
 		base.TokenURL, base.ClientID = "https://auth.example.com/token", "gateway"
 		wantUsable(t, from, base)
 		for to, own := range ways {
-			if strings.HasSuffix(to, impliedMethod) && !strings.HasSuffix(from, impliedMethod) {
-				continue // the method is inherited
-			}
-			if to == "tls_client_auth"+impliedMethod && to != from {
-				continue // a certificate goes with any method, so it implies none beside a secret or a key
-			}
-			own.KeyID, own.SigningAlg, own.AssertionAudience, own.AssertionTyp, own.AssertionLifetime = "", "", "", "", 0
-			own.BasicEncoding, own.BindCertificate, own.Subject, own.Claims = "", false, "", nil
+			own.TokenURL = "https://login.example.com/token"
 			got := own.inherit(&base)
 			wantUsable(t, "from "+from+" to "+to, got)
+			want := ""
+			if base.AuthMethod != "" && own.AuthMethod == "" {
+				want = "auth_method is missing: around this block it is " + base.AuthMethod + "; repeat that, or set another (this block sets token_url, so it inherits no client authentication"
+			}
+			if missing := own.missingBeside(&base); !strings.HasPrefix(missing, want) || (missing != "") != (want != "") {
+				t.Errorf("from %s to %s: got %q, want %q", from, to, missing, want)
+			}
 			if own.authMethod() != got.authMethod() {
 				t.Errorf("from %s to %s: got auth_method %q, want %q", from, to, got.authMethod(), own.authMethod())
 			}
@@ -570,7 +552,7 @@ func TestFailedProvisionReleasesWhatWasAcquired(t *testing.T) {
 		{"before anything was acquired", settings + "versions 4", "unsupported HTTP version"},
 		{"in the http transport of the tokens", settings + "token_transport {\n versions 4\n}", "token_transport"},
 		{"in an upstream block", settings + "upstream 127.0.0.1:9000 {\n client_id {env.TEST_UNSET}\n}", "is empty"},
-		{"in a certificate that can't be bound", settings + "upstream 127.0.0.1:9000 {\n name never-ran\n client_certificate a b\n bind_certificate\n}", "bind_certificate: a certificate is presented in TLS only"},
+		{"in a certificate that can't be bound", settings + "upstream 127.0.0.1:9000 {\n name never-ran\n token_url https://auth.example.com/token\n client_certificate a b\n bind_certificate\n}", "bind_certificate: a certificate is presented in TLS only"},
 		{"in an address", settings + "upstream 127.0.0.1:9000 127.0.0.1:9000 {\n tenant acme\n}", "named twice"},
 		{"when all was acquired", settings + "upstream 127.0.0.1:9009 {\n tenant acme\n}", "no such upstream"},
 	} {
@@ -597,7 +579,7 @@ func TestCaddyfileAndJSONHaveTheSameDefaults(t *testing.T) {
 		"token_url": "https://auth.example.com/token", "client_id": "gateway", "client_secret": "secret",
 		"auth_method": "client_secret_basic", "basic_encoding": "form", "grant_type": "client_credentials", "token_timeout": "10s", "default_lifetime": "5m",
 		"bearer_header": map[string]string{"field": "Authorization", "scheme": "Bearer"},
-		"retry_on":      []int{401}, "replay_body": 65536, "token_transport": map[string]any{},
+		"retry_on":      []int{401}, "replay_body": map[string]any{"size": 65536}, "token_transport": map[string]any{},
 	}
 	implicit := maps.Clone(explicit)
 	maps.DeleteFunc(implicit, func(name string, _ any) bool { return !strings.Contains(clientSettings, name) })

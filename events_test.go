@@ -361,7 +361,7 @@ func TestAccessLogAfterARetryAtAnotherUpstream(t *testing.T) {
 		name, second string
 		want         logFields
 	}{
-		{"another client", "{\nname second\nclient_id b\nclient_secret sb\n}", logFields{"second", "fresh", 0.0, false, http.StatusOK}},
+		{"another client", "{\nname second\ntoken_url $AUTH/token\nclient_id b\nclient_secret sb\n}", logFields{"second", "fresh", 0.0, false, http.StatusOK}},
 		{"off", "off", logFields{Status: http.StatusOK}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -372,15 +372,15 @@ func TestAccessLogAfterARetryAtAnotherUpstream(t *testing.T) {
 				lb_retries 2
 				fail_duration 1m
 				transport oauth2 {
-					token_url $AUTH/token
 					upstream $A {
 						name first
+						token_url $AUTH/token
 						client_id a
 						client_secret sa
 					}
 					upstream $B $SECOND
 				}
-			}`, "$A", a.addr, "$B", b.addr, "$AUTH", auth.URL, "$SECOND", test.second))
+			}`, "$A", a.addr, "$B", b.addr, "$AUTH", auth.URL, "$SECOND", expand(test.second, "$AUTH", auth.URL)))
 			g.get().want(t, http.StatusOK)
 			eventually(t, func() bool {
 				return !slices.ContainsFunc(sourceStatuses(), func(s sourceStatus) bool { return s.state != stateFresh })

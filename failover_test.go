@@ -38,14 +38,15 @@ func TestRetryNeverCarriesAnotherUpstreamsIdentity(t *testing.T) {
 					request_buffers 64KiB
 					$OPS
 					transport oauth2 {
-						token_url $AUTH/token
 						upstream $A {
+							token_url $AUTH/token
 							client_id a
 							client_secret sa
 							tenant of-a
 							header X-Only-A of-a
 						}
 						upstream $B {
+							token_url $AUTH/token
 							client_id b
 							client_secret sb
 							tenant of-b

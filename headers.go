@@ -4,6 +4,7 @@ package outboundauth
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -140,6 +141,18 @@ func (b *trailerBody) Read(p []byte) (int, error) {
 // characters but the tab.
 func validHeaderValue(v string) bool {
 	return strings.IndexFunc(v, func(r rune) bool { return (r < ' ' && r != '\t') || r == 0x7f }) < 0
+}
+
+// checkHeaderValue tells what is wrong with a value that stands in the config. An
+// empty one would send no header, and nobody needs to write that.
+func checkHeaderValue(v string) error {
+	switch {
+	case strings.TrimSpace(v) == "":
+		return errors.New("the value is missing: write one, or remove the setting")
+	case !validHeaderValue(v):
+		return errors.New("the value holds a control character")
+	}
+	return nil
 }
 
 // validHeaderField reports whether a name is a token (RFC 9110 §5.1).

@@ -17,7 +17,7 @@ import (
 // token, and is therefore down, gets no request that would fetch one.
 func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 	dial, _ := reverseproxy.GetDialInfo(req.Context())
-	checked := dialAddress{dial.Network, dial.Address}
+	checked := dialAddressOf(req.Context())
 	r, listed := t.routes[checked]
 	switch {
 	case listed:
@@ -38,9 +38,8 @@ func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 		return t.fail(req, http.StatusBadGateway, err)
 	}
 	res, err := t.send(out, r.block, tok)
-	if err == nil && tok != nil && t.refusesCheck(r.block, res.StatusCode) && r.checks.allow(tok) {
-		r.refuse(req.Context(), tok)
-		r.source.Warm()
+	if err == nil && tok != nil && t.refusesCheck(r.block, res.StatusCode) {
+		r.replaceAfterCheck(req.Context(), tok)
 	}
 	return res, err
 }

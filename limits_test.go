@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -144,7 +145,7 @@ func TestMissingTokenIsNoAnswerToRetryOn(t *testing.T) {
 // HTTP/1.0 knows no interim answers (RFC 9110 §15.2), and this one is not for
 // the client: it is the gateway that has asked.
 func TestContinueIsNotForwardedToAClientThatHasNotAsked(t *testing.T) {
-	g, _, _ := gateAndFakes(t, "")
+	g, _, _ := gateAndFakes(t, announce)
 	g.get().want(t, http.StatusOK)
 	conn := g.raw()
 	defer conn.Close()
@@ -157,22 +158,37 @@ func TestContinueIsNotForwardedToAClientThatHasNotAsked(t *testing.T) {
 	}
 }
 
-// An upstream that does not heed the expectation costs one pause.
-func TestExpectationThatIsNotHeededIsNotRepeated(t *testing.T) {
-	g, _, up := gateAndFakes(t, "")
-	var expected atomic.Int64
-	up.script(func(_ http.ResponseWriter, r *http.Request) bool {
-		if r.Header.Get("Expect") != "" {
-			expected.Add(1)
-			time.Sleep(2 * replay.MaxPause) // before it reads
-		}
-		return false
-	})
-	for range 3 {
-		g.send(http.MethodPost, "/", strings.NewReader(strings.Repeat("x", 2*defaultReplayBody))).want(t, http.StatusOK)
+// An upstream that does not answer the announcement costs one pause, and costs the
+// other upstreams nothing.
+func TestAnnouncementThatIsNotAnsweredIsNotRepeated(t *testing.T) {
+	auth := newAuthServer(t)
+	silent, other := newUpstream(t, auth), newUpstream(t, auth)
+	announced := make(map[*upstream]int)
+	var mu sync.Mutex
+	for _, up := range []*upstream{silent, other} {
+		up.script(func(_ http.ResponseWriter, r *http.Request) bool {
+			mu.Lock()
+			defer mu.Unlock()
+			if r.Header.Get("Expect") != "" {
+				announced[up]++
+				if up == silent {
+					time.Sleep(2 * replay.MaxPause) // before it reads
+				}
+			}
+			return false
+		})
 	}
-	if got := expected.Load(); got != 1 {
-		t.Errorf("got %d requests with an expectation, want only the first", got)
+	g := startGateway(t, strings.Replace(proxySite(silent, auth, announce),
+		"reverse_proxy ", "reverse_proxy "+other.addr+" ", 1))
+	body := strings.Repeat("x", 2*defaultReplayBody)
+	for len(silent.got()) < 3 {
+		g.send(http.MethodPost, "/", strings.NewReader(body)).want(t, http.StatusOK)
+	}
+	if got := announced[silent]; got != 1 {
+		t.Errorf("got %d requests with an announcement, want only the first", got)
+	}
+	if got := announced[other]; got == 0 {
+		t.Errorf("got %d of the other upstream's %d, want that it is asked", got, len(other.got()))
 	}
 }
 

@@ -79,6 +79,7 @@ func TestNamesOfClients(t *testing.T) {
 		}
 		upstream 127.0.0.1:9002 {
 			issuer https://login.example.com:8443/realm
+			client_secret s
 		}
 		upstream 127.0.0.1:9003 {
 			name orders
@@ -105,8 +106,16 @@ func TestNamesOfClients(t *testing.T) {
 		}
 		upstream 127.0.0.1:9001 {
 			client_id billing
+		}
+		upstream 127.0.0.1:9002 {
+			token_url https://login.example.com/token
+			client_secret s
 		}`)
-	for address, want := range map[string]string{"127.0.0.1:9000": "main", "127.0.0.1:9001": "auth.example.com/billing"} {
+	for address, want := range map[string]string{
+		"127.0.0.1:9000": "main",
+		"127.0.0.1:9001": "auth.example.com/billing",
+		"127.0.0.1:9002": "login.example.com/gateway",
+	} {
 		if got := transport.routes[dialAddress{"tcp", address}].endpoint.metrics.name; got != want {
 			t.Errorf("%s: got the name %q, want %q", address, got, want)
 		}

@@ -85,10 +85,6 @@ type Upstream struct {
 	*Credentials
 }
 
-// dialAddress is what a connection is made to, as in reverseproxy.DialInfo.
-// The URL of a request does not tell: the PROXY protocol rewrites it.
-type dialAddress struct{ network, address string }
-
 // A route is where the requests to an upstream address lead: to a block of
 // credentials, or past all of them. The zero route is for addresses that the
 // config says nothing of.

@@ -134,11 +134,10 @@ func (t *Transport) openUpstream(ctx caddy.Context, u *Upstream, base *Credentia
 	if err := own.check(); err != nil {
 		return route{}, err
 	}
-	merged := own.inherit(base)
-	if missing := merged.missing(); missing != "" {
+	if missing := own.missingBeside(base); missing != "" {
 		return route{}, errors.New(missing)
 	}
-	return t.open(ctx, merged)
+	return t.open(ctx, own.inherit(base))
 }
 
 // open opens the route of credentials that are complete.

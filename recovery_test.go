@@ -134,7 +134,7 @@ func TestLargeBodyIsRepeatedIfTheUpstreamRefusedEarly(t *testing.T) {
 			var up *upstream
 			inTime(t, func() func() reply {
 				var g *gateway
-				g, auth, up = gateAndFakes(t, "")
+				g, auth, up = gateAndFakes(t, announce)
 				g.get().want(t, http.StatusOK)
 				auth.revoke()
 				second := make(chan struct{})
@@ -162,7 +162,7 @@ func TestUpstreamThatKnowsNoExpectation(t *testing.T) {
 	var up *upstream
 	inTime(t, func() func() reply {
 		var g *gateway
-		g, _, up = gateAndFakes(t, "")
+		g, _, up = gateAndFakes(t, announce)
 		up.script(func(w http.ResponseWriter, r *http.Request) bool {
 			if r.Header.Get("Expect") == "" {
 				return false

@@ -31,9 +31,12 @@ func newBothUpstream(t *testing.T, auth *authServer) *upstream {
 	return up
 }
 
+// announce makes the gateway ask before it sends a body that it can't keep.
+const announce = "replay_body 64KiB announce"
+
 // over is the site of an upstream that is sent requests over this protocol.
-func over(protocol string, up *upstream, auth *authServer, proxy string) string {
-	return strings.Replace(proxySite(up, auth, ""), "reverse_proxy "+up.addr+" {", "reverse_proxy "+protocol+"://"+up.addr+" {\n"+proxy, 1)
+func over(protocol string, up *upstream, auth *authServer, proxy, settings string) string {
+	return strings.Replace(proxySite(up, auth, settings), "reverse_proxy "+up.addr+" {", "reverse_proxy "+protocol+"://"+up.addr+" {\n"+proxy, 1)
 }
 
 // refuseUnread is refuseEarly for both protocols: a stream of HTTP/2 ends
@@ -113,7 +116,7 @@ func TestHugeBodyIsRepeatedWithoutBeingKept(t *testing.T) {
 			r := inTime(t, func() func() reply {
 				auth = newAuthServer(t)
 				up := newBothUpstream(t, auth)
-				g := startGateway(t, over(test.protocol, up, auth, ""))
+				g := startGateway(t, over(test.protocol, up, auth, "", announce))
 				g.get().want(t, http.StatusOK)
 				auth.revoke()
 				refused.Store(0)
@@ -169,7 +172,7 @@ func TestBufferedBodyIsRepeated(t *testing.T) {
 				inTime(t, func() func() reply {
 					auth = newAuthServer(t)
 					up = newUpstream(t, auth)
-					g := startGateway(t, over("http", up, auth, "request_buffers 1MiB"))
+					g := startGateway(t, over("http", up, auth, "request_buffers 1MiB", announce))
 					g.get().want(t, http.StatusOK)
 					auth.revoke()
 					if test.unread {
@@ -284,7 +287,7 @@ func TestRecoveryForHTTP2Clients(t *testing.T) {
 			up := newBothUpstream(t, auth)
 			g := newGateway(t)
 			g.global = "servers {\nprotocols h1 h2c\n}"
-			g.load(over(protocol, up, auth, ""))
+			g.load(over(protocol, up, auth, "", ""))
 			transport := g.client.Transport.(*http.Transport)
 			transport.Protocols = new(http.Protocols)
 			transport.Protocols.SetUnencryptedHTTP2(true)
@@ -332,7 +335,7 @@ func TestTrailersThatArriveAfterTheReplay(t *testing.T) {
 		t.Run(protocol, func(t *testing.T) {
 			auth := newAuthServer(t)
 			up := newBothUpstream(t, auth)
-			g := startGateway(t, over(protocol, up, auth, ""))
+			g := startGateway(t, over(protocol, up, auth, "", ""))
 			g.get().want(t, http.StatusOK)
 			auth.revoke()
 			replayed := make(chan string, 1)
@@ -413,27 +416,44 @@ func TestBodyOfUnknownLengthInAGet(t *testing.T) {
 	}
 }
 
-// Only bodies that may be too long to be recorded are announced: nothing else
-// should depend on whether an upstream knows of interim answers.
+// Only bodies that may be too long to be recorded are announced, and only where the
+// config or a refusal says so: nothing else should depend on whether an upstream
+// knows of interim answers.
 func TestWhoAsksWhetherTheBodyIsWanted(t *testing.T) {
 	auth := newAuthServer(t)
-	up := newUpstream(t, auth)
+	up, other := newUpstream(t, auth), newUpstream(t, auth)
+	const never = "retry_on off"
 	for _, test := range []struct {
 		name, method string
 		length       int64
-		header       string // with a value
+		header       string    // with a value
+		settings     string    // of the transport
+		refused      *upstream // that has just refused a token
 		want         string
 	}{
-		{name: "short", method: "POST", length: 100},
-		{name: "long", method: "POST", length: 2 * defaultReplayBody, want: "100-continue"},
-		{name: "of unknown length", method: "PUT", length: -1, want: "100-continue"},
-		{name: "GET over HTTP/3", method: "GET", length: -1},
-		{name: "gRPC", method: "POST", length: -1, header: "Content-Type: application/grpc+proto"},
-		{name: "upgrade", method: "POST", length: -1, header: "Upgrade: other"},
+		{name: "short", method: "POST", length: 100, settings: announce},
+		{name: "long", method: "POST", length: 2 * defaultReplayBody, settings: announce, want: "100-continue"},
+		{name: "long, unasked", method: "POST", length: 2 * defaultReplayBody},
+		{name: "long, after a refusal", method: "POST", length: 2 * defaultReplayBody, refused: up, want: "100-continue"},
+		{name: "short, after a refusal", method: "POST", length: 100, refused: up},
+		{name: "long, after the refusal of another upstream", method: "POST", length: 2 * defaultReplayBody, refused: other},
+		{name: "long, for which there is no second attempt", method: "POST", length: 2 * defaultReplayBody, settings: never},
+		{name: "longer than what is kept", method: "POST", length: 5000, settings: "replay_body 4KiB announce", want: "100-continue"},
+		{name: "of which nothing is kept", method: "POST", length: 100, settings: "replay_body 0 announce", want: "100-continue"},
+		{name: "of unknown length", method: "PUT", length: -1, settings: announce, want: "100-continue"},
+		{name: "of unknown length, unasked", method: "PUT", length: -1},
+		{name: "of unknown length, after a refusal", method: "PUT", length: -1, refused: up, want: "100-continue"},
+		{name: "GET over HTTP/3", method: "GET", length: -1, settings: announce},
+		{name: "gRPC", method: "POST", length: -1, header: "Content-Type: application/grpc+proto", settings: announce},
+		{name: "upgrade", method: "POST", length: -1, header: "Upgrade: other", settings: announce},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			// A transport that has waited in vain, on a busy machine, does not ask again.
-			transport := newTransport(t, expand("token_url $AUTH/token\nclient_id gateway\nclient_secret s", "$AUTH", auth.URL))
+			// A client of its own, as a source that has waited in vain, on a busy machine, does not ask again.
+			transport := newTransport(t, expand("token_url $AUTH/token\nclient_id $ID\nclient_secret s\n$SETTINGS",
+				"$AUTH", auth.URL, "$ID", newName(), "$SETTINGS", test.settings))
+			if test.refused != nil {
+				transport.fallback.source.places.refused(dialAddress{"tcp", test.refused.addr})
+			}
 			req := newRequest(t, test.method, "http://"+up.addr, bytes.NewReader(replaytest.Pattern(int(max(test.length, 100))))).
 				WithContext(upstreamContext(t, up.addr))
 			req.ContentLength = test.length

@@ -89,14 +89,14 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 	}
 	res, err := t.send(out, b, tok)
 	if body != nil && body.Ignored() {
-		b.expectsNothing.Store(true)
+		b.source.places.unheard(dialAddressOf(req.Context()))
 	}
 	if err != nil {
 		return nil, conceal(err, tok)
 	}
 
 	next := tok
-	switch b.judge(res, body) {
+	switch b.judge(req.Context(), res, body) {
 	case accept:
 		return res, nil
 	case giveUp:

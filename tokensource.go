@@ -63,6 +63,7 @@ var errReleased = errors.New("the configuration that asked for the token was unl
 // config that uses the source has ended, only Token and FetchNow start one.
 type tokenSource struct {
 	lifecycle
+	places places // that the token is sent to
 
 	mu sync.Mutex // guards all fields below; never held over I/O
 

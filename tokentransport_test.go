@@ -28,9 +28,9 @@ func TestTokenRequestsMakeOneConnectionEach(t *testing.T) {
 	t.Cleanup(server.Close)
 
 	var settings strings.Builder
-	fmt.Fprintf(&settings, "token_url %s/token\ntoken_transport {\ntls_insecure_skip_verify\n}\n", server.URL)
+	fmt.Fprintf(&settings, "token_transport {\ntls_insecure_skip_verify\n}\n")
 	for i := range clients {
-		fmt.Fprintf(&settings, "upstream 127.0.0.1:%d {\nclient_id c%d\nclient_secret s\n}\n", 20000+i, i)
+		fmt.Fprintf(&settings, "upstream 127.0.0.1:%d {\ntoken_url %s/token\nclient_id c%d\nclient_secret s\n}\n", 20000+i, server.URL, i)
 	}
 	transport := newTransport(t, settings.String())
 	if err := onStarted(transport.clients.acquired).Handle(t.Context(), caddy.Event{}); err != nil {

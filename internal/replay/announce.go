@@ -14,18 +14,10 @@ import (
 // whether it wants it.
 const MaxPause = 100 * time.Millisecond
 
-// Announce has the upstream asked whether it wants the body of out, if that is
-// longer than what can be recorded of it, or may be. It returns out, or a copy
-// with another context.
-func (b *Body) Announce(out *http.Request) *http.Request {
-	switch {
-	case out.ContentLength > int64(b.limit):
-		return b.expectContinue(out)
-	case out.ContentLength < 0 && mayBeLarge(out):
-		b.pauseAt = b.limit // what can be recorded need not wait
-		return b.expectContinue(out)
-	}
-	return out
+// MayOutgrow reports whether the body of out is longer than what can be recorded of
+// it, or may be.
+func (b *Body) MayOutgrow(out *http.Request) bool {
+	return out.ContentLength > int64(b.limit) || (out.ContentLength < 0 && mayBeLarge(out))
 }
 
 // Expected reports whether the upstream was asked by Announce alone, and not by
@@ -36,10 +28,15 @@ func (b *Body) Expected() bool { return b.expected }
 // it wants the body.
 func (b *Body) Ignored() bool { return b.ignored.Load() }
 
-// expectContinue asks (RFC 9110 §10.1.1). What can't be recorded waits for the
-// answer: once it is on its way, it would be too late to send it again, and an
-// upstream that refuses it may reset the connection with its own answer.
-func (b *Body) expectContinue(out *http.Request) *http.Request {
+// Announce has the upstream asked whether it wants the body of out (RFC 9110
+// §10.1.1). It returns a copy of out with another context. What can't be recorded
+// waits for the answer: once it is on its way, it would be too late to send it
+// again, and an upstream that refuses it may reset the connection with its own
+// answer.
+func (b *Body) Announce(out *http.Request) *http.Request {
+	if out.ContentLength < 0 {
+		b.pauseAt = b.limit // what can be recorded need not wait
+	}
 	b.expected = out.Header.Get("Expect") == ""
 	b.pause = MaxPause
 	out.Header["Expect"] = []string{"100-continue"}
