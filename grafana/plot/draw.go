@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"fmt"
 	"image/color"
 	"math"
@@ -23,17 +22,23 @@ import (
 const (
 	columns = 2
 
-	width     vg.Length = 920
-	rowHeight vg.Length = 178
-	caption   vg.Length = 36 // above all panels
-	heading   vg.Length = 44 // above each panel: its title and legend
-	margin    vg.Length = 14
+	// A README is about this wide, and its text 16 high.
+	width      vg.Length = 830
+	margin     vg.Length = 16
+	panelWidth           = (width - (columns+1)*margin) / columns
+	plotHeight vg.Length = 140 // with the time axis
+	lineHeight vg.Length = 21  // of titles and legends
+	heading              = 2*lineHeight + 12
+
+	titleSize = 16
+	textSize  = 15
 )
 
+// These are the colors on a light page.
 var (
 	background = color.RGBA{0xff, 0xff, 0xff, 0xff}
 	foreground = color.RGBA{0x24, 0x29, 0x2f, 0xff}
-	faint      = color.RGBA{0x6e, 0x77, 0x81, 0xff}
+	faint      = color.RGBA{0x57, 0x60, 0x6a, 0xff}
 	gridColor  = color.RGBA{0xd8, 0xde, 0xe4, 0xff}
 	faultColor = color.RGBA{0xfd, 0xec, 0xea, 0xff}
 	faultInk   = color.RGBA{0xb3, 0x26, 0x1e, 0xff}
@@ -50,16 +55,38 @@ var (
 	palette = []string{"blue", "orange", "purple", "yellow", "red", "green"}
 )
 
+// onDark are the colors that are others on a dark page.
+var onDark = []struct {
+	property    string
+	light, dark color.RGBA
+}{
+	{"fill", background, darkBackground},
+	{"fill", foreground, color.RGBA{0xe6, 0xed, 0xf3, 0xff}},
+	{"fill", faint, color.RGBA{0x9d, 0xa7, 0xb3, 0xff}},
+	{"stroke", gridColor, color.RGBA{0x30, 0x36, 0x3d, 0xff}},
+	{"fill", faultColor, color.RGBA{0x32, 0x17, 0x1b, 0xff}},
+	{"fill", faultInk, color.RGBA{0xff, 0x7b, 0x72, 0xff}},
+}
+
+var darkBackground = color.RGBA{0x0d, 0x11, 0x17, 0xff}
+
 // draw returns the panels of a recording as SVG.
 func draw(r *recording) ([]byte, error) {
 	plot.DefaultFont = font.Font{Typeface: "Liberation", Variant: "Sans"}
-	rows := (len(r.charts) + columns - 1) / columns
-	canvas := vgsvg.New(width, caption+margin+vg.Length(rows)*rowHeight)
-	dc := vgdraw.New(canvas)
+	faults := r.legend().lines(width - 2*margin)
+	tiles := vgdraw.Tiles{
+		Rows: (len(r.charts) + columns - 1) / columns, Cols: columns,
+		PadTop:    2*margin + vg.Length(len(faults))*lineHeight + heading,
+		PadBottom: margin, PadLeft: margin, PadRight: margin,
+		PadX: margin, PadY: margin + heading,
+	}
+	height := tiles.PadTop + vg.Length(tiles.Rows)*(plotHeight+tiles.PadY) - tiles.PadY + tiles.PadBottom
+	sheet := &canvas{Canvas: vgsvg.New(width, height)}
+	dc := vgdraw.New(sheet)
 	dc.FillPolygon(background, rectangle(dc.Rectangle))
-	r.explain(vgdraw.Crop(dc, margin, -margin, 0, -margin))
+	write(dc, vg.Point{X: margin, Y: height - margin}, faults)
 
-	plots := make([][]*plot.Plot, rows)
+	plots := make([][]*plot.Plot, tiles.Rows)
 	for row := range plots {
 		plots[row] = make([]*plot.Plot, columns)
 	}
@@ -70,42 +97,20 @@ func draw(r *recording) ([]byte, error) {
 		}
 		plots[i/columns][i%columns] = p
 	}
-	tiles := vgdraw.Tiles{
-		Rows: rows, Cols: columns,
-		PadTop: caption + heading, PadBottom: margin, PadLeft: margin, PadRight: margin, PadX: 2 * margin, PadY: heading,
-	}
 	for row, canvases := range plot.Align(plots, tiles, dc) {
-		for col, at := range canvases {
-			if p := plots[row][col]; p != nil {
-				p.Draw(at)
-				c := r.charts[row*columns+col]
-				corner := tiles.At(dc, col, row)
-				c.head(dc, vg.Point{X: corner.Min.X, Y: corner.Max.Y + heading - 6})
-			}
+		charts := r.charts[row*columns : min((row+1)*columns, len(r.charts))]
+		lines := 1 // of the longest legend
+		for _, c := range charts {
+			lines = max(lines, len(c.legend().lines(panelWidth)))
+		}
+		for col, c := range charts {
+			plots[row][col].Draw(vgdraw.Crop(canvases[col], 0, 0, 0, -vg.Length(lines-1)*lineHeight))
+			top := vg.Point{X: tiles.At(dc, col, row).Min.X, Y: tiles.At(dc, col, row).Max.Y + heading}
+			dc.FillText(style(titleSize, foreground, true), vg.Point{X: top.X, Y: top.Y - lineHeight/2}, c.Title)
+			write(dc, vg.Point{X: top.X, Y: top.Y - lineHeight}, c.legend().lines(panelWidth))
 		}
 	}
-
-	var b bytes.Buffer
-	if _, err := canvas.WriteTo(&b); err != nil {
-		return nil, err
-	}
-	// The fonts are not in the file, and those of the viewer have other names.
-	return bytes.ReplaceAll(b.Bytes(), []byte("font-family:Liberation Sans;"),
-		[]byte("font-family:'Liberation Sans',Arial,Helvetica,sans-serif;")), nil
-}
-
-// explain writes what the numbers of the faults mean.
-func (r *recording) explain(c vgdraw.Canvas) {
-	const between = 18
-	number, name := style(12, faultInk, true), style(12, foreground, false)
-	x, y := c.Min.X, c.Max.Y-10
-	for i, f := range r.faults {
-		n := strconv.Itoa(i + 1)
-		c.FillText(number, vg.Point{X: x, Y: y}, n)
-		x += number.Width(n) + 5
-		c.FillText(name, vg.Point{X: x, Y: y}, f.name)
-		x += name.Width(f.name) + between
-	}
+	return sheet.svg()
 }
 
 func style(size float64, c color.Color, bold bool) text.Style {
@@ -114,6 +119,92 @@ func style(size float64, c color.Color, bold bool) text.Style {
 		f.Weight = xfnt.WeightBold
 	}
 	return text.Style{Color: c, Font: f, Handler: plot.DefaultTextHandler, YAlign: text.YCenter}
+}
+
+// legend explains numbers or colors.
+type legend []entry
+
+// entry is a text after a number or, without one, a swatch of a color.
+type entry struct {
+	number string
+	color  color.RGBA
+	text   string
+}
+
+const (
+	swatch       vg.Length = 14
+	afterMark    vg.Length = 6
+	betweenMarks vg.Length = 18 // from a text to the next mark
+)
+
+func (e entry) markWidth() vg.Length {
+	if e.number == "" {
+		return swatch
+	}
+	return style(textSize, nil, true).Width(e.number)
+}
+
+func (e entry) width() vg.Length {
+	return e.markWidth() + afterMark + style(textSize, nil, false).Width(e.text)
+}
+
+// lines breaks a legend where a line would be too wide.
+func (l legend) lines(width vg.Length) []legend {
+	lines := []legend{nil}
+	used := vg.Length(0)
+	for _, e := range l {
+		if used > 0 && used+e.width() > width {
+			lines, used = append(lines, nil), 0
+		}
+		last := len(lines) - 1
+		lines[last] = append(lines[last], e)
+		used += e.width() + betweenMarks
+	}
+	return lines
+}
+
+// write writes lines below a point.
+func write(dc vgdraw.Canvas, at vg.Point, lines []legend) {
+	for i, line := range lines {
+		x, y := at.X, at.Y-(vg.Length(i)+0.5)*lineHeight
+		for _, e := range line {
+			ink := foreground
+			if e.number == "" {
+				ink = faint
+				dc.FillPolygon(e.color, rectangle(vg.Rectangle{Min: vg.Point{X: x, Y: y - 3}, Max: vg.Point{X: x + swatch, Y: y + 3}}))
+			} else {
+				dc.FillText(style(textSize, e.color, true), vg.Point{X: x, Y: y}, e.number)
+			}
+			dc.FillText(style(textSize, ink, false), vg.Point{X: x + e.markWidth() + afterMark, Y: y}, e.text)
+			x += e.width() + betweenMarks
+		}
+	}
+}
+
+// legend explains the numbers of the faults.
+func (r *recording) legend() legend {
+	l := make(legend, len(r.faults))
+	for i, f := range r.faults {
+		l[i] = entry{strconv.Itoa(i + 1), faultInk, f.name}
+	}
+	return l
+}
+
+// legend explains the panel's colors.
+func (c *chart) legend() legend {
+	if mappings := c.mappings(); mappings != nil {
+		l := make(legend, len(mappings))
+		for value := range l {
+			m := mappings[strconv.Itoa(value)]
+			l[value] = entry{color: m.color, text: m.text}
+		}
+		return l
+	}
+	l := make(legend, len(c.series))
+	for i, s := range c.series {
+		l[i] = entry{color: c.color(i), text: s.name}
+	}
+	return l
 }
 
 // plot returns the panel with its data.
@@ -130,14 +221,15 @@ func (c *chart) plot(r *recording) (*plot.Plot, error) {
 		axis.Tick.Color = gridColor
 		axis.Tick.Length = 4
 		axis.Tick.Label.Color = faint
-		axis.Tick.Label.Font.Size = 10
+		axis.Tick.Label.Font.Size = textSize
 	}
+	p.X.Padding = 6 // so that the labels of 0 don't touch
 	p.Add(bands{r})
 
 	if mappings := c.mappings(); mappings != nil {
 		t := timeline{rows: c.series, mappings: mappings, start: r.start}
 		p.Add(t)
-		p.Y.Max = float64(len(c.series)) + headroom
+		p.Y.Max = (1 + headroom) * float64(len(c.series))
 		p.Y.Tick.Marker = t
 		p.Y.Tick.Length = 0
 		return p, nil
@@ -146,7 +238,7 @@ func (c *chart) plot(r *recording) (*plot.Plot, error) {
 	p.Y.Tick.Marker = unit(c.FieldConfig.Defaults.Unit)
 	grid := plotter.NewGrid()
 	grid.Vertical.Width = 0
-	grid.Horizontal.Color = gridColor
+	grid.Horizontal.Color, grid.Horizontal.Width = gridColor, vg.Points(0.75)
 	p.Add(grid)
 	lines := c.lines(r.start)
 	for i, points := range slices.Backward(lines) { // of a stack, the highest is the last
@@ -167,9 +259,9 @@ func (c *chart) plot(r *recording) (*plot.Plot, error) {
 	return p, nil
 }
 
-// headroom is for the numbers of the faults, as a part of a plot's height, or of
-// a row's.
-const headroom = 0.2
+// headroom is for the numbers of the faults, as a part of the height of what is
+// below them.
+const headroom = 0.33
 
 // ceiling is the end of the y axis.
 func (c *chart) ceiling(lines []plotter.XYs) float64 {
@@ -253,29 +345,6 @@ type mapping struct {
 	color color.RGBA
 }
 
-// head writes the panel's title and legend below a point.
-func (c *chart) head(dc vgdraw.Canvas, at vg.Point) {
-	dc.FillText(style(12.5, foreground, true), vg.Point{X: at.X, Y: at.Y - 7}, c.Title)
-	var entries []mapping
-	if mappings := c.mappings(); mappings != nil {
-		for value := range len(mappings) {
-			entries = append(entries, mappings[strconv.Itoa(value)])
-		}
-	} else {
-		for i, s := range c.series {
-			entries = append(entries, mapping{s.name, c.color(i)})
-		}
-	}
-	x, y := at.X, at.Y-24
-	st := style(10, faint, false)
-	for _, e := range entries {
-		swatch := vg.Rectangle{Min: vg.Point{X: x, Y: y - 2}, Max: vg.Point{X: x + 12, Y: y + 2}}
-		dc.FillPolygon(e.color, rectangle(swatch))
-		dc.FillText(st, vg.Point{X: x + 16, Y: y}, e.text)
-		x += 16 + st.Width(e.text) + 14
-	}
-}
-
 // bands shades the faults, and numbers them.
 type bands struct{ *recording }
 
@@ -284,9 +353,9 @@ func (b bands) Plot(c vgdraw.Canvas, p *plot.Plot) {
 	for i, f := range b.faults {
 		from, to := x(f.from.Sub(b.start).Seconds()), x(f.to.Sub(b.start).Seconds())
 		c.FillPolygon(faultColor, rectangle(vg.Rectangle{Min: vg.Point{X: from, Y: c.Min.Y}, Max: vg.Point{X: to, Y: c.Max.Y}}))
-		number := style(9.5, faultInk, true)
+		number := style(textSize, faultInk, true)
 		number.XAlign = text.XCenter
-		c.FillText(number, vg.Point{X: (from + to) / 2, Y: c.Max.Y - 6}, strconv.Itoa(i+1))
+		c.FillText(number, vg.Point{X: (from + to) / 2, Y: c.Max.Y - 10}, strconv.Itoa(i+1))
 	}
 }
 
@@ -329,10 +398,10 @@ func (t timeline) Ticks(_, _ float64) []plot.Tick {
 // minutes are the ticks of the time axis.
 type minutes struct{}
 
-func (minutes) Ticks(from, to float64) []plot.Tick {
+func (minutes) Ticks(_, to float64) []plot.Tick {
 	var ticks []plot.Tick
-	for at := from; at <= to; at += 60 {
-		ticks = append(ticks, plot.Tick{Value: at, Label: fmt.Sprintf("%d min", int(at)/60)})
+	for minute := 0; float64(60*minute) <= to; minute++ {
+		ticks = append(ticks, plot.Tick{Value: float64(60 * minute), Label: fmt.Sprintf("%d min", minute)})
 	}
 	return ticks
 }
@@ -343,7 +412,7 @@ type unit string
 func (u unit) Ticks(from, to float64) []plot.Tick {
 	suffix := map[unit]string{"s": " s", "reqps": " /s", "opm": " /min"}[u]
 	var ticks []plot.Tick
-	for _, tick := range (plot.DefaultTicks{}).Ticks(from, to) {
+	for _, tick := range (plot.DefaultTicks{}).Ticks(from, to/(1+headroom)) {
 		if tick.Label != "" {
 			ticks = append(ticks, plot.Tick{Value: tick.Value, Label: strconv.FormatFloat(tick.Value, 'g', 3, 64) + suffix})
 		}

@@ -77,7 +77,7 @@ func record(ctx context.Context, dir string) (*recording, error) {
 
 	s.wait(`min(caddy_oauth2_token_requests_total{result="ok"}) >= 3`)
 	s.wait(`min(caddy_oauth2_token_renewal_timestamp_seconds) - time() < 1`)
-	s.during("the authorization server is down", func() {
+	s.during("authorization server down", func() {
 		s.failAll(grafana.Outage)
 		// A tenth of a token's life is never used; a little more is left here.
 		s.wait(`min(caddy_oauth2_token_expiry_timestamp_seconds) - time() < 9`)
@@ -87,7 +87,7 @@ func record(ctx context.Context, dir string) (*recording, error) {
 	s.wantAllAnswered()
 
 	s.wait(`caddy_oauth2_token_renewal_timestamp_seconds{client="billing"} - time() < 3`)
-	s.during("billing is rejected", func() {
+	s.during("billing rejected", func() {
 		s.Fail("billing", grafana.Rejection)
 		s.wait(`caddy_oauth2_requests_total{client="billing", token="none"} > 50`)
 		s.Fail("billing", nil)
@@ -95,14 +95,14 @@ func record(ctx context.Context, dir string) (*recording, error) {
 	s.wait(`caddy_oauth2_token_state{client="billing", state="fresh"} == 1`)
 	s.rest()
 
-	s.during("an upstream revokes tokens", func() {
+	s.during("upstream revokes tokens", func() {
 		for range 3 {
 			s.Revoke("search")
 			s.rest()
 		}
 	})
 	s.rest()
-	s.during("it refuses all of them", func() {
+	s.during("upstream refuses all tokens", func() {
 		s.Refuse("search", true)
 		s.wait(`caddy_oauth2_rejections_total{client="search", outcome="refused_again"} >= 3`)
 		s.rest()
@@ -179,7 +179,7 @@ func (s *session) ask() {
 				if len(p.FieldConfig.Defaults.Mappings) == 0 && !slices.ContainsFunc(found.Values, isNotZero) {
 					continue
 				}
-				c.series = append(c.series, series{legend(target.LegendFormat, found.Metric), found.Values})
+				c.series = append(c.series, series{seriesName(target.LegendFormat, found.Metric), found.Values})
 			}
 		}
 		s.charts = append(s.charts, c)
@@ -190,8 +190,8 @@ func isNotZero(s model.SamplePair) bool { return s.Value != 0 }
 
 var legendLabel = regexp.MustCompile(`{{(\w+)}}`)
 
-// legend names a series. There is but one instance.
-func legend(format string, metric model.Metric) string {
+// seriesName names a series by its legend's format. There is but one instance.
+func seriesName(format string, metric model.Metric) string {
 	delete(metric, model.InstanceLabel)
 	name := legendLabel.ReplaceAllStringFunc(format, func(label string) string {
 		return string(metric[model.LabelName(strings.Trim(label, "{}"))])
