@@ -1,14 +1,15 @@
 package outboundauth
 
 import (
-	"bytes"
 	"context"
-	"encoding/hex"
+	"encoding/binary"
 	"errors"
-	"io"
+	"fmt"
+	"maps"
+	"net"
 	"net/http"
-	"net/http/httptest"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -18,43 +19,18 @@ import (
 
 	"go.opentelemetry.io/otel/attribute"
 	"go.opentelemetry.io/otel/codes"
-	sdktrace "go.opentelemetry.io/otel/sdk/trace"
-	"go.opentelemetry.io/otel/sdk/trace/tracetest"
 	"go.opentelemetry.io/otel/trace"
-	collectorpb "go.opentelemetry.io/proto/otlp/collector/trace/v1"
-	tracepb "go.opentelemetry.io/proto/otlp/trace/v1"
-	"google.golang.org/protobuf/proto"
+	"go.opentelemetry.io/otel/trace/noop"
 )
-
-// tracedContext is that of a request under a span of its own.
-func tracedContext(t *testing.T, tracers trace.TracerProvider) (context.Context, trace.Span) {
-	t.Helper()
-	return tracers.Tracer("test").Start(t.Context(), "request")
-}
-
-func newTracers() (*tracetest.SpanRecorder, trace.TracerProvider) {
-	recorder := tracetest.NewSpanRecorder()
-	return recorder, sdktrace.NewTracerProvider(sdktrace.WithSpanProcessor(recorder))
-}
-
-// fetchSpans returns the ended spans of fetches.
-func fetchSpans(recorder *tracetest.SpanRecorder) []sdktrace.ReadOnlySpan {
-	synctest.Wait()
-	return slices.DeleteFunc(recorder.Ended(), func(s sdktrace.ReadOnlySpan) bool { return s.Name() != spanName })
-}
-
-func linksTo(links []sdktrace.Link, to trace.SpanContext) bool {
-	return slices.ContainsFunc(links, func(l sdktrace.Link) bool { return l.SpanContext.Equal(to) })
-}
 
 func TestFetchIsOneSpanLinkedToAllWhoWait(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newTestSource(t, &scriptedRequester{lifetime: time.Hour, delay: time.Second})
-		recorder, tracers := newTracers()
-		requests := make([]trace.Span, 3)
+		tracers := new(recordingTracers)
+		requests := make([]*recordedSpan, 3)
 		var wg sync.WaitGroup
 		for i := range requests {
-			ctx, span := tracedContext(t, tracers)
+			ctx, span := tracers.request(t.Context())
 			requests[i] = span
 			wg.Go(func() { ask(ctx, s); span.End() })
 			time.Sleep(100 * time.Millisecond) // the others join
@@ -62,25 +38,21 @@ func TestFetchIsOneSpanLinkedToAllWhoWait(t *testing.T) {
 		wg.Go(func() { ask(t.Context(), s) }) // not traced
 		wg.Wait()
 
-		spans := fetchSpans(recorder)
-		if len(spans) != 1 {
-			t.Fatalf("got %d spans of fetches, want 1", len(spans))
+		fetch := tracers.want(t, 1)[0]
+		if fetch.parent.IsValid() || fetch.kind != trace.SpanKindClient {
+			t.Errorf("got parent %v and kind %v, want a root and a client", fetch.parent, fetch.kind)
 		}
-		fetch := spans[0]
-		if fetch.Parent().IsValid() || fetch.SpanKind() != trace.SpanKindClient {
-			t.Errorf("got parent %v and kind %v, want a root and a client", fetch.Parent(), fetch.SpanKind())
-		}
-		if got := fetch.EndTime().Sub(fetch.StartTime()); got != time.Second {
+		if got := fetch.ended.Sub(fetch.started); got != time.Second {
 			t.Errorf("got a span of %v, want 1s", got)
 		}
-		if len(fetch.Links()) != len(requests) {
-			t.Errorf("got %d links, want one to each of %d", len(fetch.Links()), len(requests))
+		if len(fetch.links) != len(requests) {
+			t.Errorf("got %d links, want one to each of %d", len(fetch.links), len(requests))
 		}
 		for i, request := range requests {
-			if !linksTo(fetch.Links(), request.SpanContext()) {
+			if !fetch.linksTo(request) {
 				t.Errorf("request %d: no link to it", i)
 			}
-			if !linksTo(request.(sdktrace.ReadOnlySpan).Links(), fetch.SpanContext()) {
+			if !request.linksTo(fetch) {
 				t.Errorf("request %d: no link from it to the fetch", i)
 			}
 		}
@@ -92,11 +64,11 @@ func TestFetchIsOneSpanLinkedToAllWhoWait(t *testing.T) {
 func TestRenewalInTheBackgroundIsTraced(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newTestSource(t, &scriptedRequester{lifetime: time.Hour})
-		recorder, tracers := newTracers()
+		tracers := new(recordingTracers)
 		b := &block{client: &client{source: s}, bearerField: "Authorization"}
 		s.Warm()
 		synctest.Wait()
-		ctx, span := tracedContext(t, tracers)
+		ctx, span := tracers.request(t.Context())
 		tok, _, err := s.Token(ctx)
 		if err != nil {
 			t.Fatal(err)
@@ -105,12 +77,10 @@ func TestRenewalInTheBackgroundIsTraced(t *testing.T) {
 			t.Fatal(err)
 		}
 		span.End()
-		if got := len(fetchSpans(recorder)); got != 0 {
-			t.Fatalf("got %d spans of fetches, want none for a token from the cache", got)
-		}
+		tracers.want(t, 0) // for a token from the cache
 		time.Sleep(time.Hour)
-		if spans := fetchSpans(recorder); len(spans) != 1 || len(spans[0].Links()) != 0 {
-			t.Fatalf("got spans %v, want one of the renewal, without links", spans)
+		if links := tracers.want(t, 1)[0].links; len(links) != 0 {
+			t.Errorf("got links %v from the renewal, want none", links)
 		}
 	})
 }
@@ -129,23 +99,21 @@ func TestFailuresAreTold(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := newTestSource(t, &scriptedRequester{fail: func(context.Context, int) error { return test.err }})
-				recorder, tracers := newTracers()
-				ctx, span := tracedContext(t, tracers)
+				tracers := new(recordingTracers)
+				ctx, span := tracers.request(t.Context())
 				defer span.End()
 				ask(ctx, s)
-				spans := fetchSpans(recorder)
-				if len(spans) != 1 {
-					t.Fatalf("got %d spans of fetches, want 1", len(spans))
+				fetch := tracers.want(t, 1)[0]
+				if fetch.status != codes.Error || fetch.description != test.code {
+					t.Errorf("got status %v %q, want an error %s", fetch.status, fetch.description, test.code)
 				}
-				if got, want := spans[0].Status(), (sdktrace.Status{Code: codes.Error, Description: test.code}); got != want {
-					t.Errorf("got status %v, want %v", got, want)
+				if got := fetch.attributes["error.type"]; got != attribute.StringValue(test.code) {
+					t.Errorf("got error.type %v, want %s", got, test.code)
 				}
-				if !slices.Contains(spans[0].Attributes(), attribute.String("error.type", test.code)) {
-					t.Errorf("got attributes %v, want error.type %s", spans[0].Attributes(), test.code)
+				if len(fetch.events) != test.events {
+					t.Errorf("got events %v, want %d", fetch.events, test.events)
 				}
-				if len(spans[0].Events()) != test.events {
-					t.Errorf("got events %v, want %d", spans[0].Events(), test.events)
-				}
+				fetch.wantNoCanary(t)
 			})
 		})
 	}
@@ -156,15 +124,16 @@ func TestNoSpanWithoutTokenRequest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &scriptedRequester{fail: func(context.Context, int) error { return &tokenError{Code: "invalid_client", permanent: true} }}
 		s := newTestSource(t, r)
-		recorder, tracers := newTracers()
-		ctx, span := tracedContext(t, tracers)
+		tracers := new(recordingTracers)
+		ctx, span := tracers.request(t.Context())
 		defer span.End()
 		ask(ctx, s)
 		time.Sleep(secretCheckInterval)
 		ask(ctx, s)
 		expectRequests(t, r, 1)
-		if got := len(fetchSpans(recorder)); got != 1 || r.looked != 2 {
-			t.Errorf("got %d spans after looking %d times, want 1 after 2", got, r.looked)
+		tracers.want(t, 1)
+		if r.looked != 2 {
+			t.Errorf("got %d looks at the secret, want 2: or this test sees nothing", r.looked)
 		}
 	})
 }
@@ -176,16 +145,14 @@ func TestFetchesOfAnOutageAreTraced(t *testing.T) {
 		s := newTestSource(t, &scriptedRequester{fail: func(context.Context, int) error {
 			return &tokenError{Code: "unauthorized_client", permanent: true}
 		}})
-		recorder, tracers := newTracers()
+		tracers := new(recordingTracers)
 		s.Warm()
 		synctest.Wait()
-		ctx, span := tracedContext(t, tracers)
+		ctx, span := tracers.request(t.Context())
 		ask(ctx, s)
 		span.End()
 		time.Sleep(10 * time.Second)
-		if got := len(fetchSpans(recorder)); got != 1 {
-			t.Errorf("got %d spans of fetches, want one of the next try", got)
-		}
+		tracers.want(t, 1) // of the next try
 	})
 }
 
@@ -202,7 +169,7 @@ func TestSpansAreUTF8(t *testing.T) {
 func TestLinksAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newTestSource(t, &scriptedRequester{lifetime: time.Hour, delay: time.Second})
-		_, tracers := newTracers()
+		tracers := new(recordingTracers)
 		state, err := trace.ParseTraceState("client=" + strings.Repeat("x", 200))
 		if err != nil {
 			t.Fatal(err)
@@ -210,7 +177,7 @@ func TestLinksAreBounded(t *testing.T) {
 		remote := trace.NewSpanContext(trace.SpanContextConfig{TraceID: trace.TraceID{1}, SpanID: trace.SpanID{1}, TraceState: state, Remote: true})
 		parent := trace.ContextWithRemoteSpanContext(t.Context(), remote)
 		for range maxLinks + 100 {
-			ctx, span := tracers.Tracer("test").Start(parent, "request")
+			ctx, span := tracers.request(parent)
 			ctx, leave := context.WithCancel(ctx)
 			go func() { ask(ctx, s); span.End() }()
 			synctest.Wait()
@@ -230,107 +197,216 @@ func TestLinksAreBounded(t *testing.T) {
 	})
 }
 
-// A collector receives spans by OTLP, as Caddy's tracing sends them.
-type collector struct {
-	mu    sync.Mutex
-	spans []*tracepb.Span // guarded by mu
-	raw   bytes.Buffer    // guarded by mu
-}
-
-func (c *collector) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	body, err := io.ReadAll(r.Body)
-	var export collectorpb.ExportTraceServiceRequest
-	if err == nil {
-		err = proto.Unmarshal(body, &export)
-	}
-	if err != nil {
-		w.WriteHeader(http.StatusBadRequest)
-		return
-	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.raw.Write(body)
-	for _, resource := range export.GetResourceSpans() {
-		for _, scope := range resource.GetScopeSpans() {
-			c.spans = append(c.spans, scope.GetSpans()...)
-		}
-	}
-}
-
-// wait returns the spans that have this name, once there are n.
-func (c *collector) wait(t *testing.T, name string, n int) []*tracepb.Span {
-	t.Helper()
-	var named []*tracepb.Span
-	eventually(t, func() bool {
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		named = slices.DeleteFunc(slices.Clone(c.spans), func(s *tracepb.Span) bool { return s.GetName() != name })
-		return len(named) >= n
-	}, "%d spans %q", n, name)
-	return named
-}
-
-// With Caddy's own tracing, of which only a request knows.
-func TestCaddyTracesTokenRequests(t *testing.T) {
-	c := new(collector)
-	server := httptest.NewServer(c)
-	t.Cleanup(server.Close)
-	t.Setenv("OTEL_TRACES_EXPORTER", "otlp")
-	t.Setenv("OTEL_EXPORTER_OTLP_PROTOCOL", "http/protobuf")
-	t.Setenv("OTEL_EXPORTER_OTLP_ENDPOINT", server.URL)
-	t.Setenv("OTEL_BSP_SCHEDULE_DELAY", "10") // ms
-
+// Through the whole transport, to a real server. The fetch began before there was
+// a request.
+func TestTokenRequestsAreTraced(t *testing.T) {
 	auth := newAuthServer(t)
 	release := auth.hang() // so that a request waits
 	defer release()
 	up := newUpstream(t, auth)
-	g := startGateway(t, "tracing {\nspan gateway\n}\n"+proxySite(up, auth, "name orders\nscopes canary-scope"))
-	source := sourceOf(t, "orders")
-	var wg sync.WaitGroup
-	wg.Go(func() { wantAll(t, g.burst(1), http.StatusOK) })
-	eventually(t, func() bool { // it joins the fetch that began with the config
-		source.mu.Lock()
-		defer source.mu.Unlock()
-		return source.inflight != nil && source.inflight.waiters > 0
-	}, "a request that waits")
+	transport := newTransport(t, "token_url "+auth.URL+"/token\nclient_id gateway\nclient_secret canary-secret\n"+
+		"name orders\nscopes canary-scope")
+	tracers := new(recordingTracers)
+	ctx, request := tracers.request(upstreamContext(t, up.addr))
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+up.addr, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	answered := make(chan error, 1)
+	go func() {
+		res, err := transport.RoundTrip(req)
+		if err == nil {
+			res.Body.Close()
+		}
+		request.End()
+		answered <- err
+	}()
+	eventually(t, func() bool { return waiting() == 1 }, "a request that waits")
 	release()
-	wg.Wait()
+	if err := <-answered; err != nil {
+		t.Fatal(err)
+	}
 
-	fetch, request := c.wait(t, spanName, 1)[0], c.wait(t, "gateway", 1)[0]
-	if len(fetch.GetParentSpanId()) != 0 || bytes.Equal(fetch.GetTraceId(), request.GetTraceId()) {
-		t.Errorf("got parent %x and trace %x, want a trace of its own", fetch.GetParentSpanId(), fetch.GetTraceId())
+	fetch := tracers.fetches()[0]
+	if fetch.parent.IsValid() || fetch.context.TraceID() == request.context.TraceID() {
+		t.Errorf("got parent %v and trace %v, want a trace of its own", fetch.parent, fetch.context.TraceID())
 	}
-	for _, pair := range [][2]*tracepb.Span{{fetch, request}, {request, fetch}} {
-		links := pair[0].GetLinks()
-		if len(links) != 1 || !bytes.Equal(links[0].GetSpanId(), pair[1].GetSpanId()) {
-			t.Errorf("span %q: got links %v, want one to span %s", pair[0].GetName(), links, hex.EncodeToString(pair[1].GetSpanId()))
+	for _, pair := range [][2]*recordedSpan{{fetch, request}, {request, fetch}} {
+		if len(pair[0].links) != 1 || !pair[0].linksTo(pair[1]) {
+			t.Errorf("span %q: got links %v, want one to %q", pair[0].name, pair[0].links, pair[1].name)
 		}
 	}
-	attributes := make(map[string]string)
-	for _, a := range fetch.GetAttributes() {
-		attributes[a.GetKey()] = a.GetValue().String()
-	}
-	for key, want := range map[string]string{
-		"oauth2.client":             "orders",
-		"http.request.method":       "POST",
-		"http.response.status_code": "200",
-		"server.address":            "127.0.0.1",
-	} {
-		if !strings.Contains(attributes[key], want) {
-			t.Errorf("attribute %s: got %s, want %s", key, attributes[key], want)
-		}
+	host, portText, _ := net.SplitHostPort(auth.Listener.Addr().String())
+	port, _ := strconv.Atoi(portText)
+	if want := map[attribute.Key]attribute.Value{
+		"oauth2.client":             attribute.StringValue("orders"),
+		"http.request.method":       attribute.StringValue("POST"),
+		"http.response.status_code": attribute.IntValue(200),
+		"server.address":            attribute.StringValue(host),
+		"server.port":               attribute.IntValue(port),
+	}; !maps.Equal(fetch.attributes, want) {
+		t.Errorf("got attributes %v, want %v", fetch.attributes, want)
 	}
 
 	// The renewal is a span, too, and nothing of the credentials is in any.
-	if _, err := source.FetchNow(t.Context()); err != nil {
+	if _, err := transport.fallback.source.FetchNow(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	c.wait(t, spanName, 2)
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, canary := range []string{"canary-token", "canary-scope", "canary-secret"} {
-		if bytes.Contains(c.raw.Bytes(), []byte(canary)) {
-			t.Errorf("got %q in what was sent to the collector, want it nowhere", canary)
+	if got := len(tracers.fetches()); got != 2 {
+		t.Errorf("got %d spans of fetches, want 2", got)
+	}
+	for _, span := range tracers.spans {
+		span.wantNoCanary(t)
+	}
+}
+
+// recordingTracers make spans as the SDK of OpenTelemetry does, and keep what is
+// told of each until it ends.
+type recordingTracers struct {
+	noop.TracerProvider
+
+	mu    sync.Mutex
+	spans []*recordedSpan // guarded by mu, as is what they hold
+}
+
+func (r *recordingTracers) Tracer(string, ...trace.TracerOption) trace.Tracer {
+	return recordingTracer{tracers: r}
+}
+
+// request starts the span of a request with this context, and returns that of
+// what is done for it.
+func (r *recordingTracers) request(ctx context.Context) (context.Context, *recordedSpan) {
+	ctx, span := r.Tracer("test").Start(ctx, "request")
+	return ctx, span.(*recordedSpan)
+}
+
+// fetches returns the ended spans of fetches.
+func (r *recordingTracers) fetches() []*recordedSpan {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.DeleteFunc(slices.Clone(r.spans), func(s *recordedSpan) bool { return s.name != spanName || s.ended.IsZero() })
+}
+
+// want fails the test unless so many fetches are spans, and returns these.
+func (r *recordingTracers) want(t *testing.T, fetches int) []*recordedSpan {
+	t.Helper()
+	synctest.Wait()
+	spans := r.fetches()
+	if len(spans) != fetches {
+		t.Fatalf("got %d spans of fetches, want %d", len(spans), fetches)
+	}
+	return spans
+}
+
+type recordingTracer struct {
+	noop.Tracer
+	tracers *recordingTracers
+}
+
+// Start implements trace.Tracer. A span without a parent begins a trace.
+func (r recordingTracer) Start(ctx context.Context, name string, options ...trace.SpanStartOption) (context.Context, trace.Span) {
+	config := trace.NewSpanStartConfig(options...)
+	s := &recordedSpan{tracers: r.tracers, name: name, kind: config.SpanKind(), started: config.Timestamp(), links: config.Links()}
+	if s.started.IsZero() {
+		s.started = time.Now()
+	}
+	if !config.NewRoot() {
+		s.parent = trace.SpanContextFromContext(ctx)
+	}
+	s.SetAttributes(config.Attributes()...)
+
+	r.tracers.mu.Lock()
+	defer r.tracers.mu.Unlock()
+	r.tracers.spans = append(r.tracers.spans, s)
+	of := trace.SpanContextConfig{TraceID: s.parent.TraceID(), TraceFlags: trace.FlagsSampled, TraceState: s.parent.TraceState()}
+	binary.BigEndian.PutUint64(of.SpanID[:], uint64(len(r.tracers.spans)))
+	if !s.parent.IsValid() {
+		copy(of.TraceID[:], of.SpanID[:])
+	}
+	s.context = trace.NewSpanContext(of)
+	return trace.ContextWithSpan(ctx, s), s
+}
+
+type recordedSpan struct {
+	trace.Span // nil: what is not implemented here, nobody may call
+	tracers    *recordingTracers
+
+	context, parent trace.SpanContext
+	name            string
+	kind            trace.SpanKind
+	started, ended  time.Time
+	links           []trace.Link
+	attributes      map[attribute.Key]attribute.Value
+	events          []recordedEvent
+	status          codes.Code
+	description     string
+}
+
+type recordedEvent struct {
+	name       string
+	at         time.Time
+	attributes []attribute.KeyValue
+}
+
+// record lets change happen if the span has not ended.
+func (s *recordedSpan) record(change func()) {
+	s.tracers.mu.Lock()
+	defer s.tracers.mu.Unlock()
+	if s.ended.IsZero() {
+		change()
+	}
+}
+
+func (s *recordedSpan) SpanContext() trace.SpanContext       { return s.context }
+func (s *recordedSpan) TracerProvider() trace.TracerProvider { return s.tracers }
+
+func (s *recordedSpan) IsRecording() (recording bool) {
+	s.record(func() { recording = true })
+	return recording
+}
+
+func (s *recordedSpan) End(options ...trace.SpanEndOption) {
+	s.record(func() {
+		config := trace.NewSpanEndConfig(options...)
+		if s.ended = config.Timestamp(); s.ended.IsZero() {
+			s.ended = time.Now()
 		}
+	})
+}
+
+func (s *recordedSpan) AddLink(link trace.Link) {
+	s.record(func() { s.links = append(s.links, link) })
+}
+
+func (s *recordedSpan) AddEvent(name string, options ...trace.EventOption) {
+	config := trace.NewEventConfig(options...)
+	s.record(func() { s.events = append(s.events, recordedEvent{name, config.Timestamp(), config.Attributes()}) })
+}
+
+func (s *recordedSpan) SetAttributes(attributes ...attribute.KeyValue) {
+	s.record(func() {
+		if s.attributes == nil {
+			s.attributes = make(map[attribute.Key]attribute.Value)
+		}
+		for _, a := range attributes {
+			s.attributes[a.Key] = a.Value
+		}
+	})
+}
+
+func (s *recordedSpan) SetStatus(code codes.Code, description string) {
+	s.record(func() { s.status, s.description = code, description })
+}
+
+// linksTo reports whether s, which has ended, has a link to another.
+func (s *recordedSpan) linksTo(other *recordedSpan) bool {
+	return slices.ContainsFunc(s.links, func(l trace.Link) bool { return l.SpanContext.Equal(other.context) })
+}
+
+// wantNoCanary fails the test if s, which has ended, tells what nobody may know.
+func (s *recordedSpan) wantNoCanary(t *testing.T) {
+	t.Helper()
+	if told := fmt.Sprintf("%+v", *s); strings.Contains(told, "canary") {
+		t.Errorf("got %s, want no canary in it", told)
 	}
 }
