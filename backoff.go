@@ -1,4 +1,4 @@
-// How long to wait: after a failure, and after a refusal.
+// How long to wait after a fetch has failed, and after an upstream has refused a token.
 
 package outboundauth
 
@@ -15,59 +15,62 @@ const (
 	permanentBackoff, maxPermanentBackoff = 5 * time.Second, 5 * time.Minute
 	maxRetryAfter                         = 5 * time.Minute
 
-	// How often callers that meet a permanent error may look whether the
-	// secret has changed since.
+	// After a permanent error, callers look whether the secret has changed, but
+	// not more often than this.
 	secretCheckInterval = 100 * time.Millisecond
 )
 
 const (
-	// The two quick retries bridge a dropped connection or a restart of one
-	// of the server's instances.
+	// Two quick retries help if a connection was dropped, or if one of the
+	// server's instances restarts.
 	quickRetries    = 2
 	quickRetryDelay = 100 * time.Millisecond
 )
 
-// permanent is implemented by errors that a repetition will not mend, because
-// the authorization server, or our own check, rejected what was configured.
+// permanent is implemented by errors that know whether a repetition can help. It
+// can't help if the authorization server, or our own check, rejected the
+// configuration.
 type permanent interface {
 	error
 	Permanent() bool
 }
 
-// throttled is implemented by errors that say how long to stay away.
+// throttled is implemented by errors that know how long the server wants us to
+// wait.
 type throttled interface {
 	error
 	RetryAfter() time.Duration
 }
 
-// fetchError is why there is no token. Its text is safe to log and to show:
-// it holds no secret, token, form or body.
+// fetchError says why there is no token. Its text may be logged and shown: it
+// holds no secret, token, form or body.
 type fetchError struct {
 	err     error
-	retryAt time.Time // no new fetch before this instant
+	retryAt time.Time // no new fetch starts before this
 }
 
 func (e *fetchError) Error() string { return e.err.Error() }
 func (e *fetchError) Unwrap() error { return e.err }
 
-// retryDelay returns how long to stay away after a failure that follows others of
-// its kind, and whether it prolongs the waits that follow. left is what is left of
-// a token that is still in use; 0 without one.
+// retryDelay returns how long to wait after a failure, and whether this failure
+// makes the later waits longer. failures is how many failures of the same kind
+// came before. left is how long a token that is still in use may be used; 0 if
+// there is none.
 func retryDelay(err error, failures int, left time.Duration) (wait time.Duration, prolongs bool) {
 	prolongs = true
 	if isPermanent(err) {
-		// Never less than the interval, so that wrong credentials do not
-		// lock the client out by quick repetition.
+		// Never wait less than the interval: the server could lock out a client
+		// that repeats wrong credentials quickly.
 		wait = backoff(failures, permanentBackoff, maxPermanentBackoff)
 		if wait += rand.N(wait / 2); wait > maxPermanentBackoff {
 			wait = maxPermanentBackoff - rand.N(maxPermanentBackoff/4)
 		}
 	} else {
-		// Full jitter: anywhere in the interval.
+		// Full jitter: wait for any time within the interval.
 		wait = rand.N(backoff(failures, transientBackoff, maxTransientBackoff))
-		// The nearer the end of a token that is still in use, the sooner: the
-		// server may be back in time. These tries don't prolong the back-off
-		// that follows when it is not.
+		// If a token is still in use, wait for half of the time that is left:
+		// the server may be back before the token ends. Such a try does not
+		// prolong the back-off that follows.
 		if soon := max(left/2, minRefreshBackoff); left > 0 && soon < wait {
 			wait, prolongs = soon, false
 		}
@@ -75,7 +78,8 @@ func retryDelay(err error, failures int, left time.Duration) (wait time.Duration
 	return max(wait, min(retryAfter(err), maxRetryAfter)), prolongs
 }
 
-// backoff doubles base for each failure before this one, up to limit.
+// backoff returns base, doubled for each failure before this one, and limit at
+// most.
 func backoff(failures int, base, limit time.Duration) time.Duration {
 	for ; failures > 0 && base < limit; failures-- {
 		base *= 2
@@ -96,30 +100,33 @@ func retryAfter(err error) time.Duration {
 }
 
 const (
-	// quietPeriod without a refusal ends the back-off of replacements.
+	// quietPeriod is the time without a refusal after which the back-off of
+	// replacements ends.
 	quietPeriod = 30 * time.Second
 
-	// replacementInterval is the distance of replacements that help: some servers say
-	// that a token lives longer than it does.
+	// replacementInterval is the least time from one replacement that helps to
+	// the next. Some servers name a lifetime that is longer than the token's
+	// real life.
 	replacementInterval = 1 * time.Second
 )
 
-// replacements spaces out the replacements of tokens that an upstream refuses: an
-// upstream that refuses everything, or any token for some of its paths, must
-// not make the gateway ask the authorization server for a token for each
-// request. The first refusal after a quiet time is always followed by one.
+// replacements decides when a token that an upstream refuses may be replaced.
+// Some upstreams refuse everything, or refuse any token for some of their paths.
+// There, the gateway must not ask the authorization server for a new token at
+// each request. After a quiet time, the first token that is refused may always
+// be replaced.
 type replacements struct {
-	mu       sync.Mutex // guards all below
-	count    int        // of replacements that did not help, as far as is known
-	started  time.Time  // the last
-	until    time.Time  // no other before
-	refusal  time.Time  // the last
-	replaced *token     // the last that was allowed to be replaced
+	mu       sync.Mutex // guards all fields below
+	count    int        // how many replacements did not help, as far as is known
+	started  time.Time  // when the last replacement started
+	until    time.Time  // no replacement starts before this
+	refusal  time.Time  // when a token was last refused
+	replaced *token     // the last token that was allowed to be replaced
 }
 
-// allow reports whether a token that was refused may be replaced now. It is
-// counted when the replacement begins, as nobody may see how that ends: the client
-// of the proxy may go away.
+// allow reports whether a refused token may be replaced now. It counts the
+// replacement when that starts. The caller of the gateway may go away, and then
+// nobody sees whether the replacement helps.
 func (r *replacements) allow(refused *token) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -127,7 +134,7 @@ func (r *replacements) allow(refused *token) bool {
 	quiet := now.Sub(r.refusal) >= quietPeriod
 	r.refusal = now
 	if r.replaced == refused {
-		return true // by another request
+		return true // another request was allowed to replace it
 	}
 	if quiet {
 		r.count, r.until = 0, time.Time{}
@@ -142,7 +149,7 @@ func (r *replacements) allow(refused *token) bool {
 	return true
 }
 
-// help notes that the upstream accepted the token which replaced a refused one.
+// help notes that the upstream accepted the token that replaced a refused one.
 func (r *replacements) help() {
 	r.mu.Lock()
 	defer r.mu.Unlock()

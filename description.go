@@ -1,15 +1,16 @@
-// Who a client is, as far as everybody may know.
+// Who an OAuth client is: the part that everybody may know.
 
 package outboundauth
 
-// description is the client of a requester: for metrics and spans, and in JSON for the admin API and `caddy oauth2-token`.
+// description describes the client of a requester. Metrics and spans use it. The
+// admin API and `caddy oauth2-token` show it in JSON.
 type description struct {
 	name string
 
-	TokenEndpoint string   `json:"token_endpoint,omitempty"` // not known before it has been discovered
+	TokenEndpoint string   `json:"token_endpoint,omitempty"` // empty until it has been discovered
 	Issuer        string   `json:"issuer,omitempty"`
 	ClientID      string   `json:"client_id,omitempty"`
 	AuthMethod    string   `json:"auth_method,omitempty"`
 	GrantType     string   `json:"grant_type"`
-	Scopes        []string `json:"scopes,omitempty"` // asked for
+	Scopes        []string `json:"scopes,omitempty"` // the scopes that the client asks for
 }

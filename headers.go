@@ -1,4 +1,4 @@
-// The headers that are sent upstream, and those that never pass.
+// The headers that are sent upstream, and the headers that are never passed on.
 
 package outboundauth
 
@@ -15,12 +15,12 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// A headerTemplate is an identity header: the field, and the value with its
+// A headerTemplate is an identity header: its field name, and its value with
 // placeholders.
 type headerTemplate struct {
-	field    string // canonical
+	field    string // the name, in canonical form
 	template string
-	values   []string // ready to use, if template holds no placeholder
+	values   []string // the value, ready to use; nil if template holds placeholders
 }
 
 func newHeaderTemplate(field, value string) headerTemplate {
@@ -31,9 +31,9 @@ func newHeaderTemplate(field, value string) headerTemplate {
 	return h
 }
 
-// set adds the header to out. An empty value sends no header; one that would
-// break the header, or smuggle in another, is an error that does not quote
-// it: it may come from the client.
+// set adds the header to out. If the value is empty, no header is sent. A value
+// that would break the header, or smuggle in another one, is an error. The error
+// does not quote the value, which may come from the caller of the gateway.
 func (h *headerTemplate) set(ctx context.Context, out http.Header) error {
 	values := h.values
 	if values == nil {
@@ -41,8 +41,8 @@ func (h *headerTemplate) set(ctx context.Context, out http.Header) error {
 		if !ok {
 			repl = caddy.NewReplacer()
 		}
-		// Only ever expand what stands in the config: expanding a value
-		// again would let a client write `{env.SECRET}`.
+		// Expand only what stands in the config. If the result were expanded
+		// again, a caller could send `{env.SECRET}`.
 		value := strings.TrimSpace(repl.ReplaceAll(h.template, ""))
 		if !validHeaderValue(value) {
 			return fmt.Errorf("header %s: the value of '%s' holds a control character", h.field, h.template)
@@ -55,13 +55,14 @@ func (h *headerTemplate) set(ctx context.Context, out http.Header) error {
 	return nil
 }
 
-// A fieldSet holds the names of headers that the gateway vouches for. What a
-// client sends under such a name, or under one that an upstream may take for
-// it, does not pass: CGI and its heirs map '-' and '_' to the same variable,
-// some '.' too, and some whatever is no letter or digit.
+// A fieldSet holds the names of headers that the gateway vouches for. Callers
+// can't send a header under such a name, or under a name that an upstream may
+// confuse with it. CGI and its successors map '-' and '_' to the same variable.
+// Some of them also map '.' to it, and some map every byte that is no letter or
+// digit.
 type fieldSet struct {
-	names   map[string]struct{} // folded
-	lengths uint64              // bit n: a name of length n, modulo 64, is in names
+	names   map[string]struct{} // the names, as fold returns them
+	lengths uint64              // bit n is set if a name has the length n, modulo 64
 }
 
 func (s *fieldSet) add(field string) {
@@ -72,8 +73,9 @@ func (s *fieldSet) add(field string) {
 	s.lengths |= 1 << (len(field) % 64)
 }
 
-// has is asked for each header of each request: comparing lengths answers
-// most of these questions, and none of them allocates.
+// has reports whether the set holds field. It is called for each header of each
+// request. So most calls only compare lengths, and a name of up to 64 bytes
+// costs no allocation.
 func (s *fieldSet) has(field string) bool {
 	if s.lengths&(1<<(len(field)%64)) == 0 {
 		return false
@@ -83,8 +85,8 @@ func (s *fieldSet) has(field string) bool {
 	return ok
 }
 
-// fold appends field to b in lower case, with '-' for all that is no letter or
-// digit.
+// fold appends field to b, in lower case and with '-' in place of each byte that
+// is no letter or digit.
 func fold(b []byte, field string) []byte {
 	for _, c := range []byte(field) {
 		switch {
@@ -98,8 +100,8 @@ func fold(b []byte, field string) []byte {
 	return b
 }
 
-// without returns a copy of h that lacks the fields of the set. The values
-// are shared with h: nobody writes to them on the way to the upstream.
+// without returns a copy of h without the fields of the set. The copy shares the
+// values with h: nobody writes to them on the way to the upstream.
 func (s *fieldSet) without(h http.Header) http.Header {
 	out := maps.Clone(h)
 	if out == nil {
@@ -118,9 +120,10 @@ func (s *fieldSet) deleteFrom(h http.Header) {
 	}
 }
 
-// A trailerBody fills the trailers of an outgoing request when its body ends:
-// only then are they known, announced or not. They have a map of their own,
-// because another attempt may still be sending the same body.
+// A trailerBody fills the trailers of an outgoing request when the body ends.
+// Nobody knows them before that, whether they were announced or not. The
+// outgoing request has its own map of trailers, because another attempt may
+// still be sending the same body.
 type trailerBody struct {
 	io.ReadCloser
 	from, to http.Header
@@ -130,21 +133,22 @@ type trailerBody struct {
 // Read implements io.Reader.
 func (b *trailerBody) Read(p []byte) (int, error) {
 	n, err := b.ReadCloser.Read(p)
-	if err == io.EOF { //nolint:errorlint // a reader returns it unwrapped
+	if err == io.EOF { //nolint:errorlint // a reader returns io.EOF unwrapped
 		maps.Copy(b.to, b.from)
 		b.reserved.deleteFrom(b.to)
 	}
 	return n, err
 }
 
-// validHeaderValue reports whether a value keeps to RFC 9110 §5.5: no control
-// characters but the tab.
+// validHeaderValue reports whether a value follows RFC 9110 §5.5: the tab is the
+// only control character in it.
 func validHeaderValue(v string) bool {
 	return strings.IndexFunc(v, func(r rune) bool { return (r < ' ' && r != '\t') || r == 0x7f }) < 0
 }
 
-// checkHeaderValue tells what is wrong with a value that stands in the config. An
-// empty one would send no header, and nobody needs to write that.
+// checkHeaderValue returns what is wrong with a header's value in the config. An
+// empty value is an error: no header would be sent, and nobody needs a setting
+// for that.
 func checkHeaderValue(v string) error {
 	switch {
 	case strings.TrimSpace(v) == "":
@@ -163,15 +167,16 @@ func validHeaderField(name string) bool {
 	}) < 0
 }
 
-// hopHeaders belong to one connection (RFC 9110 §7.6.1) or to the framing of
-// a message: neither an identity nor a token request may set them.
+// hopHeaders are the headers that belong to one connection (RFC 9110 §7.6.1),
+// and those that frame a message. No setting may send a header with such a name.
 var hopHeaders = []string{
 	"connection", "content-length", "host", "keep-alive", "proxy-connection",
 	"te", "trailer", "transfer-encoding", "upgrade",
 }
 
-// checkHeaderField tells what is wrong with the name of a header that a setting
-// sends. Neither hopHeaders nor reserved, which is in lower case, may be set.
+// checkHeaderField returns what is wrong with the name of a header that a
+// setting sends. The names in hopHeaders and reserved are not allowed. reserved
+// is in lower case.
 func checkHeaderField(name string, reserved ...string) error {
 	if !validHeaderField(name) {
 		return fmt.Errorf("'%s' is not a header field name", name)

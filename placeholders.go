@@ -20,14 +20,14 @@ const (
 	phWait    = "http.oauth2.wait_ms"
 	phRetried = "http.oauth2.retried"
 
-	// For the response route of failures (failure.go) only: the error, and whether
-	// there is one.
+	// Only for the response route of failures (failure.go): the error, and
+	// whether there is one.
 	phFailure = "http.oauth2.failure"
 	phFailed  = "http.oauth2.failed"
 )
 
-// replacerOf returns the replacer of the request that ctx belongs to. That of an
-// active health check knows nothing of any request.
+// replacerOf returns the replacer of the request that ctx belongs to. The
+// replacer of an active health check knows nothing about any request.
 func replacerOf(ctx context.Context) (*caddy.Replacer, bool) {
 	repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	return repl, ok

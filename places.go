@@ -1,4 +1,4 @@
-// What is known of the upstreams that a token is sent to, by their address.
+// What is known about the upstreams that a token is sent to, by their address.
 
 package outboundauth
 
@@ -11,42 +11,47 @@ import (
 )
 
 const (
-	// maxPlaces bounds what requests can bring about: dynamic upstreams may have
-	// any number of addresses.
+	// maxPlaces is how many places a source has at most. Dynamic upstreams may
+	// have any number of addresses, and requests must not make any number of
+	// places.
 	maxPlaces = 1024
 
 	// announceAfterRefusal is how long large bodies are announced to an upstream
-	// that has refused a token: where one token was revoked, so may others be.
+	// after it has refused a token. If one token was revoked, others may be
+	// revoked, too.
 	announceAfterRefusal = 30 * time.Second
 
-	// quietAfterSilence is how long an upstream that does not want
-	// announcements gets none: each would cost the client replay.MaxPause.
+	// quietAfterSilence is how long an upstream gets no announcement after it
+	// has shown that it does not want one. Each announcement would make the
+	// caller wait for replay.MaxPause.
 	quietAfterSilence = 5 * time.Minute
 )
 
-// dialAddress is what a connection is made to, as in reverseproxy.DialInfo.
-// The URL of a request does not tell: the PROXY protocol rewrites it.
+// dialAddress is the address that a connection is made to, as in
+// reverseproxy.DialInfo. The URL of a request does not say it: Caddy rewrites
+// the URL for the PROXY protocol.
 type dialAddress struct{ network, address string }
 
-// dialAddressOf returns the address that the request which ctx belongs to is sent to.
+// dialAddressOf returns the address that a request is sent to. ctx is the
+// context of the request.
 func dialAddressOf(ctx context.Context) dialAddress {
 	dial, _ := reverseproxy.GetDialInfo(ctx)
 	return dialAddress{dial.Network, dial.Address}
 }
 
-// places is what a source knows of the upstreams, by address. An upstream has a
-// place once it has refused a token, or an announcement; most never have one. The
-// zero places is empty.
+// places is what a source knows about the upstreams, by address. An upstream
+// gets a place when it refuses a token or an announcement. Most upstreams never
+// do so. The zero places is empty.
 type places struct {
-	mu        sync.Mutex // guards all below
+	mu        sync.Mutex // guards all fields below
 	byAddress map[dialAddress]*place
 }
 
-// A place is what is known of one address.
+// A place is what is known about one address.
 type place struct {
-	used       time.Time // when somebody last wrote to it or asked for it
-	refusal    time.Time // the last of a token
-	quietUntil time.Time // no announcement before
+	used       time.Time // when somebody last read or wrote this place
+	refusal    time.Time // when the upstream last refused a token
+	quietUntil time.Time // the upstream gets no announcement before this
 }
 
 // refused notes that an upstream has refused a token.
@@ -65,8 +70,9 @@ func (p *places) unheard(address dialAddress) {
 	at.quietUntil = at.used.Add(quietAfterSilence)
 }
 
-// wantsAnnouncement reports whether a large body is to be announced to an upstream:
-// always, or because it has just refused a token.
+// wantsAnnouncement reports whether a large body has to be announced to an
+// upstream. It has to be if always is set, or if the upstream has just refused a
+// token. But an upstream that does not want announcements gets none.
 func (p *places) wantsAnnouncement(address dialAddress, always bool) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -77,8 +83,9 @@ func (p *places) wantsAnnouncement(address dialAddress, always bool) bool {
 	return !at.used.Before(at.quietUntil) && (always || at.used.Sub(at.refusal) < announceAfterRefusal)
 }
 
-// at returns the place of an address, and makes one if it has none: then the one
-// goes that was not used for the longest time. mu is held.
+// at returns the place of an address. If the address has no place, at makes one.
+// If there are too many places then, at drops the one that was not used for the
+// longest time. mu is held.
 func (p *places) at(address dialAddress) *place {
 	now := time.Now()
 	at := p.byAddress[address]
@@ -96,8 +103,8 @@ func (p *places) at(address dialAddress) *place {
 	return at
 }
 
-// dropOldest makes room for one more. It looks at all: a place is made by a refusal,
-// which has cost a request, and only then.
+// dropOldest makes room for one more place. It may look at all places, because
+// it runs only after a refusal, and the refusal has cost a whole request.
 func (p *places) dropOldest() {
 	var oldest dialAddress
 	var used time.Time

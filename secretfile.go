@@ -1,4 +1,4 @@
-// Settings that are secrets, and files that hold one.
+// Settings that are secrets, and files that hold a secret.
 
 package outboundauth
 
@@ -14,8 +14,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// resolveSecret replaces the placeholders of a setting that may be secret.
-// The error names a placeholder that is empty, never a value.
+// resolveSecret replaces the placeholders of a setting that may be secret. The
+// error may name an empty placeholder, but never a value.
 func resolveSecret(repl *caddy.Replacer, setting, template string) (string, error) {
 	value, err := repl.ReplaceOrErr(template, true, false)
 	if err != nil {
@@ -27,9 +27,9 @@ func resolveSecret(repl *caddy.Replacer, setting, template string) (string, erro
 	return value, nil
 }
 
-// readSource reads a setting that names a file or, if its value begins like
-// what the file would hold, is its content. No error quotes the value, which
-// may be a key that lost its first line.
+// readSource returns the content of a file. The setting names the file. But if
+// its value begins as such a file does, the value is the content itself. No
+// error quotes the value, because it may be a key without its first line.
 func readSource(repl *caddy.Replacer, setting, template string) ([]byte, error) {
 	value, err := resolveSecret(repl, setting, template)
 	if err != nil {
@@ -47,12 +47,13 @@ func readSource(repl *caddy.Replacer, setting, template string) ([]byte, error) 
 	return readSecretFile(setting, value)
 }
 
-// maxSecretFile bounds the files that settings name, in bytes: certificates
-// with their chain are the largest.
+// maxSecretFile is how large a file that a setting names may be, in bytes. The
+// largest files are certificates with their chain.
 const maxSecretFile = 1 << 20
 
-// readSecretFile reads the file that a setting names. Of others than regular
-// files, opening one may never return, and reading never end.
+// readSecretFile reads the file that a setting names. It reads only regular
+// files: opening another kind of file may never return, and reading it may never
+// end.
 func readSecretFile(setting, name string) ([]byte, error) {
 	content, err := func() ([]byte, error) {
 		info, err := os.Stat(name)
@@ -71,7 +72,7 @@ func readSecretFile(setting, name string) ([]byte, error) {
 	}()
 	if err != nil {
 		if reason, ok := errors.AsType[*fs.PathError](err); ok {
-			err = reason.Err // without the name, see readSource
+			err = reason.Err // leave out the file's name, see readSource
 		}
 		return nil, fmt.Errorf("%s: reading the file that it names failed: %w", setting, err)
 	}

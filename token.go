@@ -1,4 +1,4 @@
-// A token, and the instants that govern its use.
+// A token, and the times that decide how it is used.
 
 package outboundauth
 
@@ -9,13 +9,15 @@ import (
 	"time"
 )
 
-// token is an access token and the instants that govern its use. Immutable,
-// so it may be read without a lock; compared by address.
+// token is an access token, with the times that decide how it is used. A token
+// never changes, so it may be read without a lock. Tokens are compared by
+// address.
 type token struct {
 	value string
 
-	// Past refreshAt the token is replaced in the background, past usableTo
-	// it is not used any more: both leave the rest of its life as a reserve.
+	// After refreshAt, the token is replaced in the background. After usableTo,
+	// it is not used any more. Both come before expires: the rest of the token's
+	// life is a reserve.
 	refreshAt, usableTo, expires time.Time
 
 	obtained time.Time
@@ -28,50 +30,53 @@ func (t *token) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("token")) }
 // grant is what an authorization server issued (RFC 6749 §5.1).
 type grant struct {
 	accessToken string
-	lifetime    time.Duration // 0: the server named none
-	scope       string        // "": as asked for
+	lifetime    time.Duration // 0 if the server named no lifetime
+	scope       string        // "" if the server granted what was asked for
 
-	// When the life of the token began, at the earliest: when it was asked for.
+	// When the token was asked for. Its life did not begin before that.
 	issued time.Time
-	took   time.Duration // from issued until the answer was read
+	took   time.Duration // the time from issued until the answer was read
 
-	// What the token is bound to (RFC 8705 §3), or nil.
+	// The certificate that the token is bound to (RFC 8705 §3), or nil.
 	binding *tls.Certificate
 }
 
-// lifecycle is what the settings say of a token's life: how early it is replaced,
-// how long it lasts if the server doesn't say, and how long a fetch may take.
+// lifecycle is what the settings say about a token's life: how early the token
+// is replaced, how long it lasts if the server does not say so, and how long a
+// fetch may take.
 type lifecycle struct {
-	refreshBefore   time.Duration // 0: the last 26 % of the lifetime
+	refreshBefore   time.Duration // 0 means 26 % of the lifetime
 	defaultLifetime time.Duration
 	fetchTimeout    time.Duration
 }
 
-// The parts of a token's life, as divisors of it or in percent.
+// The parts of a token's life, as divisors of its length or in percent.
 const (
-	// The reserve at its end is a tenth, maxReserve at most: the time that a
-	// request may need on its way, or clocks may differ.
+	// The reserve at the end is a tenth of the life, maxReserve at most. A
+	// request needs time on its way, and clocks may differ.
 	reserveDivisor = 10
 	maxReserve     = 10 * time.Second
 
-	// A token is replaced in the last 26 % of its life: they outlast an outage of
-	// a quarter of it, and a try after.
+	// A token is replaced in the last 26 % of its life. These are enough for an
+	// outage that lasts a quarter of the life, and for one more try after the
+	// outage.
 	refreshPercent = 26
 
-	// Up to 4 % earlier, at random, so that a fleet that started together does
-	// not renew together.
+	// The replacement starts up to 4 % of the life earlier, at random. So
+	// gateways that started together do not all renew together.
 	jitterDivisor = 25
 )
 
-// newToken computes the instants of a token. Its life began some time after it
-// was asked for; counting from there, it never lasts too long.
+// newToken makes a token of a grant. It counts the token's life from when the
+// token was asked for. The real life began later, so the token is never used for
+// too long.
 func (l lifecycle) newToken(g grant) (*token, error) {
 	now := time.Now()
 	life := g.lifetime
 	if life == 0 {
 		life = l.defaultLifetime
 	}
-	if g.binding != nil { // nobody accepts the token without it
+	if g.binding != nil { // nobody accepts the token without the certificate
 		if left := g.binding.Leaf.NotAfter.Sub(g.issued); left > 0 {
 			life = min(life, left)
 		}
@@ -85,14 +90,14 @@ func (l lifecycle) newToken(g grant) (*token, error) {
 	if l.refreshBefore > 0 {
 		refresh = life - l.refreshBefore
 	}
-	// A server that was slow this time is given twice that to answer the
-	// next, so that the new token is there before the old one ends.
+	// The server may take as long next time. Start early enough for twice that
+	// time, so that the new token is there before the old one ends.
 	refresh = min(refresh, usable-2*g.took)
-	// The first half of the life is never given away.
+	// Never replace a token in the first half of its life.
 	refresh = max(refresh-rand.N(life/jitterDivisor+1), life/2)
 
-	// By the wall clock: the monotonic one stands still while a machine is
-	// suspended, and tokens age.
+	// Count by the wall clock: tokens age while a machine is suspended, but the
+	// monotonic clock stands still.
 	issued := g.issued.Round(0)
 	return &token{
 		value:     g.accessToken,

@@ -20,9 +20,9 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
-// Short codes of our own, for failures in which the authorization server sent
-// no `error` of its own (RFC 6749 §5.2). With the server's codes they make up
-// a small, fixed vocabulary for logs and metrics.
+// Our own short codes, for failures in which the authorization server sent no
+// `error` (RFC 6749 §5.2). Together with the server's codes, they are a small,
+// fixed vocabulary for logs and metrics.
 const (
 	codeTimeout         = "timeout"
 	codeNetwork         = "network"
@@ -31,22 +31,22 @@ const (
 	codeConfiguration   = "configuration"
 )
 
-// How much of a foreign text is shown, in bytes.
+// How much we show of a foreign text, in bytes.
 const (
 	maxShownCode        = 64
-	maxShownValue       = 200 // of a member of metadata
-	maxShownList        = 300 // of names, addresses or scopes
+	maxShownValue       = 200 // for a value in metadata
+	maxShownList        = 300 // for a list of names, addresses or scopes
 	maxShownDescription = 400
 )
 
-// tokenError is why a token request failed. Every part of it may be logged
-// and shown: it holds no secret, token, form or body.
+// tokenError says why a token request failed. Every part of it may be logged and
+// shown: no part holds a secret, token, form or body.
 type tokenError struct {
-	Endpoint    string // host that was asked: of the token endpoint, or of the issuer's metadata
-	Status      int    // HTTP status; 0 without an answer
-	Code        string // the OAuth error code, or one of ours
-	Description string // in words: the server's, or ours
-	Hint        string // what to change
+	Endpoint    string // the host that was asked, for a token or for the issuer's metadata
+	Status      int    // the HTTP status; 0 if there was no answer
+	Code        string // the server's OAuth error code, or one of our own codes
+	Description string // the reason in words, the server's or our own
+	Hint        string // what the operator has to change
 
 	permanent  bool
 	retryAfter time.Duration
@@ -68,19 +68,20 @@ func (e *tokenError) Error() string {
 	return b.String()
 }
 
-// Permanent tells that repeating the request will not help.
+// Permanent reports whether it is useless to repeat the request.
 func (e *tokenError) Permanent() bool { return e.permanent }
 
-// RetryAfter is how long the server asked to be left alone; 0 if it did not.
+// RetryAfter returns how long the server asked us to wait; 0 if it did not ask.
 func (e *tokenError) RetryAfter() time.Duration { return e.retryAfter }
 
-// transientCodes are those that a server sends with a status in the 400s
-// although it means its own state, not the request.
+// transientCodes are the codes that blame the state of the server and not the
+// request. Servers send them with a status in the 400s, too.
 var transientCodes = []string{"temporarily_unavailable", "server_error", "slow_down"}
 
-// classify decides whether an answer other than a token is permanent. A status
-// in the 500s, 408, 425 and 429 pass by themselves; what else the server
-// rejects, it will reject again.
+// classify decides whether an answer without a token is a permanent failure. A
+// failure with 408, 425, 429 or a status in the 500s passes by itself. So does a
+// failure with a transient code. The server will reject all other requests
+// again.
 func (e *tokenError) classify() *tokenError {
 	switch {
 	case e.Status >= 500, e.Status == http.StatusRequestTimeout, e.Status == http.StatusTooEarly,
@@ -92,8 +93,9 @@ func (e *tokenError) classify() *tokenError {
 	return e
 }
 
-// remedy returns the hint, or what to do about failures that are no matter of
-// the configuration as long as they pass by themselves.
+// remedy returns the hint or, if there is none, advice for this kind of failure.
+// Many failures that may pass by themselves have no hint: they are about the
+// configuration only if they last.
 func (e *tokenError) remedy() string {
 	switch {
 	case e.Hint != "":
@@ -112,9 +114,9 @@ func (e *tokenError) remedy() string {
 	return "ask who runs the authorization server what it rejects"
 }
 
-// networkError describes a request that got no answer. Only errors whose text
-// is known to come from this machine are quoted: those of net/http repeat
-// parts of a malformed answer, and a server may send back what we sent.
+// networkError describes a request that got no answer. It quotes an error only
+// if the text is known to come from this machine. The errors of net/http repeat
+// parts of a malformed answer, and there the server may send back what we sent.
 func networkError(ctx context.Context, endpoint string, err error) *tokenError {
 	e := &tokenError{Endpoint: endpoint, Code: codeNetwork}
 	var (
@@ -129,12 +131,12 @@ func networkError(ctx context.Context, endpoint string, err error) *tokenError {
 		timeout   interface{ Timeout() bool }
 	)
 	switch {
-	// net/http gives its own text to the end of a context, so ask the context.
+	// net/http has its own error for a context that has ended, so ask the context.
 	case errors.Is(ctx.Err(), context.DeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
 		e.Code = codeTimeout
 		e.Description = "no answer in time"
 		e.Hint = "raise token_timeout if the server is just slow"
-	case errors.As(err, &dial): // of Caddy's dialer; hides the error within
+	case errors.As(err, &dial): // from Caddy's dialer; it hides the error that it wraps
 		e.Description = dial.Error()
 	case errors.As(err, &dns):
 		e.Description = dns.Error()
@@ -170,12 +172,13 @@ type reportedError struct {
 	Hint        string `json:"hint,omitempty"`
 }
 
-// reportError returns what is told of the reason why there is no token.
+// reportError returns what operators are told about err, the reason why there is
+// no token.
 func reportError(err error) *reportedError {
 	if failure, ok := errors.AsType[*tokenError](err); ok {
 		return &reportedError{failure.Code, failure.Description, failure.Status, failure.remedy()}
 	}
-	// What was granted can't be used, or there was a panic.
+	// The server granted a token that can't be used, or there was a panic.
 	return &reportedError{Code: codeInvalidResponse, Description: err.Error()}
 }
 
@@ -199,9 +202,9 @@ func (e *reportedError) text() string {
 	return text
 }
 
-// safely turns a panic into an error: in a goroutine of ours nobody else could
-// recover it, and it would end the whole server. The panic's value is not
-// shown because it could hold what the request held.
+// safely calls f and turns a panic into an error. Nobody else could recover a
+// panic in our own goroutines, so it would end the whole server. The error does
+// not show the panic's value, because the value could hold parts of the request.
 func safely(f func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {

@@ -1,4 +1,4 @@
-// One cached access token: when it is fetched, who waits, and when it is tried again.
+// One cached access token: when it is fetched, who waits, and when a fetch is repeated.
 
 package outboundauth
 
@@ -17,79 +17,84 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// requester makes the token requests of a source. A source is shared by all
-// configs that need the same token, and each of them brings its own.
+// A requester makes the token requests of a source. All configs that need the
+// same token share one source. Each of these configs brings its own requester.
 type requester interface {
-	// request makes one token request. The grant says when, and how long it took.
+	// request makes one token request. The grant says when the request began,
+	// and how long it took.
 	request(ctx context.Context) (grant, error)
 
-	// fingerprint tells the client's current secrets apart without holding
-	// them. It may do I/O: placeholders can name files.
+	// fingerprint returns a text that changes when the client's secrets change,
+	// and that does not hold them. It may do I/O, because placeholders can name
+	// files.
 	fingerprint(ctx context.Context) string
 
-	// describe tells who the client is. It does no I/O.
+	// describe says who the client is. It does no I/O.
 	describe() description
 
-	// fetched is told how each fetch ended: with a token, at the first try or
-	// after failures, or with err. It may be called while the next is told.
+	// fetched is called when a fetch has ended, with a token or with err.
+	// failures is how many fetches failed before this one. A call may begin
+	// while another one is under way.
 	fetched(t *token, err *fetchError, failures int)
 }
 
-// errReleased ends the wait for a fetch that was given up because the last
-// config that used the source was unloaded. An error of its own, because
-// Caddy takes every context.Canceled for a client that went away.
+// errReleased ends a fetch that was abandoned, because the last config that used
+// the source was unloaded. It is not context.Canceled: Caddy takes every
+// context.Canceled for a caller who went away.
 var errReleased = errors.New("the configuration that asked for the token was unloaded")
 
 // tokenSource caches one access token and keeps it fresh. It is safe for
 // concurrent use. A fetch belongs to the source and not to a caller: it goes
 // on when the caller leaves, and its result serves everybody.
 //
-// What happens depends on the state of its token, which is stale when it is due
-// to be replaced:
+// A token is stale when it is due to be replaced. What happens depends on the
+// state of the token:
 //
 //	event        fresh      stale              absent, expired or refused
-//	Token        the token  the token; fetch   waits for the one fetch in flight, which it starts;
-//	                                           within a back-off the last error, at once; instead
-//	                                           of an error a token that is refused but valid
+//	Token        the token  the token; fetch   waits for the fetch in flight, or starts one and waits;
+//	                                           within a back-off, returns the last error at once;
+//	                                           if a refused token is still valid, returns that token
+//	                                           instead of an error
 //	Peek         the token  the token          nothing
 //	PeekOrFetch  the token  the token; fetch   nothing; fetch
 //	Warm         -          -                  fetch
 //	FetchNow     waits for a fetch, whatever the state
-//	Refuse       makes it refused              -
-//	Forget       makes it absent
-//	timer        -          fetch, if wanted or if the last one failed
+//	Refuse       the token becomes refused     -
+//	Forget       the token becomes absent
+//	timer        -          fetch, if the token is wanted or if the last fetch failed
 //
 // A fetch that nobody waits for does not start within a back-off. After the last
-// config that uses the source has ended, only Token and FetchNow start one.
+// config that uses the source has ended, only Token and FetchNow start a fetch.
 type tokenSource struct {
 	lifecycle
-	places places // that the token is sent to
+	places places // what is known about the upstreams that the token is sent to
 
-	mu sync.Mutex // guards all fields below; never held over I/O
+	mu sync.Mutex // guards all fields below; never held during I/O
 
-	// Those who share the source, newest last. The newest makes the requests,
-	// so none is made with the modules of a config that ended; without any,
-	// the last one does, for requests that are still on their way: Caddy
-	// serves these after their config has been unloaded.
+	// Those who share the source, newest last. The newest makes the token
+	// requests, so no request uses the modules of a config that has ended. If
+	// nobody is left, the last one still makes them: Caddy may serve requests
+	// after it has unloaded their config.
 	requesters []requester
 	last       requester
 
-	tracers trace.TracerProvider // of the last traced request; nil: none
+	tracers trace.TracerProvider // the provider of the last traced request; nil if there was none
 
 	current  *token
-	refused  bool // current, by an upstream; it is used only if there is no other
+	refused  bool // an upstream has refused current; it is used only if there is no other token
 	inflight *fetch
 	timer    *time.Timer // starts the next fetch of a source in use
 
-	// wanted: a caller asked since the last fetch ended. A source that
-	// nobody wants lets its token lapse.
+	// Whether a caller has asked for a token since the last fetch ended. The
+	// token of a source that nobody asks is not renewed.
 	wanted bool
 
-	// Of the failures since the last success; all zero without one.
+	// About the failures since the last success. All are zero if there was no
+	// failure.
 	failures    int
 	lastErr     *fetchError
-	failedWith  string    // the secrets' fingerprint; "" after a transient error
-	nextCheckAt time.Time // of the fingerprint
+	failedWith  string    // the fingerprint of the secrets that failed; "" after a transient error
+	nextCheckAt time.Time // when the fingerprint may be compared again
 
 	released bool
 }
@@ -100,14 +105,14 @@ func newTokenSource(l lifecycle) *tokenSource { return &tokenSource{lifecycle: l
 // panics of caddy.UsagePool.
 func (s *tokenSource) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("tokenSource")) }
 
-// sources shares the token sources among all configs that are in use, by
-// sourceKey: equal clients share one token, and a reload takes over the
-// tokens of the config that it replaces.
+// sources holds the token sources of all configs that are in use, by sourceKey.
+// Equal clients share one token. A reload takes over the tokens of the config
+// that it replaces.
 var sources = caddy.NewUsagePool()
 
-// sourceKey is a digest of everything that shapes a token request and the
-// life of its token. A digest, because a secret that stands in the config
-// itself is part of it, and caddy.UsagePool may print its keys.
+// sourceKey is a digest of everything that shapes a token request and the life
+// of its token. It is a digest because a config may hold a secret as text, and
+// caddy.UsagePool may print its keys.
 type sourceKey [sha256.Size]byte
 
 // How a request got its token.
@@ -115,21 +120,21 @@ type tokenUse int
 
 const (
 	tokenFresh  tokenUse = iota // from the cache
-	tokenStale                  // from the cache, while it is being replaced
-	tokenWaited                 // fetched for this request
-	tokenNone                   // there was none
+	tokenStale                  // from the cache, while the token is being replaced
+	tokenWaited                 // from a fetch that the request waited for
+	tokenNone                   // there was no token
 )
 
-// acquisition is how a caller got a token, and how long that took; 0 from the
-// cache.
+// acquisition says how a caller got a token, and how long the caller waited. For
+// a token from the cache, wait is 0.
 type acquisition struct {
 	use  tokenUse
 	wait time.Duration
 }
 
-// Token returns a token that may be used now, and how the caller got it. It waits
-// for at most one fetch and no longer than ctx lasts; the error is then ctx's own,
-// otherwise a *fetchError.
+// Token returns a token that may be used now, and says how the caller got it. It
+// waits for one fetch at most. If ctx ends before the fetch, the error is the
+// error of ctx. Otherwise it is a *fetchError.
 func (s *tokenSource) Token(ctx context.Context) (*token, acquisition, error) {
 	now := time.Now()
 	s.mu.Lock()
@@ -178,9 +183,10 @@ func (s *tokenSource) usable(now time.Time) *token {
 	return nil
 }
 
-// lastResort returns the current token if it is valid, though an upstream has
-// refused it, and otherwise err. While there is no other token, upstreams that
-// accept this one go on getting it. mu is held.
+// lastResort returns the current token if it is valid, even if an upstream has
+// refused it. Otherwise it returns err. Some upstreams may still accept the
+// refused token, so they go on getting it while there is no other token. mu is
+// held.
 func (s *tokenSource) lastResort(since, now time.Time, err error) (*token, acquisition, error) {
 	got := acquisition{tokenNone, now.Sub(since)}
 	if s.current != nil && now.Before(s.current.usableTo) {
@@ -190,8 +196,8 @@ func (s *tokenSource) lastResort(since, now time.Time, err error) (*token, acqui
 	return nil, got, err
 }
 
-// due reports whether it is time for a fetch that nobody waits for: the token is
-// not fresh, and it is not too early after a failure. mu is held.
+// due reports whether it is time for a fetch that nobody waits for. It is time
+// if the token is not fresh and the source is not in a back-off. mu is held.
 func (s *tokenSource) due(now time.Time) bool {
 	fresh := s.usable(now) != nil && now.Before(s.current.refreshAt)
 	return !fresh && !s.backingOff(now)
@@ -202,8 +208,9 @@ func (s *tokenSource) backingOff(now time.Time) bool {
 	return s.lastErr != nil && now.Before(s.lastErr.retryAt)
 }
 
-// checkDue reports whether the secrets of a permanent error may be compared
-// again: with a new secret it is not too early to fetch. mu is held.
+// checkDue reports whether it is time to compare the secrets again after a
+// permanent error. If they have changed, a fetch need not wait for the end of
+// the back-off. mu is held.
 func (s *tokenSource) checkDue(now time.Time) bool {
 	return s.failedWith != "" && !now.Before(s.nextCheckAt)
 }
@@ -216,8 +223,9 @@ func (s *tokenSource) Peek() *token {
 	return s.usable(time.Now())
 }
 
-// PeekOrFetch is Token for those who can't wait: it returns nil if there is no
-// token at hand, and has it fetched in the background.
+// PeekOrFetch is Token for callers that can't wait. If there is no token that
+// may be used, it returns nil. If a fetch is due, it starts one in the
+// background.
 func (s *tokenSource) PeekOrFetch() *token {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -229,8 +237,8 @@ func (s *tokenSource) PeekOrFetch() *token {
 	return s.usable(now)
 }
 
-// FetchNow requests a token now, even if the current one is good or the last
-// failure was just now, and waits for it as Token does.
+// FetchNow fetches a new token and waits for it, as Token does. It does so even
+// if the current token is good, or if the last fetch failed a moment ago.
 func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
 	for {
 		s.mu.Lock()
@@ -240,7 +248,7 @@ func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
 		select {
 		case <-f.done:
 			s.leave(f)
-			if !f.unchanged { // or the fetch has only looked for another secret
+			if !f.unchanged { // otherwise the fetch has only compared the secrets
 				return f.t, f.err
 			}
 		case <-ctx.Done():
@@ -250,17 +258,16 @@ func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
 	}
 }
 
-// Forget takes the current token out of use, and does not keep it as the last
-// resort.
+// Forget takes the current token out of use, even as the last resort.
 func (s *tokenSource) Forget() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.current = nil
 }
 
-// Refuse takes t, which an upstream refused, out of use. A token that has
-// replaced t meanwhile stays: a late refusal says nothing about it. It reports
-// whether this was the first refusal of t.
+// Refuse takes t out of use, because an upstream has refused it. If another
+// token has replaced t meanwhile, that token stays in use: a late refusal of t
+// says nothing about it. Refuse reports whether this was the first refusal of t.
 func (s *tokenSource) Refuse(t *token) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -271,8 +278,8 @@ func (s *tokenSource) Refuse(t *token) bool {
 	return true
 }
 
-// Warm starts the first fetch in the background. A source that has a token,
-// or had none to give a moment ago, is left alone.
+// Warm starts the first fetch in the background. It does nothing if there is a
+// token that may be used, or if the source is in a back-off.
 func (s *tokenSource) Warm() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -282,7 +289,8 @@ func (s *tokenSource) Warm() {
 	}
 }
 
-// attach adds a user of the source, who makes its requests from now on.
+// attach adds a user of the source. From now on, this user makes the token
+// requests.
 func (s *tokenSource) attach(r requester) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -302,8 +310,9 @@ func (s *tokenSource) detach(r requester) {
 	}
 }
 
-// Destruct ends what the source has started, for caddy.UsagePool. Only a
-// fetch that somebody waits for goes on, until it has ended or they have left.
+// Destruct ends what the source has started. caddy.UsagePool calls it. A fetch
+// that somebody waits for goes on until it has ended, or until nobody waits any
+// more.
 func (s *tokenSource) Destruct() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -321,8 +330,8 @@ func (s *tokenSource) join(ctx context.Context, f *fetch) {
 	f.linkTo(ctx)
 }
 
-// leave ends a caller's wait. Nobody but its callers needs the fetch of a
-// source that was released.
+// leave ends a caller's wait. If the source has been released, only those who
+// wait still need the fetch: the last one to leave ends it.
 func (s *tokenSource) leave(f *fetch) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -332,8 +341,8 @@ func (s *tokenSource) leave(f *fetch) {
 	}
 }
 
-// abandon cancels a fetch that nobody needs. Nobody joins it from now on: a
-// caller who comes later starts another. mu is held.
+// abandon cancels a fetch that nobody needs. From now on, nobody joins it: a
+// later caller starts another fetch. mu is held.
 func (s *tokenSource) abandon(f *fetch) {
 	f.cancel(errReleased)
 	if s.inflight == f {
@@ -350,36 +359,37 @@ type fetch struct {
 	span   trace.SpanContext
 	cancel context.CancelCauseFunc
 
-	unchanged bool // the secrets: there was no token request
+	unchanged bool // the secrets have not changed, so there was no token request
 
-	// Of the goroutine of the fetch alone:
+	// Only the goroutine of the fetch uses these:
 	started time.Time
 	retries []retry
 
 	// Guarded by the source's mu:
 	waiters int
-	links   []trace.Link // to the waiters that are traced
+	links   []trace.Link // links to the waiting requests that are traced
 }
 
-// retry is a quick retry of a token request: when it was decided on, and why.
+// retry is a quick retry of a token request: when it was decided on, and which
+// error was the cause.
 type retry struct {
 	at    time.Time
 	cause error
 }
 
-// fetchStart is what a fetch has to know of the source when it starts.
+// fetchStart is what a fetch has to know about the source when it starts.
 type fetchStart struct {
 	requester
-	failures int // before it
+	failures int // how many fetches failed before this one
 
-	// If failedWith is not empty: of the last error, which stands if the
-	// secrets' fingerprint is still the same.
+	// failedWith may be a fingerprint of secrets. If the secrets still have it,
+	// the fetch ends at once with err, the last error.
 	failedWith string
 	err        *fetchError
 }
 
-// start returns the fetch in flight, or starts one. With onlyIfChanged the
-// fetch ends in the last error unless the secrets have changed since. mu is
+// start returns the fetch in flight, or starts one. With onlyIfChanged, the new
+// fetch ends with the last error unless the secrets have changed since. mu is
 // held.
 func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 	if s.inflight != nil {
@@ -389,9 +399,10 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 	now := time.Now()
 	s.nextCheckAt = now.Add(secretCheckInterval)
 
-	// The context is the source's own. A caller's would end the fetch with
-	// the caller, and carries values that make Caddy's HTTP transport dial
-	// the upstream: the client's secret would go there.
+	// The fetch has its own context. With the context of a caller, the fetch
+	// would end when the caller leaves. Such a context also has values that make
+	// Caddy's HTTP transport dial the upstream: the client's secret would go
+	// there.
 	ctx, cancel := context.WithCancelCause(context.Background())
 	f := &fetch{done: make(chan struct{}), cancel: cancel, started: now}
 	s.inflight = f
@@ -403,8 +414,8 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 	return f
 }
 
-// run is the goroutine of one fetch: it ends with the fetch, which ends by
-// its timeout, or earlier when the source is released.
+// run is the goroutine of one fetch, and ends with it. The fetch ends at its
+// timeout at the latest, and earlier if it is abandoned.
 func (s *tokenSource) run(ctx context.Context, f *fetch, a fetchStart) {
 	defer f.cancel(nil)
 	ctx, cancel := context.WithTimeout(ctx, s.fetchTimeout)
@@ -434,7 +445,7 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, a fetchStart) {
 	case f.unchanged:
 		f.err = a.err
 	case released:
-		f.err = errReleased // says nothing about the server
+		f.err = errReleased // this error says nothing about the server
 	case err != nil:
 		failed = s.fail(err, fingerprint, now)
 		f.err = failed
@@ -453,9 +464,9 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, a fetchStart) {
 	}
 }
 
-// requestToken makes one token request, and a token of what is granted. A source
-// and `caddy oauth2-token` have no other way to one. The grant is returned beside
-// an error, too, if it is one of which nothing is left.
+// requestToken makes one token request, and a token of the grant. A source and
+// `caddy oauth2-token` get all their tokens from it. If nothing is left of the
+// grant's life, requestToken returns an error together with the grant.
 func (l lifecycle) requestToken(ctx context.Context, r requester) (*token, grant, error) {
 	g, err := r.request(ctx)
 	if err != nil {
@@ -465,10 +476,11 @@ func (l lifecycle) requestToken(ctx context.Context, r requester) (*token, grant
 	return t, g, err
 }
 
-// requestWithRetries makes the token request, in case of a transient error up to three
-// times. Only the first fetch that fails repeats itself: those that follow it are
-// repetitions already, at growing distances. A grant of which nothing is left is
-// not asked for again at once: the next would be no better.
+// requestWithRetries makes the token request. After a transient error it tries
+// again, up to three times in all. It does so only if the fetch before did not
+// fail. A fetch after a failed one is a repetition already, and the waits
+// between repetitions grow. If nothing is left of a grant's life, it does not
+// try again at once: the next grant would be no better.
 func (s *tokenSource) requestWithRetries(ctx context.Context, f *fetch, a fetchStart) (*token, error) {
 	for try := 0; ; try++ {
 		var (
@@ -500,12 +512,13 @@ func (s *tokenSource) requestWithRetries(ctx context.Context, f *fetch, a fetchS
 	}
 }
 
-// finish publishes the result of f and sees to the next fetch. mu is held.
+// finish publishes the result of f and sets the timer for the next fetch. mu is
+// held.
 func (s *tokenSource) finish(f *fetch) {
 	if s.inflight == f {
 		s.inflight = nil
 	}
-	// Whoever waits here uses the token, which counts as wanting the next.
+	// Those who wait here use the token. This counts as wanting the next one.
 	s.wanted = f.waiters > 0
 	close(f.done)
 	if s.released {
@@ -518,7 +531,7 @@ func (s *tokenSource) finish(f *fetch) {
 		at = s.lastErr.retryAt
 	case s.current != nil:
 		at = s.current.refreshAt
-	default: // given up
+	default: // the fetch was abandoned
 		return
 	}
 	s.stopTimer()
@@ -531,15 +544,18 @@ func (s *tokenSource) stopTimer() {
 	}
 }
 
-// refresh is called by the timer. It renews the token of a source in use, so
-// that it is fresh when the next request comes, however long after the last.
+// refresh is called by the timer. It renews the token of a source in use. So the
+// next request finds a fresh token, even if it comes a long time after the last
+// one.
 func (s *tokenSource) refresh() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
-	// A failed renewal is repeated while its token lives, asked for or not.
+	// Repeat a failed renewal while the old token may be used, even if nobody
+	// asked for it.
 	refreshing := s.failures > 0 && s.current != nil && now.Before(s.current.usableTo)
-	// The timer may have fired while somebody else saw to it: then it is not due.
+	// When the timer fires, somebody else may have renewed the token already.
+	// Then no fetch is due.
 	if (s.wanted || refreshing) && !s.released && s.due(now) {
 		s.start(false)
 	}
@@ -548,13 +564,13 @@ func (s *tokenSource) refresh() {
 // fail notes a failure and computes when to try again. mu is held.
 func (s *tokenSource) fail(err error, fingerprint string, now time.Time) *fetchError {
 	if isPermanent(err) != (s.failedWith != "") {
-		s.failures = 0 // of the other kind: their number says nothing about this one
+		s.failures = 0 // these were of the other kind, and say nothing about this one
 	}
 	s.failedWith = ""
 	if isPermanent(err) {
 		s.failedWith = fingerprint
 	}
-	var left time.Duration // of the token that is still in use
+	var left time.Duration // how long the token that is in use may still be used
 	if t := s.current; t != nil {
 		left = max(0, t.usableTo.Sub(now))
 	}

@@ -14,55 +14,59 @@ import (
 	"go.opentelemetry.io/otel/trace"
 )
 
-// A fetch is a span of its own and the root of its trace: it serves many
-// requests, and may outlast each of them. Links lead from it to those that wait
-// for it, and back. It is made when the fetch has ended, because only a request
-// can tell what traces it, and the fetch may have begun before there was one.
+// Each fetch has its own span, which is the root of a trace: the fetch serves
+// many requests, and may last longer than each of them. Links lead from the span
+// to the requests that wait for the fetch, and back. The span is made when the
+// fetch has ended. The tracer provider is known only from a traced request, and
+// the fetch may have begun before that.
 const (
 	tracerName = "github.com/outboundauth/caddy-outbound-auth"
 	spanName   = "oauth2 token request"
 )
 
-// Traced notes what traces the request that ctx belongs to. It traces the next
-// fetch as well, also if nobody waits for that.
+// Traced notes the tracer provider of the request that ctx belongs to. The
+// provider also traces the next fetch, even if nobody waits for that fetch.
 func (s *tokenSource) Traced(ctx context.Context) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.noteTracers(ctx)
 }
 
-// noteTracers is Traced; mu is held. Caddy keeps its tracer provider to itself,
-// but a span knows it. One of a config that has ended makes spans that go
-// nowhere.
+// noteTracers does what Traced does. Caddy does not hand out its tracer
+// provider, but each span knows it. If the config of a provider has ended,
+// nobody gets the provider's spans. mu is held.
 func (s *tokenSource) noteTracers(ctx context.Context) {
 	if span := trace.SpanFromContext(ctx); span.SpanContext().IsValid() {
 		s.tracers = span.TracerProvider()
 	}
 }
 
-// maxLinks is how many links a span has by default. Others would be dropped when
-// it is made.
+// maxLinks is how many links a span has by default. If it had more, they would
+// be dropped.
 const maxLinks = 128
 
 // linkTo notes a request that waits for the fetch. The source's mu is held.
 func (f *fetch) linkTo(ctx context.Context) {
 	if waiting := trace.SpanContextFromContext(ctx); waiting.IsValid() && len(f.links) < maxLinks {
-		// Without what the client said of it, which holds on to all of its
-		// headers.
+		// Leave out the trace state, which the caller sent. It keeps all headers
+		// of the request in memory.
 		waiting = waiting.WithTraceState(trace.TraceState{})
 		f.links = append(f.links, trace.Link{SpanContext: waiting})
 	}
 }
 
-// linkFrom links a request that has waited with the fetch, which has ended.
+// linkFrom links a request with the fetch that it has waited for. The fetch has
+// ended.
 func linkFrom(ctx context.Context, fetch trace.SpanContext) {
 	if fetch.IsValid() {
 		trace.SpanFromContext(ctx).AddLink(trace.Link{SpanContext: fetch})
 	}
 }
 
-// trace makes the span of a fetch that has ended in err, before anybody knows.
-// What an error says in words stays in the log: spans go to other people.
+// trace makes the span of a fetch that has ended with err, or with a token if
+// err is nil. It runs before anybody learns the result. The span has only the
+// error's code. The error's description stays in the log, because spans go to
+// other people.
 func (s *tokenSource) trace(f *fetch, r requester, err error) {
 	s.mu.Lock()
 	tracers, links := s.tracers, f.links
@@ -96,8 +100,9 @@ func (s *tokenSource) trace(f *fetch, r requester, err error) {
 	}
 }
 
-// attributes are what a span tells of a client, by the semantic conventions for
-// HTTP. All of them are UTF-8: one that is not would cost a whole batch of spans.
+// attributes returns what a span says about a client, by the semantic
+// conventions for HTTP. All values are UTF-8: with another value, a whole batch
+// of spans would be lost.
 func attributes(d description) []attribute.KeyValue {
 	attributes := []attribute.KeyValue{
 		attribute.String("oauth2.client", d.name),
