@@ -17,25 +17,25 @@ import (
 
 var tokenUses = [...]string{tokenFresh: "fresh", tokenStale: "stale", tokenWaited: "fetched", tokenNone: "none"}
 
-// How a request ended whose token the upstream refused.
+// How a request ended after the upstream had refused its token.
 const (
-	refusalRecovered     = "recovered"      // with a new token
-	refusalRefusedAgain  = "refused_again"  // with a new token as well
-	refusalNoToken       = "no_token"       // there was no other
-	refusalNotRepeatable = "not_repeatable" // too much of the body was gone
-	refusalNoAnswer      = "no_answer"      // with a new token, which nobody answered
+	refusalRecovered     = "recovered"      // the upstream accepted a new token
+	refusalRefusedAgain  = "refused_again"  // the upstream refused a new token as well
+	refusalNoToken       = "no_token"       // there was no other token
+	refusalNotRepeatable = "not_repeatable" // too much of the body was gone to send it again
+	refusalNoAnswer      = "no_answer"      // nobody answered the request with the new token
 )
 
 var refusalOutcomes = []string{
 	refusalRecovered, refusalRefusedAgain, refusalNoToken, refusalNotRepeatable, refusalNoAnswer,
 }
 
-// resultOK is the result of a token request that brought a token; others are
-// error codes.
+// resultOK is the result of a token request that brought a token. All other
+// results are error codes.
 const resultOK = "ok"
 
-// knownCodes are the error codes that metrics tell apart. Others are of the
-// server's making, and their number is not bounded.
+// knownCodes are the error codes that metrics tell apart. Servers make up other
+// codes, and their number is not limited.
 var knownCodes = []string{
 	codeTimeout, codeNetwork, codeInvalidResponse, codeHTTPStatus, codeConfiguration,
 	"invalid_request", "invalid_client", "invalid_grant", "unauthorized_client", "unsupported_grant_type",
@@ -44,9 +44,9 @@ var knownCodes = []string{
 
 const codeOther = "other"
 
-// The metrics are those of the process: they count on when a config is
-// reloaded, of which each has a registry of its own. Clients that have the same
-// name share theirs.
+// The metrics belong to the process. So they go on counting when a config is
+// reloaded, although each config has its own registry. Clients that have the
+// same name share their metrics.
 var (
 	tokenRequestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "token_requests_total",
@@ -75,7 +75,7 @@ var (
 )
 
 // registerMetrics adds the metrics to the registry of a config, unless another
-// transport of it has done so.
+// transport of this config has done so.
 func registerMetrics(ctx caddy.Context) error {
 	registry := ctx.GetMetricsRegistry()
 	for _, collector := range []prometheus.Collector{
@@ -91,24 +91,24 @@ func registerMetrics(ctx caddy.Context) error {
 	return nil
 }
 
-// clientMetrics are the metrics of the clients of one name, looked up once; see
-// metricsOf. All series but those of errors are there from the beginning, at 0: a
-// rate needs a value to start from.
+// clientMetrics are the metrics of the clients that have one name. They are
+// looked up only once; see metricsOf. All series except those of errors exist
+// from the beginning, with the value 0: a rate needs a value to start from.
 type clientMetrics struct {
 	name          string
 	client        any                 // the value of phClient
-	values        [len(tokenUses)]any // those of phToken
+	values        [len(tokenUses)]any // the values of phToken
 	uses          [len(tokenUses)]prometheus.Counter
 	waits         prometheus.Observer
 	duration      prometheus.Observer
-	outcomes      map[string]prometheus.Counter // of requests whose token was refused
+	outcomes      map[string]prometheus.Counter // counters of requests whose token was refused
 	refusedTokens prometheus.Counter
 
 	mu      sync.Mutex
 	results map[string]prometheus.Counter // guarded by mu
 }
 
-// result returns the counter of token requests with a result.
+// result returns the counter of the token requests that had this result.
 func (m *clientMetrics) result(result string) prometheus.Counter {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -120,7 +120,8 @@ func (m *clientMetrics) result(result string) prometheus.Counter {
 	return counter
 }
 
-// tokenRequested counts a token request that ended in err.
+// tokenRequested counts a token request that ended with err, or with a token if
+// err is nil.
 func (m *clientMetrics) tokenRequested(took time.Duration, err error) {
 	result, asked := resultOK, true
 	if err != nil {
@@ -136,10 +137,11 @@ func (m *clientMetrics) tokenRequested(took time.Duration, err error) {
 	}
 }
 
-// metricsByName are the clientMetrics of all names so far, like the series.
+// metricsByName holds the clientMetrics of all names so far. Like the series,
+// they stay for ever.
 var metricsByName sync.Map
 
-// metricsOf returns the metrics of the clients that have a name.
+// metricsOf returns the metrics of the clients that have this name.
 func metricsOf(name string) *clientMetrics {
 	if m, ok := metricsByName.Load(name); ok {
 		return m.(*clientMetrics)
@@ -169,8 +171,7 @@ func newClientMetrics(name string) *clientMetrics {
 	return m
 }
 
-// requested counts a request by how it got its token, and tells the
-// placeholders.
+// requested counts a request by how it got its token, and sets the placeholders.
 func (m *clientMetrics) requested(ctx context.Context, got acquisition) {
 	m.uses[got.use].Inc()
 	if got.wait > 0 {
@@ -184,8 +185,8 @@ func (m *clientMetrics) requested(ctx context.Context, got acquisition) {
 	}
 }
 
-// forgetUse removes what an earlier try of the same request told the
-// placeholders.
+// forgetUse deletes the placeholders that an earlier try of the same request has
+// set.
 func forgetUse(ctx context.Context) {
 	if repl, ok := replacerOf(ctx); ok {
 		for _, placeholder := range []string{phClient, phToken, phWait, phRetried} {
@@ -239,8 +240,8 @@ func value(c prometheus.Counter) uint64 {
 	return uint64(m.GetCounter().GetValue())
 }
 
-// sourceCollector collects the states of the token sources when it is asked:
-// they change by the mere passing of time.
+// sourceCollector reads the states of the token sources each time that the
+// metrics are read: the states change when nothing but time passes.
 type sourceCollector struct{}
 
 var (
@@ -276,7 +277,8 @@ func (sourceCollector) Collect(collected chan<- prometheus.Metric) {
 	inUse := make(map[sourceKey]struct{})
 	for _, status := range sourceStatuses() {
 		inUse[status.key] = struct{}{}
-		// Of clients that have the same name, the one that is worst off.
+		// Of the clients that have the same name, keep the one in the worst
+		// state.
 		if other, ok := byName[status.name]; !ok || status.worseThan(other) {
 			byName[status.name] = status
 		}

@@ -1,4 +1,4 @@
-// What a token source is like at one instant.
+// What state a token source is in at one moment.
 
 package outboundauth
 
@@ -9,32 +9,33 @@ import (
 
 // The states of a client's token, best first.
 const (
-	stateFresh   = "fresh"   // as good as new
+	stateFresh   = "fresh"   // not due to be replaced
 	stateStale   = "stale"   // due to be replaced
 	stateExpired = "expired" // not used any more, or refused by an upstream
-	stateAbsent  = "absent"  // there is none
+	stateAbsent  = "absent"  // there is no token
 )
 
 var tokenStates = []string{stateFresh, stateStale, stateExpired, stateAbsent}
 
-// sourceStatus is what a token source is like at one instant. It holds no
-// token, and no secret.
+// sourceStatus is the state of a token source at one moment. It holds no token
+// and no secret.
 type sourceStatus struct {
 	key sourceKey
 	description
 
 	state                      string
-	obtained, renewal, expires time.Time // zero: no token
+	obtained, renewal, expires time.Time // zero if there is no token
 	fetching                   bool
 
-	// Of the failures since the last success.
+	// About the failures since the last success.
 	failures int
 	err      error
 	retryAt  time.Time
 }
 
-// worseThan puts first what somebody has to see to: a client that is idle has a
-// token that has expired, and nothing is wrong with it.
+// worseThan reports whether operators should look at s rather than at other.
+// Failures count before the state of the token: the token of an idle client
+// expires, and nothing is wrong with that.
 func (s sourceStatus) worseThan(other sourceStatus) bool {
 	rank := func(s sourceStatus) []int {
 		permanent := 0
@@ -46,8 +47,8 @@ func (s sourceStatus) worseThan(other sourceStatus) bool {
 	return slices.Compare(rank(s), rank(other)) > 0
 }
 
-// sourceStatuses returns the statuses of all sources in use: one for each name
-// that its clients have.
+// sourceStatuses returns the statuses of all sources in use. A source has one
+// status for each name that its clients have.
 func sourceStatuses() []sourceStatus {
 	var statuses []sourceStatus
 	sources.Range(func(key, value any) bool {
@@ -60,8 +61,9 @@ func sourceStatuses() []sourceStatus {
 	return statuses
 }
 
-// statuses returns what s is like now, as the newest client of each name has
-// it; nothing if s has no client yet.
+// statuses returns the status of s for each name that its clients have. Each
+// status describes the newest client with this name. If s has no client yet,
+// there is no status.
 func (s *tokenSource) statuses(now time.Time) []sourceStatus {
 	status, requesters := s.statusAlone(now)
 	var statuses []sourceStatus
@@ -75,8 +77,8 @@ func (s *tokenSource) statuses(now time.Time) []sourceStatus {
 	return statuses
 }
 
-// statusAlone returns what s is like now, without its clients, and these apart,
-// the newest first.
+// statusAlone returns the status of s, which describes no client yet. It also
+// returns the clients, the newest first.
 func (s *tokenSource) statusAlone(now time.Time) (sourceStatus, []requester) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -99,7 +101,7 @@ func (s *tokenSource) statusAlone(now time.Time) (sourceStatus, []requester) {
 	requesters := slices.Clone(s.requesters)
 	slices.Reverse(requesters)
 	if s.last != nil && len(requesters) == 0 {
-		requesters = append(requesters, s.last) // for requests that are still on their way
+		requesters = append(requesters, s.last) // it still serves requests that are on their way
 	}
 	return status, requesters
 }
