@@ -1,4 +1,4 @@
-// The settings of an OAuth client, and of what its upstreams are sent.
+// The settings of an OAuth client, and of what the gateway sends to its upstreams.
 
 package outboundauth
 
@@ -17,31 +17,31 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/replay"
 )
 
-// Credentials are what an upstream is sent: the OAuth client that obtains its
-// access token, and the headers that identify the tenant.
+// Credentials say which OAuth client obtains the access token for an upstream,
+// and which headers identify the tenant to the upstream.
 type Credentials struct {
-	// What the client is called in metrics, logs, the admin API and events.
+	// The name of the client in metrics, logs, the admin API and events.
 	// Global placeholders are supported and evaluated when the config is
-	// loaded. Default: the host of `token_url` or `issuer`, and the
-	// `client_id`, for example `auth.example.com/gateway`. Clients that share a
-	// name share their metrics: name them if only the path of the endpoint, the
-	// `scopes` or the `audience` differ.
+	// loaded. Clients that have the same name share their metrics. Give each
+	// its own name if they differ only in the path of the endpoint, the
+	// `scopes` or the `audience`. Default: the host of `token_url` or
+	// `issuer`, and the `client_id`, for example `auth.example.com/gateway`.
 	Name string `json:"name,omitempty"`
 
-	// The authorization server's token endpoint: an absolute URL, with https
-	// unless it is on a loopback address or `insecure_plaintext` allows http.
-	// A query is kept. Redirects are not followed, because they would take the
-	// client's credentials elsewhere. Global placeholders are supported and
-	// evaluated when the config is loaded. Required, unless there is an
-	// `issuer`.
+	// The URL of the authorization server's token endpoint. It is absolute,
+	// and may have a query. Its scheme must be https, unless the host is a
+	// loopback address or `insecure_plaintext` allows http. The gateway does
+	// not follow redirects, because they would take the client's credentials
+	// elsewhere. Global placeholders are supported and evaluated when the
+	// config is loaded. Required, unless there is an `issuer`.
 	TokenURL string `json:"token_url,omitempty"`
 
-	// The authorization server's issuer identifier, exactly as its metadata
-	// has it: the token endpoint is then looked up in the metadata (RFC 8414,
-	// OpenID Connect Discovery), with the first token request, once a day, and
-	// when the endpoint seems to have moved. Takes the place of `token_url`.
-	// Global placeholders are supported and evaluated when the config is
-	// loaded. Default: none.
+	// The authorization server's issuer identifier, exactly as the server's
+	// metadata has it. It takes the place of `token_url`: the gateway looks up
+	// the token endpoint in the metadata (RFC 8414, OpenID Connect Discovery).
+	// It does so at the first token request, once a day, and when the endpoint
+	// seems to have moved. Global placeholders are supported and evaluated
+	// when the config is loaded. Default: none.
 	Issuer string `json:"issuer,omitempty"`
 
 	// The client's identifier. Global placeholders are supported and
@@ -49,196 +49,207 @@ type Credentials struct {
 	// `assertion_file`, which names the client already.
 	ClientID string `json:"client_id,omitempty"`
 
-	// The client's secret. Prefer a placeholder such as `{env.CLIENT_SECRET}`
-	// or `{file./run/secrets/client}` to the secret itself, which anyone who
-	// may read the config would see. Global placeholders are supported and
-	// evaluated for each token request, so a rotated secret is used without a
-	// reload; one that evaluates to nothing fails the token request. Required
-	// if the `auth_method` is one of `client_secret_*`.
+	// The client's secret. Write a placeholder such as `{env.CLIENT_SECRET}`
+	// or `{file./run/secrets/client}`, not the secret itself: everyone who may
+	// read the config would see it. Global placeholders are supported and
+	// evaluated for each token request, so the gateway uses a new secret
+	// without a reload. If a placeholder evaluates to nothing, the token
+	// request fails. Required if the `auth_method` is one of
+	// `client_secret_*`.
 	ClientSecret string `json:"client_secret,omitempty"`
 
-	// How the client authenticates at the token endpoint. Exactly this method
-	// is used, others are not tried.
+	// How the client authenticates at the token endpoint. The gateway uses
+	// exactly this method, and tries no other.
 	//
 	// - `client_secret_basic`: with the secret, in the Authorization header
 	// - `client_secret_post`: with the secret, in the form
 	// - `client_secret_jwt`: with a JWT that is signed with the secret (RFC 7523)
 	// - `private_key_jwt`: with a JWT that is signed with the `private_key`, or
-	//   stands in the `assertion_file` (RFC 7523)
+	//   with the JWT in the `assertion_file` (RFC 7523)
 	// - `tls_client_auth`: with the `client_certificate` (RFC 8705), issued by
 	//   a CA or self-signed
-	// - `none`: not at all, only the `client_id` is sent
+	// - `none`: not at all; the gateway sends only the `client_id`
 	//
-	// Default: `client_secret_basic`; without a `client_secret`,
+	// Default: `client_secret_basic`. Without a `client_secret`, it is
 	// `private_key_jwt` if there is a `private_key` or an `assertion_file`, and
 	// `tls_client_auth` if there is a `client_certificate`. With the
-	// `grant_type` `jwt_bearer` and no `client_secret`, the JWT that the token
-	// is granted for is all that is sent.
+	// `grant_type` `jwt_bearer` and without a `client_secret`, the gateway
+	// sends only the JWT that the token is granted for.
 	AuthMethod string `json:"auth_method,omitempty"`
 
-	// How `client_secret_basic` writes id and secret: `form` encodes both as
-	// RFC 6749 section 2.3.1 asks, `raw` leaves them as they are, for servers
-	// that do not decode them. Default: `form`.
+	// How `client_secret_basic` writes the client's identifier and secret.
+	// `form` encodes both, as RFC 6749 section 2.3.1 asks. `raw` leaves both
+	// as they are, for servers that do not decode them. Default: `form`.
 	BasicEncoding string `json:"basic_encoding,omitempty"`
 
-	// The key that signs the client's JWTs: a file in PEM (PKCS#8, PKCS#1 or
-	// SEC 1, not encrypted), with a JWK, or with the JSON key of a Google
-	// service account; or the content of such a file. Prefer a file or a
-	// placeholder to the key itself, which anyone who may read the config would
-	// see. Global placeholders are supported and evaluated, and the file is
-	// read, for each token request, so a rotated key is used without a reload.
-	// If a certificate for the key stands in the file as well, or is the
-	// `client_certificate`, its thumbprint is sent along (`x5t#S256`).
-	// Default: the key of the `client_certificate`, if there is one.
+	// The key that signs the client's JWTs: the name of a file, or the content
+	// of such a file. The file holds PEM (PKCS#8, PKCS#1 or SEC 1, not
+	// encrypted), a JWK, or the JSON key of a Google service account. Write
+	// the name of a file or a placeholder, not the key itself: everyone who
+	// may read the config would see it. Global placeholders are supported and
+	// evaluated, and the file is read, for each token request, so the gateway
+	// uses a new key without a reload. If there is a certificate for the key,
+	// in the same file or as `client_certificate`, the gateway sends its
+	// thumbprint along (`x5t#S256`). Default: the key of the
+	// `client_certificate`, if there is one.
 	PrivateKey string `json:"private_key,omitempty"`
 
 	// The `kid` by which the authorization server knows the `private_key`.
 	// Global placeholders are supported and evaluated when the config is
-	// loaded. Default: that of a JWK, otherwise none.
+	// loaded. Default: the `kid` of the key if it is a JWK, otherwise none.
 	KeyID string `json:"key_id,omitempty"`
 
-	// The algorithm of the JWT's signature: `RS256`, `PS256`, `ES256`, each
-	// also with 384 and 512, or `EdDSA`; with `client_secret_jwt` `HS256`,
-	// `HS384` or `HS512`. It must fit the key. Default: that of a JWK,
-	// otherwise `RS256` for an RSA key, for others the one that fits, and
-	// `HS256` for a secret.
+	// The algorithm that signs the client's JWTs. With a key, it is `RS256`,
+	// `PS256` or `ES256`, one of these with 384 or 512 instead of 256, or
+	// `EdDSA`. It must fit the key. With `client_secret_jwt`, it is `HS256`,
+	// `HS384` or `HS512`. Default: the `alg` of a JWK. Otherwise, it is
+	// `RS256` for an RSA key, the one that fits for another key, and `HS256`
+	// for a secret.
 	SigningAlg string `json:"signing_alg,omitempty"`
 
-	// Whom the client's JWT is meant for (`aud`). Global placeholders are
+	// For whom the client's JWTs are meant (`aud`). Global placeholders are
 	// supported and evaluated when the config is loaded. Default: the `issuer`
 	// if there is one, otherwise the `token_url`.
 	AssertionAudience string `json:"assertion_audience,omitempty"`
 
-	// The type of the client's JWT (`typ`). Default:
-	// `client-authentication+jwt` if there is an `issuer`, otherwise `JWT`,
-	// which older servers expect.
+	// The type of the client's JWTs (`typ`). Default:
+	// `client-authentication+jwt` if there is an `issuer`, otherwise `JWT`.
+	// Older servers expect `JWT`.
 	AssertionTyp string `json:"assertion_typ,omitempty"`
 
-	// How long the client's JWT is valid, 30 seconds at least. Each token
-	// request has a new one, dated back by 10 seconds because clocks differ. 0
-	// means the default. Default: `1m`.
+	// How long each of the client's JWTs is valid, 30 seconds at least. Each
+	// token request has a new JWT. The gateway dates it back by 10 seconds,
+	// because clocks differ. 0 means the default. Default: `1m`.
 	AssertionLifetime caddy.Duration `json:"assertion_lifetime,omitempty"`
 
-	// A file with a JWT to authenticate with, which something else keeps
-	// fresh: the token of a Kubernetes service account, a SPIFFE JWT-SVID, a
-	// cloud's workload identity. With the `grant_type` `jwt_bearer`, it is
-	// what the token is granted for. Global placeholders are supported and
-	// evaluated, and the file is read, for each token request. Default: none.
+	// The name of a file with a JWT that another program keeps fresh: the
+	// token of a Kubernetes service account, a SPIFFE JWT-SVID, or a cloud's
+	// workload identity. The client authenticates with this JWT. With the
+	// `grant_type` `jwt_bearer`, the token is granted for this JWT instead.
+	// Global placeholders are supported and evaluated, and the file is read,
+	// for each token request. Default: none.
 	AssertionFile string `json:"assertion_file,omitempty"`
 
-	// The certificate that the client presents to the token endpoint. One that
-	// stands in the `tls` settings of `token_transport` instead is presented
-	// as well, but is read only when the config is loaded. Default: none.
+	// The certificate that the client presents to the token endpoint. The
+	// client also presents a certificate that is in the `tls` settings of
+	// `token_transport` instead, but Caddy reads that one only when it loads
+	// the config. Default: none.
 	ClientCertificate *ClientCertificate `json:"client_certificate,omitempty"`
 
-	// Present the `client_certificate` with which a token was obtained to the
-	// upstream as well, and use the token no longer than the certificate is
-	// valid: for tokens that are bound to it (RFC 8705 section 3). Needs an
-	// upstream with https, over HTTP/1.1 or HTTP/2. Default: `false`.
+	// Whether the gateway presents the `client_certificate` to the upstream as
+	// well, for tokens that are bound to it (RFC 8705 section 3). It presents
+	// the certificate with which it obtained the token, and uses the token no
+	// longer than this certificate is valid. Needs an upstream with https,
+	// over HTTP/1.1 or HTTP/2. Default: `false`.
 	BindCertificate bool `json:"bind_certificate,omitempty"`
 
-	// What the token is granted for: `client_credentials`, or `jwt_bearer`, a
-	// JWT of the client (RFC 7523 section 2.1), as the service accounts of
-	// some clouds have it. Default: `client_credentials`.
+	// What the token is granted for: `client_credentials`, or `jwt_bearer`.
+	// With `jwt_bearer`, it is granted for a JWT of the client (RFC 7523
+	// section 2.1). Service accounts of some clouds need this. Default:
+	// `client_credentials`.
 	GrantType string `json:"grant_type,omitempty"`
 
-	// For whom `jwt_bearer` asks a token (`sub`). Global placeholders are
+	// For whom `jwt_bearer` asks for a token (`sub`). Global placeholders are
 	// supported and evaluated for each token request. Default: the
 	// `client_id`.
 	Subject string `json:"subject,omitempty"`
 
-	// More claims of the JWT of `jwt_bearer`: strings, by name. Global
-	// placeholders in the values are supported and evaluated for each token
-	// request. Default: none.
+	// More claims in the JWT of `jwt_bearer`, by name. Their values are
+	// strings. Global placeholders in the values are supported and evaluated
+	// for each token request. Default: none.
 	Claims map[string]string `json:"claims,omitempty"`
 
 	// The scopes to ask for. Global placeholders are supported and evaluated
-	// when the config is loaded; one may hold several scopes, with spaces
-	// between. Default: none, which leaves the choice to the authorization
-	// server.
+	// when the config is loaded. A placeholder may hold several scopes, with
+	// spaces between them. Default: none, so that the authorization server
+	// chooses the scopes.
 	Scopes []string `json:"scopes,omitempty"`
 
-	// The parties that the token is meant for, each sent as one `audience`
+	// For whom the token is meant. Each value is sent as one `audience`
 	// parameter. Global placeholders are supported and evaluated when the
 	// config is loaded. Default: none.
 	Audience []string `json:"audience,omitempty"`
 
-	// The resources that the token is for (RFC 8707): absolute URIs without a
-	// fragment, each sent as one `resource` parameter. Global placeholders are
-	// supported and evaluated when the config is loaded. Default: none.
+	// The resources that the token is for (RFC 8707). They are absolute URIs
+	// without a fragment. Each value is sent as one `resource` parameter.
+	// Global placeholders are supported and evaluated when the config is
+	// loaded. Default: none.
 	Resource []string `json:"resource,omitempty"`
 
 	// More form parameters of the token request, by name. Global placeholders
-	// in the values are supported and evaluated for each token request; one
-	// that evaluates to nothing fails it. Default: none.
+	// in the values are supported and evaluated for each token request. If a
+	// placeholder evaluates to nothing, the token request fails. Default:
+	// none.
 	Params map[string]string `json:"params,omitempty"`
 
-	// More headers of the token request, by field name; neither `Authorization`
-	// nor `Content-Type`. Global placeholders in the values are supported and
-	// evaluated for each token request; one that evaluates to nothing fails
-	// it. Default: none.
+	// More headers of the token request, by field name. `Authorization` and
+	// `Content-Type` are not allowed. Global placeholders in the values are
+	// supported and evaluated for each token request. If a placeholder
+	// evaluates to nothing, the token request fails. Default: none.
 	TokenRequestHeaders map[string]string `json:"token_request_headers,omitempty"`
 
-	// How long getting one token may take, quick retries included. Requests
-	// that wait for it are then answered with 504. 0 means the default.
-	// Default: `10s`.
+	// How long the gateway tries to get one token, quick retries included.
+	// After this time, it answers the requests that wait for the token with
+	// 504. 0 means the default. Default: `10s`.
 	TokenTimeout caddy.Duration `json:"token_timeout,omitempty"`
 
-	// How to reach the token endpoint: the settings of the `http` transport,
-	// for example `tls` with a private CA, or `network_proxy`. Nothing of how
-	// the upstream is reached applies to the token endpoint.
-	// Default: the `http` transport's own defaults, over HTTP/1.1.
+	// How to reach the token endpoint, with the settings of the `http`
+	// transport: for example `tls` with a private CA, or `network_proxy`. The
+	// settings for the upstream do not apply to the token endpoint. Default:
+	// the `http` transport's own defaults, over HTTP/1.1.
 	TokenTransport *reverseproxy.HTTPTransport `json:"token_transport,omitempty"`
 
-	// The header that names the tenant to the upstream. What clients send as
-	// `X-Tenant-Id` never reaches an upstream, also without this. Default:
-	// none is sent.
+	// The header that names the tenant to the upstream. What callers send as
+	// `X-Tenant-Id` never reaches an upstream, even without this setting.
+	// Default: no such header is sent.
 	Tenant *Tenant `json:"tenant,omitempty"`
 
 	// More headers that identify the tenant to the upstream: values by field
-	// name. They replace what the client sends under these names. Placeholders
-	// are supported and evaluated for each request; if that leaves nothing of a
-	// value, its header is not sent. Default: none.
+	// name. They replace what callers send under these names. Placeholders are
+	// supported and evaluated for each request. If a value is empty after
+	// that, its header is not sent. Default: none.
 	Headers map[string]string `json:"headers,omitempty"`
 
 	// The header that carries the token to the upstream.
 	// Default: `Authorization: Bearer <token>`.
 	BearerHeader *BearerHeader `json:"bearer_header,omitempty"`
 
-	// How long before a token expires to start replacing it in the
-	// background, while it is still used. It starts earlier by up to 4 % of
-	// the lifetime, at random, so that instances do not all renew at once, but
-	// never in the first half of the lifetime. 0 means the default.
-	// Default: 26 % of the lifetime, with which a token of an hour outlasts a
-	// quarter of an hour without its authorization server.
+	// How long before a token expires the gateway starts to replace it. It
+	// does so in the background, and still uses the old token meanwhile. It
+	// starts up to 4 % of the lifetime earlier, at random, so that instances
+	// do not all renew at once. It never starts in the first half of the
+	// lifetime. 0 means the default. Default: 26 % of the lifetime. With this,
+	// a token with a lifetime of an hour is enough for a quarter of an hour
+	// without the authorization server.
 	RefreshBefore caddy.Duration `json:"refresh_before,omitempty"`
 
-	// The lifetime of a token for which the server names none (`expires_in`
-	// is absent or 0). 0 means the default. Default: `5m`.
+	// The lifetime of a token if the server names none (`expires_in` is absent
+	// or 0). 0 means the default. Default: `5m`.
 	DefaultLifetime caddy.Duration `json:"default_lifetime,omitempty"`
 
-	// The statuses, of 400 to 599, with which the upstream says that it does
-	// not accept the token. Then the token is replaced, and the request sent
-	// once more with the new one, if its body can be repeated. If the new token
-	// is refused as well, the client gets the upstream's answer. `[-1]` never
-	// replaces a token that the upstream refuses. Default: `[401]`.
+	// The statuses with which the upstream refuses the token, from 400 to 599.
+	// The gateway then replaces the token. It sends the request once more with
+	// the new token, if it can repeat the body. If the upstream refuses the
+	// new token as well, the caller gets the upstream's answer. With `[-1]`,
+	// the gateway never replaces a token that the upstream refuses. Default:
+	// `[401]`.
 	RetryOn []int `json:"retry_on,omitempty"`
 
-	// How a request with a body is sent once more. Default: 64 KiB of the body
-	// are kept.
+	// How the gateway sends a request with a body once more. Default: it keeps
+	// 64 KiB of the body.
 	ReplayBody *ReplayBody `json:"replay_body,omitempty"`
 }
 
-// ClientCertificate is a certificate with its key. Both are PEM files, or their
-// content. Global placeholders are supported and evaluated, and the files are
-// read, for each token request, so a renewed certificate is used without a
-// reload.
+// ClientCertificate is a certificate with its key. Both are names of PEM
+// files, or the content of such files. Global placeholders are supported and
+// evaluated, and the files are read, for each token request, so the gateway
+// uses a renewed certificate without a reload.
 type ClientCertificate struct {
-	// The certificate, followed by those of its CAs that the server may not
-	// know. Required.
+	// The certificate. Behind it, you can add the certificates of its CAs that
+	// the server may not know. Required.
 	Certificate string `json:"certificate,omitempty"`
 
-	// Its private key. Required.
+	// The private key of the certificate. Required.
 	Key string `json:"key,omitempty"`
 }
 
@@ -248,8 +259,8 @@ type Tenant struct {
 	Field string `json:"field,omitempty"`
 
 	// The tenant. Placeholders are supported and evaluated for each request:
-	// `{http.request.header.X-Tenant-Id}` passes on what the client sent. If
-	// that leaves nothing of it, no header is sent.
+	// `{http.request.header.X-Tenant-Id}` passes on what the caller sent. If
+	// the value is empty after that, no header is sent.
 	Value string `json:"value,omitempty"`
 }
 
@@ -258,26 +269,28 @@ type BearerHeader struct {
 	// The header's field name. Default: `Authorization`.
 	Field string `json:"field,omitempty"`
 
-	// What stands before the token, and a space. If it is the empty string,
-	// the token stands alone. Default: `Bearer`.
+	// The word before the token. A space separates them. If this is the empty
+	// string, the header holds only the token. Default: `Bearer`.
 	Scheme *string `json:"scheme,omitempty"`
 }
 
-// ReplayBody says how a request with a body is sent once more.
+// ReplayBody says how the gateway sends a request with a body once more.
 type ReplayBody struct {
-	// How much of the body is kept for that, in bytes, 1 MiB at most. A longer
-	// body can be sent once more only if the upstream refuses the token before
-	// more than this is sent; the rest is then sent as the client sends it. 0
-	// means the default; -1 keeps nothing. Default: `65536`.
+	// How much of the body the gateway keeps, in bytes, 1 MiB at most. It can
+	// send a longer body once more only if the upstream refuses the token
+	// before more than this is sent. It then sends what it has kept, and
+	// passes on the rest as the caller sends it. 0 means the default; -1 keeps
+	// nothing. Default: `65536`.
 	Size int64 `json:"size,omitempty"`
 
-	// Ask the upstream first whether it wants a body that is longer than this,
-	// or may be (`Expect: 100-continue`): then it can refuse the token before the
-	// body is sent. What can't be kept waits for the upstream's answer, for a
-	// tenth of a second at most. An upstream that does not answer in that time,
-	// or answers with 417, is not asked again for five minutes. Without this,
-	// an upstream is asked only for half a minute after it refused a token.
-	// Default: `false`.
+	// Whether the gateway first asks the upstream if it wants the body
+	// (`Expect: 100-continue`). It asks if the body is longer than `size`, or
+	// may be. The upstream can then refuse the token before the body is sent.
+	// What the gateway can't keep waits for the upstream's answer, for a tenth
+	// of a second at most. If the upstream does not answer in that time, or
+	// answers with 417, the gateway does not ask it again for five minutes.
+	// Without this setting, the gateway asks an upstream only for half a
+	// minute after it refused a token. Default: `false`.
 	Announce bool `json:"announce,omitempty"`
 }
 
@@ -288,7 +301,7 @@ const (
 	defaultTokenTimeout  = 10 * time.Second
 	defaultTokenLifetime = 5 * time.Minute
 	defaultReplayBody    = replay.DefaultLimit
-	maxReplayBody        = 1 << 20 // of each request that is under way
+	maxReplayBody        = 1 << 20 // each request that is under way may keep this much
 
 	defaultAssertionLifetime = 1 * time.Minute
 
@@ -297,7 +310,8 @@ const (
 )
 
 // The ways to authenticate the client at the token endpoint (RFC 6749 §2.3.1,
-// RFC 7523 §2.2, RFC 8705 §2), named as in the IANA registry of RFC 8414.
+// RFC 7523 §2.2, RFC 8705 §2). Their names are those in the IANA registry of
+// RFC 8414.
 const (
 	authBasic     = "client_secret_basic"
 	authPost      = "client_secret_post"
@@ -306,7 +320,8 @@ const (
 	authTLS       = "tls_client_auth"
 	authNone      = "none"
 
-	// The assertion that the token is granted for tells who the client is.
+	// No method: the token is granted for an assertion, which also says who
+	// the client is.
 	authByGrant = ""
 )
 
@@ -326,8 +341,8 @@ const (
 	basicRaw  = "raw"
 )
 
-// name returns what the client is called. In UTF-8, as labels have to be: a
-// placeholder can bring anything.
+// name returns the client's name. It is valid UTF-8, because labels have to be
+// and a placeholder can hold any bytes.
 func (c *Credentials) name() string {
 	name := c.ClientID
 	if host := c.host(); host != "" {
@@ -336,7 +351,8 @@ func (c *Credentials) name() string {
 	return strings.ToValidUTF8(cmp.Or(c.Name, name), "\uFFFD")
 }
 
-// host names the authorization server in names, logs and errors.
+// host returns the host of the authorization server, for names, logs and
+// errors.
 func (c *Credentials) host() string {
 	u, err := url.Parse(cmp.Or(c.TokenURL, c.Issuer))
 	if err != nil {
@@ -345,8 +361,8 @@ func (c *Credentials) host() string {
 	return u.Host
 }
 
-// authMethod returns how the client authenticates. It is either said, or there is
-// nothing to choose.
+// authMethod returns how the client authenticates. If auth_method is not set,
+// the other settings leave only one choice.
 func (c *Credentials) authMethod() string {
 	switch {
 	case c.AuthMethod != "":
@@ -363,8 +379,8 @@ func (c *Credentials) authMethod() string {
 	return authBasic
 }
 
-// needsSecret reports whether a method needs a client_secret. "" may: then
-// auth_method is not set.
+// needsSecret reports whether a method may need a client_secret. The empty
+// method may: auth_method is not set then.
 func needsSecret(method string) bool {
 	switch method {
 	case authKeyJWT, authTLS, authNone:
@@ -376,11 +392,13 @@ func needsSecret(method string) bool {
 // grantType returns what the token is granted for.
 func (c *Credentials) grantType() string { return cmp.Or(c.GrantType, grantClientCredentials) }
 
-// grantsByJWT reports whether that is a JWT.
+// grantsByJWT reports whether the token is granted for a JWT.
 func (c *Credentials) grantsByJWT() bool { return c.GrantType == grantJWTBearer }
 
-// usesKey reports whether JWTs are signed with a private key: those that don't
-// come from the assertion_file, which is for the grant before the client.
+// usesKey reports whether a private key signs JWTs. It signs those that do not
+// come from the assertion_file. If there is a JWT for the grant, the
+// assertion_file holds that one, and not the JWT that authenticates the
+// client.
 func (c *Credentials) usesKey() bool {
 	if c.grantsByJWT() {
 		return c.AssertionFile == "" || c.authMethod() == authKeyJWT
@@ -391,11 +409,12 @@ func (c *Credentials) usesKey() bool {
 // signs reports whether JWTs are signed at all.
 func (c *Credentials) signs() bool { return c.usesKey() || c.authMethod() == authSecretJWT }
 
-// presentsOther reports whether token_transport has a client certificate.
+// presentsOther reports whether token_transport has its own client
+// certificate.
 func (c *Credentials) presentsOther() bool { return presentsCertificate(c.TokenTransport) }
 
-// presentsCertificate reports whether a transport has a client certificate of
-// its own, the way transport http has it.
+// presentsCertificate reports whether a transport has its own client
+// certificate, in the settings that transport http has for it.
 func presentsCertificate(h *reverseproxy.HTTPTransport) bool {
 	return h != nil && h.TLS != nil && (h.TLS.ClientCertificateFile != "" || h.TLS.ClientCertificateAutomate != "")
 }
@@ -403,7 +422,7 @@ func presentsCertificate(h *reverseproxy.HTTPTransport) bool {
 // neverRetries reports whether no request is sent twice.
 func (c *Credentials) neverRetries() bool { return slices.Equal(c.RetryOn, []int{retryOff}) }
 
-// lifecycle returns how long a token is used.
+// lifecycle returns what the settings say about the life of a token.
 func (c *Credentials) lifecycle() lifecycle {
 	return lifecycle{
 		refreshBefore:   time.Duration(c.RefreshBefore),
@@ -413,15 +432,16 @@ func (c *Credentials) lifecycle() lifecycle {
 }
 
 // shape returns everything that shapes a token request and the life of its
-// token: all settings but those of what the upstream is sent. A sourceKey is its
-// digest.
+// token. These are all settings except those that say what the upstream is
+// sent. A sourceKey is the digest of this.
 func (c Credentials) shape(life lifecycle, transportConfig []byte) ([]byte, error) {
 	c.AuthMethod, c.GrantType = c.authMethod(), c.grantType()
 	c.BasicEncoding = cmp.Or(c.BasicEncoding, basicForm)
 	c.AssertionLifetime = cmp.Or(c.AssertionLifetime, caddy.Duration(defaultAssertionLifetime))
 	c.TokenTransport, c.TokenTimeout, c.RefreshBefore, c.DefaultLifetime = nil, 0, 0, 0
 	c.Name, c.Tenant, c.Headers, c.BearerHeader, c.RetryOn, c.ReplayBody = "", nil, nil, nil, nil, nil
-	// encoding/json sorts the maps, and keeps neighbouring values apart.
+	// encoding/json sorts the maps, and keeps values that follow each other
+	// apart.
 	shape, err := json.Marshal([]any{
 		c, json.RawMessage(transportConfig), life.refreshBefore, life.defaultLifetime, life.fetchTimeout,
 	})
@@ -431,7 +451,7 @@ func (c Credentials) shape(life lifecycle, transportConfig []byte) ([]byte, erro
 	return shape, nil
 }
 
-// field returns the field name with its default.
+// field returns the field name, or its default.
 func (t *Tenant) field() string {
 	if t == nil || t.Field == "" {
 		return defaultTenantField
@@ -439,7 +459,7 @@ func (t *Tenant) field() string {
 	return t.Field
 }
 
-// withDefaults returns field name and scheme with their defaults.
+// withDefaults returns the field name and the scheme, or their defaults.
 func (b *BearerHeader) withDefaults() (field, scheme string) {
 	field, scheme = defaultBearerField, defaultBearerScheme
 	if b != nil && b.Field != "" {

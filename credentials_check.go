@@ -27,23 +27,24 @@ var reservedParams = map[string]string{
 	"resource":              "use resource",
 }
 
-// reservedClaims are those of a grant's JWT that have a meaning of their own
-// (RFC 7523 §3).
+// reservedClaims are the claims to which RFC 7523 §3 gives a meaning in the JWT
+// of a grant.
 var reservedClaims = []string{"iss", "sub", "aud", "exp", "iat", "nbf", "jti"}
 
-// assertionLeeway is how far the JWTs are dated back: a server whose clock is
-// behind would take them for not yet valid.
+// assertionLeeway is how far the JWTs are dated back. Otherwise a server whose
+// clock is behind would think that they are not valid yet.
 const assertionLeeway = 10 * time.Second
 
-// minAssertionLifetime leaves some of it for the way to the server.
+// minAssertionLifetime leaves a part of the lifetime for the way to the server.
 const minAssertionLifetime = 30 * time.Second
 
-// requestNamespaces are the placeholders that have a value only while a
-// request is served, so never in a token request.
+// requestNamespaces are the beginnings of placeholders that have a value only
+// while a request is served. They never have a value in a token request.
 var requestNamespaces = []string{"{http.", "{vars.", "{tls.", "{err.", "{rp."}
 
-// check tells what is wrong with a setting that is present. Values that still
-// have placeholders pass: they are checked again once these are replaced.
+// check returns what is wrong with one of the settings that are present. It
+// accepts values that still have placeholders: they are checked again after the
+// placeholders are replaced.
 func (c *Credentials) check() error {
 	if _, err := parseTokenURL(c.TokenURL); err != nil && c.TokenURL != "" && !hasPlaceholder(c.TokenURL) {
 		return fmt.Errorf("token_url: %w", err)
@@ -121,7 +122,8 @@ func (c *Credentials) checkBlank() error {
 	return nil
 }
 
-// checkAuth tells what is wrong with a setting that is present.
+// checkAuth returns what is wrong with one of the settings of client
+// authentication that are present.
 func (c *Credentials) checkAuth() error {
 	if c.AuthMethod != "" && !slices.Contains(authMethods, c.AuthMethod) {
 		return fmt.Errorf("auth_method: unknown method '%s'; use one of %s", c.AuthMethod, strings.Join(authMethods, ", "))
@@ -152,8 +154,9 @@ func (c *Credentials) checkAuth() error {
 	return nil
 }
 
-// checkTogether returns what is wrong between settings. c is a block with all that
-// it inherits: settings that contradict each other may stand in two blocks.
+// checkTogether returns which settings do not fit together. c is a block with
+// all that it inherits, because settings that contradict each other may stand in
+// two blocks.
 func (c *Credentials) checkTogether() error {
 	if c.TokenURL != "" && c.Issuer != "" {
 		return errors.New("issuer: finds the token endpoint that token_url names already; remove one of the two")
@@ -175,7 +178,7 @@ func (c *Credentials) checkTogether() error {
 		taken.add(field)
 	}
 	for _, field := range sortedKeys(c.Headers) {
-		// Also in a spelling that an upstream may confuse.
+		// has also finds other spellings that an upstream may confuse.
 		if taken.has(field) {
 			return fmt.Errorf("header: %s is set already, by bearer_header, tenant or another header", field)
 		}
@@ -184,9 +187,9 @@ func (c *Credentials) checkTogether() error {
 	return nil
 }
 
-// checkAuthTogether returns what is wrong between the settings of client
-// authentication. A setting that has no effect is an error, too: who wrote it
-// believes that it has one.
+// checkAuthTogether returns which settings of client authentication do not fit
+// together. A setting that has no effect is an error, too: its author believes
+// that it has one.
 func (c *Credentials) checkAuthTogether() error {
 	method := c.authMethod()
 	with := "auth_method " + method
@@ -197,7 +200,7 @@ func (c *Credentials) checkAuthTogether() error {
 		with = "client_secret (auth_method is " + method + " by default)"
 	}
 	signing, granting := with, "grant_type "+c.grantType()
-	if c.AssertionFile != "" { // it takes the place of what would be signed
+	if c.AssertionFile != "" { // the JWT in it takes the place of a JWT that would be signed
 		if c.grantsByJWT() {
 			granting = "assertion_file"
 		}
@@ -243,7 +246,7 @@ func (c *Credentials) checkAuthTogether() error {
 	return nil
 }
 
-// checkHeaders checks what the upstream is sent.
+// checkHeaders checks the headers that the upstream is sent.
 func (c *Credentials) checkHeaders() error {
 	field, scheme := c.BearerHeader.withDefaults()
 	if err := checkHeaderField(field); err != nil {
@@ -271,8 +274,8 @@ func (c *Credentials) checkHeaders() error {
 	return nil
 }
 
-// missing names the first setting without which no token can be asked for,
-// and what to write; "" if nothing is missing.
+// missing returns the first setting that is missing to ask for a token, and what
+// to write. It returns "" if nothing is missing.
 func (c *Credentials) missing() string {
 	if c.TokenURL == "" && c.Issuer == "" {
 		return "token_url is missing: set it to the URL of the authorization server's token endpoint, or issuer to have it discovered"
@@ -280,8 +283,8 @@ func (c *Credentials) missing() string {
 	return c.missingAuth()
 }
 
-// missingAuth names the first setting without which the client can't
-// authenticate, and what to write; "" if nothing is missing.
+// missingAuth returns the first setting that is missing to authenticate the
+// client, and what to write. It returns "" if nothing is missing.
 func (c *Credentials) missingAuth() string {
 	method := c.authMethod()
 	switch {
@@ -303,10 +306,11 @@ func (c *Credentials) missingAuth() string {
 	return ""
 }
 
-// missingBeside names the first setting that c lacks, with what it inherits from
-// base, and what to write; "" if nothing is missing. If base says how to
-// authenticate, a block that does not inherit it has to say so, too: otherwise the
-// method or the encoding would change without a word.
+// missingBeside returns the first setting that c lacks after it has inherited
+// from base, and what to write. It returns "" if nothing is missing. If base
+// sets auth_method or basic_encoding, a block that does not inherit this setting
+// has to set it, too. Otherwise the method or the encoding would change without
+// a word.
 func (c *Credentials) missingBeside(base *Credentials) string {
 	merged := c.inherit(base)
 	missing, own := merged.missing(), c.authSettings()
@@ -348,7 +352,7 @@ func (c *Credentials) templates() map[string]string {
 	return templates
 }
 
-// checkTemplates checks these settings.
+// checkTemplates checks the settings that templates returns.
 func (c *Credentials) checkTemplates() error {
 	templates := c.templates()
 	for _, setting := range sortedKeys(templates) {
@@ -359,8 +363,9 @@ func (c *Credentials) checkTemplates() error {
 	return nil
 }
 
-// checkSecretTemplate refuses placeholders that would be sent as they stand.
-// Other braces are allowed: generated secrets contain any character.
+// checkSecretTemplate refuses placeholders that nobody would replace: they would
+// be sent as text. It allows other braces, because generated secrets contain any
+// character.
 func checkSecretTemplate(setting, template string) error {
 	for _, prefix := range requestNamespaces {
 		if strings.Contains(template, prefix) {
@@ -388,7 +393,7 @@ func validResource(s string) bool {
 	return err == nil && u.IsAbs() && u.Fragment == "" && !strings.HasSuffix(s, "#")
 }
 
-// blank reports whether s holds nothing, or nothing but white space.
+// blank reports whether s is empty or holds only white space.
 func blank(s string) bool { return strings.TrimSpace(s) == "" }
 
 func hasPlaceholder(s string) bool { return strings.Contains(s, "{") }

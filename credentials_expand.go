@@ -1,4 +1,4 @@
-// What becomes of the settings when a config is loaded: one spelling, and placeholders replaced.
+// How settings get one spelling, and how their placeholders are replaced, when a config is loaded.
 
 package outboundauth
 
@@ -11,10 +11,10 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// expand returns a copy with the placeholders replaced in what is read once,
-// when the config is loaded. Secrets keep theirs: they are read again for
-// each token request, and nothing resolved may reach the config that the
-// admin API shows.
+// expand returns a copy of c. In the copy, the placeholders are replaced in the
+// settings that are read only once, when the config is loaded. Secrets keep
+// their placeholders: they are read again for each token request. Their values
+// must not reach the config that the admin API shows.
 func (c Credentials) expand(repl *caddy.Replacer) (Credentials, error) {
 	err := c.check()
 	if err != nil {
@@ -48,12 +48,13 @@ func (c Credentials) expand(repl *caddy.Replacer) (Credentials, error) {
 	if err != nil {
 		return c, err
 	}
-	// One placeholder may hold several scopes, as servers write them.
+	// One placeholder may hold several scopes, with spaces between them as
+	// servers write it.
 	if c.Scopes != nil {
 		c.Scopes = strings.Fields(strings.Join(c.Scopes, " "))
 	}
 	for _, scope := range c.Scopes {
-		if !validScope(scope) { // whatever placeholder it comes from
+		if !validScope(scope) { // even if it comes from a placeholder
 			return c, scopeError(scope)
 		}
 	}
@@ -67,8 +68,8 @@ func (c Credentials) expand(repl *caddy.Replacer) (Credentials, error) {
 	return c, c.checkTogether()
 }
 
-// canonical returns c with the names of its headers in canonical form, so that
-// an inherited header is overridden in whatever case it is written.
+// canonical returns c with the names of its headers in canonical form. So a
+// header overrides an inherited header that is written in another case.
 func (c Credentials) canonical() (Credentials, error) {
 	var err error
 	if c.Headers, err = canonicalNames(c.Headers); err != nil {

@@ -1,4 +1,4 @@
-// What an upstream's credentials take from those around them.
+// What the credentials of an upstream inherit from the credentials around them.
 
 package outboundauth
 
@@ -7,11 +7,12 @@ import (
 	"maps"
 )
 
-// inherit returns c with what it doesn't set taken from base: lists and
-// objects as a whole, the named values of `param`, `claim`,
+// inherit returns c, with the settings of base that c does not set. It takes
+// lists and objects as a whole. It takes the named values of `param`, `claim`,
 // `token_request_header` and `header` one by one. But if c sets anything of
-// client authentication, it takes nothing of that: otherwise nobody could
-// foretell which of base's settings go with which of its own.
+// client authentication, it takes nothing of client authentication. Otherwise
+// nobody could foretell which settings of base go together with which settings
+// of c.
 func (c Credentials) inherit(base *Credentials) Credentials {
 	if base == nil {
 		return c
@@ -54,8 +55,8 @@ func (c Credentials) inherit(base *Credentials) Credentials {
 }
 
 // authSettings returns the names of the settings of client authentication that c
-// has. The server belongs to them: if a block with a server of its own inherited
-// the rest, the secret of another client would be sent there.
+// has. token_url and issuer belong to them. If a block with its own server could
+// inherit the others, the secret of another client would be sent to that server.
 func (c *Credentials) authSettings() []string {
 	var names []string
 	for _, setting := range []struct {
@@ -91,7 +92,8 @@ func orList[T any](own, base []T) []T {
 	return base
 }
 
-// union returns the values of both, own before base.
+// union returns the values of both maps. If both have a name, the value is that
+// of own.
 func union(base, own map[string]string) map[string]string {
 	if len(base) == 0 {
 		return own

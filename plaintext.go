@@ -21,11 +21,11 @@ const (
 
 var plaintextTargets = []string{plaintextTokenURL, plaintextUpstream}
 
-// staysOnMachine reports whether a connection to host over network can be seen
-// by nobody outside this machine, so that secrets may pass it unencrypted
-// (RFC 6749 §3.2 and RFC 6750 §5.3 ask for TLS). An empty host is dialed on
-// the loopback interface. proxied says that a proxy makes the connection, which
-// it does but for Unix sockets; see usesProxy.
+// staysOnMachine reports whether a connection to host over network stays on this
+// machine. Nobody outside can see such a connection, so secrets need no
+// encryption there. For other connections, RFC 6749 §3.2 and RFC 6750 §5.3 ask
+// for TLS. If host is empty, the loopback interface is dialed. proxied says that
+// a proxy makes all connections except those to Unix sockets; see usesProxy.
 func staysOnMachine(network, host string, proxied bool) bool {
 	if caddy.IsUnixNetwork(network) {
 		return true
@@ -43,17 +43,18 @@ func staysOnMachine(network, host string, proxied bool) bool {
 	return err == nil && addr.Unmap().IsLoopback()
 }
 
-// isThisMachine reports whether a host may be another name of this machine, in a
-// wider sense than staysOnMachine: here, to know one too many does no harm.
+// isThisMachine reports whether a host may be a name of this machine. It knows
+// more names than staysOnMachine: here, one name too many does no harm.
 func isThisMachine(host string) bool {
 	host = strings.ToLower(strings.TrimSuffix(host, "."))
 	addr, err := netip.ParseAddr(host)
 	return staysOnMachine("tcp", host, false) || strings.HasSuffix(host, ".localhost") || (err == nil && addr.IsUnspecified())
 }
 
-// usesProxy reports whether connections are made through a proxy, which may be
-// on another machine and is told everything that is not encrypted. The proxies
-// in the environment are not used for loopback addresses.
+// usesProxy reports whether connections are made through a proxy. The proxy may
+// be on another machine, and sees everything that is not encrypted. The proxies
+// in the environment do not count, because they are not used for loopback
+// addresses.
 func usesProxy(h *reverseproxy.HTTPTransport) bool {
 	return h != nil && (len(h.NetworkProxyRaw) > 0 || h.ForwardProxyURL != "")
 }
@@ -76,8 +77,8 @@ func parseIssuer(raw string) (*url.URL, error) {
 	return u, err
 }
 
-// parseServerURL parses a URL of an authorization server. No error quotes it, as
-// it may hold a password or a key.
+// parseServerURL parses a URL of an authorization server. No error quotes the
+// URL, because it may hold a password or a key.
 func parseServerURL(raw, example string) (*url.URL, error) {
 	u, err := url.Parse(raw)
 	switch {
