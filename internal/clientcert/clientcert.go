@@ -1,4 +1,4 @@
-// Package clientcert keeps a client's certificate, and presents it in its requests.
+// Package clientcert keeps a client's certificate, and presents it in the client's requests.
 package clientcert
 
 import (
@@ -10,15 +10,16 @@ import (
 	"sync/atomic"
 )
 
-// A Cache returns the same value for a certificate as long as it has not
-// changed: tokens are bound to certificates, which are compared by address.
+// A Cache returns the same pointer for a certificate as long as the certificate
+// has not changed. Tokens are bound to certificates, which are compared by
+// address.
 type Cache struct {
-	mu      sync.Mutex // guards all below
+	mu      sync.Mutex // guards all fields below
 	digest  [sha256.Size]byte
 	current *tls.Certificate
 }
 
-// Pair returns the certificate, with its key, that two texts in PEM hold.
+// Pair returns a certificate with its key. Both parameters are texts in PEM.
 func (cache *Cache) Pair(certificate, key []byte) (*tls.Certificate, error) {
 	digest := sha256.Sum256(fmt.Appendf(nil, "%q %q", certificate, key))
 	cache.mu.Lock()
@@ -40,17 +41,17 @@ func (cache *Cache) Latest() *tls.Certificate {
 	return cache.current
 }
 
-// Presented is the certificate of one request. It goes with the request's
-// context, so that a token is bound to the certificate that was presented for it.
+// Presented is the certificate of one request. It is in the request's context.
+// So a token is bound to the certificate that was presented to get this token.
 type Presented struct {
 	certificate *tls.Certificate
-	asked       atomic.Bool // by the server
+	asked       atomic.Bool // a server has asked for the certificate
 }
 
 type presentedKey struct{}
 
-// With returns a context whose requests present the certificate; nil presents
-// none.
+// With returns a context. Requests with this context present the certificate. If
+// certificate is nil, they present none.
 func With(ctx context.Context, certificate *tls.Certificate) (context.Context, *Presented) {
 	p := &Presented{certificate: certificate}
 	return context.WithValue(ctx, presentedKey{}, p), p
@@ -61,7 +62,7 @@ func With(ctx context.Context, certificate *tls.Certificate) (context.Context, *
 func (p *Presented) Ignored() bool { return p.certificate != nil && !p.asked.Load() }
 
 // Ask returns the certificate that requests with this context present, or nil.
-// The server's question is noted.
+// It notes that a server has asked for the certificate.
 func Ask(ctx context.Context) *tls.Certificate {
 	p, ok := ctx.Value(presentedKey{}).(*Presented)
 	if !ok || p.certificate == nil {
@@ -71,15 +72,15 @@ func Ask(ctx context.Context) *tls.Certificate {
 	return p.certificate
 }
 
-// Present makes connections with this configuration present the certificates of
-// the requests that they are opened for. They must not be shared with clients
-// that have other ones: a connection is the client whose certificate it was
-// opened with.
+// Present changes config: a connection presents the certificate of the request
+// that it is opened for. Clients with different certificates must not share
+// their connections. On each connection, the server knows only the client whose
+// certificate was presented.
 func Present(config *tls.Config) {
 	config.GetClientCertificate = func(info *tls.CertificateRequestInfo) (*tls.Certificate, error) {
 		if certificate := Ask(info.Context()); certificate != nil {
 			return certificate, nil
 		}
-		return new(tls.Certificate), nil // none
+		return new(tls.Certificate), nil // no certificate
 	}
 }

@@ -13,7 +13,7 @@ import (
 	"github.com/go-jose/go-jose/v4"
 )
 
-// Sign makes a JWT of these claims. No error quotes the key.
+// Sign makes a JWT with these claims. No error quotes the key.
 func (k *Key) Sign(typ string, claims map[string]any) (string, error) {
 	payload, err := json.Marshal(claims)
 	if err != nil {
@@ -44,14 +44,16 @@ func (k *Key) signingError(err error) error {
 	return fmt.Errorf("signing the JWT with %s failed: %w", k.alg, err)
 }
 
-// written is how JWTs are written (RFC 7515 §7.1, RFC 7516 §7.1).
+// written matches texts that are written like a JWT (RFC 7515 §7.1, RFC 7516
+// §7.1).
 var written = regexp.MustCompile(`^[\w-]+(\.[\w-]*){2}((\.[\w-]*){2})?$`)
 
-// Is reports whether a text is written as JWTs are, signed or encrypted.
+// Is reports whether a text is written like a JWT, signed or encrypted.
 func Is(text string) bool { return written.MatchString(text) }
 
-// Decode returns header and claims of a JWT without verifying anything: they
-// are only shown. ok is false if it is none that can be read.
+// Decode returns the header and the claims of a JWT. It verifies nothing,
+// because they are only shown. If token is not a JWT that can be read, ok is
+// false.
 func Decode(token string) (header, claims map[string]any, ok bool) {
 	parts := strings.Split(token, ".")
 	if len(parts) != 3 { // RFC 7515 §7.1

@@ -23,14 +23,15 @@ import (
 	"github.com/go-jose/go-jose/v4"
 )
 
-// Algorithms are those that sign: client_secret_jwt and private_key_jwt may use
-// them (RFC 7518 §3.1, RFC 8037).
+// Algorithms are the algorithms that sign. client_secret_jwt and private_key_jwt
+// may use them (RFC 7518 §3.1, RFC 8037).
 var Algorithms = []string{
 	"RS256", "RS384", "RS512", "PS256", "PS384", "PS512",
 	"ES256", "ES384", "ES512", "EdDSA", "HS256", "HS384", "HS512",
 }
 
-// minRSABits is the size below which RFC 7518 §3.3 forbids to sign.
+// minRSABits is how many bits an RSA key must have at least to sign (RFC 7518
+// §3.3).
 const minRSABits = 2048
 
 // A Key signs JWTs.
@@ -44,14 +45,14 @@ type Key struct {
 // Format keeps the key out of everything that prints values.
 func (Key) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("private key")) }
 
-// SecretKey returns a client's secret as a key. alg is what is configured, or
-// empty.
+// SecretKey returns a client's secret as a key. alg is the algorithm in the
+// config, or empty.
 func SecretKey(secret, alg string) *Key {
 	return &Key{key: []byte(secret), alg: jose.SignatureAlgorithm(cmp.Or(alg, string(jose.HS256)))}
 }
 
-// ParseKey reads a private key in PEM or as a JWK. No error quotes it. alg and
-// id are what is configured, or empty.
+// ParseKey reads a private key in PEM or as a JWK. No error quotes the key. alg
+// and id are the algorithm and the key ID in the config, or empty.
 func ParseKey(source []byte, alg, id string) (*Key, error) {
 	// The key files of Google's service accounts are JSON around PEM.
 	var account struct {
@@ -75,7 +76,7 @@ func ParseKey(source []byte, alg, id string) (*Key, error) {
 		if jwk.IsPublic() {
 			return nil, errors.New("is a public key; the private one signs")
 		}
-		if jwk.Algorithm == "Ed25519" { // RFC 9864, the same under a name of its own
+		if jwk.Algorithm == "Ed25519" { // RFC 9864 gives the same algorithm another name
 			jwk.Algorithm = string(jose.EdDSA)
 		}
 		if jwk.Algorithm != "" && !slices.Contains(Algorithms, jwk.Algorithm) {
@@ -106,7 +107,7 @@ func ParseKey(source []byte, alg, id string) (*Key, error) {
 	return k, k.fit()
 }
 
-// parsePEM returns the first private key, and the certificates beside it.
+// parsePEM returns the private key, and the certificates beside it.
 func parsePEM(source []byte) (key any, certificates []*x509.Certificate, err error) {
 	// In environment variables, line breaks are often written as \n.
 	if !bytes.ContainsRune(source, '\n') {
@@ -166,16 +167,16 @@ func parseDER(block *pem.Block) (key any, err error) {
 	return key, nil
 }
 
-// Certify notes the certificate that some servers know the key by, unless one is
-// noted already. One that is for another key changes nothing.
+// Certify notes the certificate by which some servers know the key, unless the
+// key has one already. A certificate for another key changes nothing.
 func (k *Key) Certify(certificate *x509.Certificate) {
 	if k.thumbprint == "" {
 		_ = k.setCertificate(certificate)
 	}
 }
 
-// setCertificate notes the certificate that some servers know the key by. One for
-// another key is an error.
+// setCertificate notes the certificate by which some servers know the key. A
+// certificate for another key is an error.
 func (k *Key) setCertificate(certificate *x509.Certificate) error {
 	if !belongs(certificate, k.key) {
 		return errors.New("the certificate beside it is for another key")
@@ -195,8 +196,8 @@ func belongs(certificate *x509.Certificate, key any) bool {
 	return ok && public.Equal(signer.Public())
 }
 
-// fit derives the algorithm from the key if none is set, or tells that the one
-// which is set does not fit.
+// fit derives the algorithm from the key if no algorithm is set. It returns an
+// error if the algorithm does not fit the key.
 func (k *Key) fit() error {
 	var fitting []jose.SignatureAlgorithm
 	kind := ""

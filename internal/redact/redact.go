@@ -1,4 +1,4 @@
-// Package redact says what of a foreign text may be shown.
+// Package redact says which parts of a foreign text may be shown.
 package redact
 
 import (
@@ -16,7 +16,7 @@ import (
 // breaks, at most limit bytes.
 func Clean(s string, limit int) string {
 	s = strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) { // it may be meant for a terminal
+		if !unicode.IsPrint(r) { // it may control a terminal
 			return ' '
 		}
 		return r
@@ -28,20 +28,21 @@ func Clean(s string, limit int) string {
 	return s
 }
 
-// Secrets are what must not be shown of a token request.
+// Secrets are the texts in a token request that must not be shown.
 type Secrets []string
 
 // Add adds a secret, unless it is too short to be one.
 func (s *Secrets) Add(secret string) {
-	// What URLs begin with tells nothing, and shorter texts occur in any other.
+	// The beginning of a URL gives nothing away, and short texts may occur
+	// anywhere.
 	secret = strings.TrimPrefix(strings.TrimPrefix(secret, "https://"), "http://")
 	if len(secret) >= minSecret {
 		*s = append(*s, secret)
 	}
 }
 
-// AddReplaced adds what the placeholders of a template stand for in value.
-// What stands in the config itself is no secret.
+// AddReplaced adds the part of value that has replaced the placeholders of
+// template. What stands in the config itself is no secret.
 func (s *Secrets) AddReplaced(template, value string) {
 	prefix, _, ok := strings.Cut(template, "{")
 	if ok && template != value {
@@ -50,8 +51,9 @@ func (s *Secrets) AddReplaced(template, value string) {
 	}
 }
 
-// AddQuery adds what placeholders stand for in the query of a URL, such as the
-// key of a function. If the template has none, the URL is that of a placeholder.
+// AddQuery adds what has replaced placeholders in the query of a URL, such as
+// the key of a function. If the template has no query, a placeholder holds the
+// whole query.
 func (s *Secrets) AddQuery(template string, u *url.URL) {
 	_, query, ok := strings.Cut(template, "?")
 	if !ok {
@@ -60,19 +62,19 @@ func (s *Secrets) AddQuery(template string, u *url.URL) {
 	s.AddReplaced(query, u.RawQuery)
 }
 
-// Telltale is how many characters of a secret in a row give it away. Less may
-// be chance: secrets and messages are made of words.
+// Telltale is how many characters of a secret, one after the other, give it
+// away. Fewer may be there by chance: secrets and messages are made of words.
 const Telltale = 8
 
-// minSecret is how many characters a value has at least to be looked for: 1 and
-// true are no secrets.
+// minSecret is how many characters a secret has at least. Shorter values, such
+// as 1, are no secrets.
 const minSecret = 4
 
-// In reports whether a text holds a secret, or enough of one, in whatever spelling
-// a server may repeat it.
+// In reports whether a text holds a secret, or enough of a secret to give it
+// away. It knows all spellings in which a server may repeat a secret.
 func (s Secrets) In(text string) bool {
 	texts := readings(text)
-	windows := make(map[string]struct{}) // all that is long enough in texts
+	windows := make(map[string]struct{}) // all parts of texts that have Telltale characters
 	for _, t := range texts {
 		for i := range len(t) - Telltale + 1 {
 			windows[t[i:i+Telltale]] = struct{}{}
@@ -80,7 +82,7 @@ func (s Secrets) In(text string) bool {
 	}
 	for _, secret := range s {
 		for _, spelling := range spellings(secret) {
-			if len(spelling) < Telltale { // the whole of it
+			if len(spelling) < Telltale { // look for the whole spelling
 				if slices.ContainsFunc(texts, func(t string) bool { return strings.Contains(t, spelling) }) {
 					return true
 				}
@@ -96,10 +98,11 @@ func (s Secrets) In(text string) bool {
 	return false
 }
 
-// escape is a character in a URL. Others that a text has do not matter.
+// escape matches one escaped character of a URL. Other percent signs in the text
+// do not matter.
 var escape = regexp.MustCompile(`%[[:xdigit:]]{2}`)
 
-// readings returns what a text may be meant to say, in lower case.
+// readings returns all that a text may be meant to say, in lower case.
 func readings(text string) []string {
 	unescaped := text
 	for range 2 {
@@ -115,7 +118,8 @@ func readings(text string) []string {
 	return readings
 }
 
-// joined leaves out what may stand between characters, as in 61:62:63.
+// joined returns the text without what may stand between its characters, as in
+// 61:62:63.
 func joined(text string) string {
 	return strings.Map(func(r rune) rune {
 		if (r >= 'a' && r <= 'z') || (r >= 'A' && r <= 'Z') || (r >= '0' && r <= '9') {
@@ -125,8 +129,8 @@ func joined(text string) string {
 	}, text)
 }
 
-// spellings returns the ways to write a secret, in lower case. In base64, it
-// looks different in each of three places.
+// spellings returns the ways to write a secret, in lower case. In base64, a
+// secret has three forms: the form depends on where the secret begins.
 func spellings(secret string) []string {
 	spellings := []string{secret, url.QueryEscape(secret), url.PathEscape(secret), hex.EncodeToString([]byte(secret))}
 	for skipped := range min(3, len(secret)) {
@@ -135,7 +139,7 @@ func spellings(secret string) []string {
 		}
 	}
 	for _, spelling := range spellings {
-		if short := joined(spelling); len(short) >= Telltale && short != spelling { // less would be found by chance
+		if short := joined(spelling); len(short) >= Telltale && short != spelling { // shorter ones would be found by chance
 			spellings = append(spellings, short)
 		}
 	}

@@ -10,51 +10,48 @@ import (
 	"time"
 )
 
-// errSuperseded ends the reading of an attempt whose request is being sent
-// again.
+// errSuperseded ends the reads of an attempt when its request is sent again.
 var errSuperseded = errors.New("the request is being sent again")
 
-// DefaultLimit is how much of a body is kept for sending it once more, in
-// bytes.
+// DefaultLimit is how much of a body is kept to send it once more, in bytes.
 const DefaultLimit = 64 << 10
 
-// A Body is a request's body that can be sent twice. While it is sent for the
-// first time, what is read of it is recorded, up to limit; the second time, the
-// recording is sent first, and then what nobody has read yet. The upstream may be
-// asked first whether it wants the body, see Announce: until it says so, the first
-// attempt pauses.
+// A Body is a request's body that can be sent twice. The first attempt records
+// what it reads, up to limit. The second attempt sends the recording, and then
+// what nobody has read yet. The upstream may be asked first whether it wants the
+// body, see Announce. Then the first attempt pauses until the upstream says so.
 //
-// Each attempt reads through a body of its own, so that one which was given
-// up, and may still be reading in a goroutine of net/http, takes nothing away
-// from the next.
+// Each attempt has its own reader. An attempt that was given up may still be
+// reading in a goroutine of net/http. It takes nothing away from the next
+// attempt.
 type Body struct {
 	body    io.ReadCloser
 	limit   int
-	pause   time.Duration // at most; see Announce
-	pauseAt int           // after so many bytes
+	pause   time.Duration // how long the first attempt may pause; see Announce
+	pauseAt int           // the pause begins after so many bytes
 
 	expected bool        // see Expected
 	ignored  atomic.Bool // see Ignored
 
-	mu       sync.Mutex  // guards all below; not held while body is read
-	changed  sync.Cond   // of reading, held, paused and attempt
-	attempt  int         // the one that may read
+	mu       sync.Mutex  // guards all fields below; not held while body is read
+	changed  sync.Cond   // signals changes of reading, held, paused and attempt
+	attempt  int         // the number of the attempt that may read
 	reading  bool        // body is being read
 	touched  bool        // body has been read, or is being read
-	held     bool        // the attempt has to wait, for Hold
-	paused   *time.Timer // the attempt has to wait, until proceed; then nil
-	recorded *[]byte     // nil: not recording any more
+	held     bool        // the attempt has to wait, because of Hold
+	paused   *time.Timer // not nil: the attempt has to wait until proceed
+	recorded *[]byte     // nil: nothing is recorded any more
 	overflow bool        // more was read than is recorded
-	err      error       // with which body ended, io.EOF included
-	closed   bool        // by the current attempt
-	closing  bool        // body has to be closed when it is not being read
+	err      error       // the error with which body ended, which may be io.EOF
+	closed   bool        // the current attempt has closed its reader
+	closing  bool        // body has to be closed when nobody reads it any more
 	final    bool        // no attempt will follow the current one
 }
 
-// recordings are reused: most bodies are small, and few are sent again.
+// recordings are used again: most bodies are small, and few are sent again.
 var recordings = sync.Pool{New: func() any { return new([]byte) }}
 
-// New returns a body of which limit bytes can be sent twice.
+// New returns a Body. limit is how many bytes of body can be sent twice.
 func New(body io.ReadCloser, limit int) *Body {
 	b := &Body{body: body, limit: limit, recorded: recordings.Get().(*[]byte)}
 	b.changed.L = &b.mu
@@ -64,8 +61,8 @@ func New(body io.ReadCloser, limit int) *Body {
 // First returns the body of the first attempt.
 func (b *Body) First() io.ReadCloser { return &attemptBody{of: b} }
 
-// Hold makes the first attempt wait before it reads on. It returns false if
-// more was read than is recorded, so that the body cannot be sent again.
+// Hold makes the first attempt wait before it reads on. It returns false if more
+// was read than is recorded: then the body can't be sent again.
 func (b *Body) Hold() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -74,7 +71,7 @@ func (b *Body) Hold() bool {
 	return b.held
 }
 
-// resume ends Hold.
+// resume ends the wait that Hold has begun.
 func (b *Body) resume() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -90,7 +87,8 @@ func (b *Body) supersede() {
 	b.changed.Broadcast()
 }
 
-// proceed ends the pause: the upstream wants the body.
+// proceed ends the pause. The upstream wants the body, or did not answer in
+// time.
 func (b *Body) proceed() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -98,7 +96,8 @@ func (b *Body) proceed() {
 	b.changed.Broadcast()
 }
 
-// endPause makes sure that there is no pause, and will be none. mu is held.
+// endPause ends the pause, if there is one, and makes sure that no other begins.
+// mu is held.
 func (b *Body) endPause() {
 	b.pause = 0
 	if b.paused != nil {
@@ -107,8 +106,8 @@ func (b *Body) endPause() {
 	}
 }
 
-// Again returns the body of the second attempt, after Hold has returned true.
-// The first reads nothing from then on.
+// Again returns the body of the second attempt. Hold must have returned true
+// before. From now on, the first attempt reads nothing.
 func (b *Body) Again() io.ReadCloser {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -119,16 +118,19 @@ func (b *Body) Again() io.ReadCloser {
 	return &attemptBody{of: b, number: b.attempt}
 }
 
-// Commit tells that the current attempt is the last. Only now may the body
-// itself be closed. If the attempt is still waiting to be told whether the
-// upstream wants the body, it does not: nothing is read, and the wait ends
-// with ctx, the request's. Ended before, it would break the connection on
-// which the answer is still coming.
+// Commit says that the current attempt is the last. Only from now on may the
+// body itself be closed.
 //
-// An attempt that is held already has its answer, and most likely nobody reads its
-// body any more. It goes on only after MaxPause, for an upstream that ends its
-// answer when it has read all. At once, it would read the body while the request
-// ends, and Caddy counts what was read of it.
+// If the attempt is still in its pause, the upstream has answered without the
+// body, and does not want it. Nothing is read then, and the wait ends with ctx,
+// the context of the request. If the wait ended earlier, the attempt would break
+// the connection on which the answer is still coming.
+//
+// If the attempt is held, it already has its answer, and most likely nobody
+// reads its body any more. But some upstreams end their answer only after they
+// have read the whole body. For these, the attempt goes on after MaxPause. If it
+// went on at once, it would read the body while the request ends. That would be
+// a data race, because Caddy then counts what was read.
 func (b *Body) Commit(ctx context.Context) {
 	b.mu.Lock()
 	if b.final {
@@ -155,31 +157,31 @@ func (b *Body) Commit(ctx context.Context) {
 	b.mu.Unlock()
 	switch {
 	case now && touched:
-		// A server's body that is closed waits for its client, and nobody
+		// When a server's body is closed, Close waits for the client. Nobody
 		// must wait for that.
 		go b.body.Close() //nolint:errcheck // nobody to tell
 	case now:
-		// The reverse proxy may go on to the next upstream with this body,
-		// and must find it closed.
+		// The reverse proxy may go on to the next upstream with this body. It
+		// must find the body closed.
 		_ = b.body.Close()
 	}
 }
 
-// closeNow reports whether the body itself may be closed now: not while it is
-// being read, which few bodies allow. Then it is closed after that. mu is
-// held, and must not be while the body is closed.
+// closeNow reports whether the body itself may be closed now. Few bodies may be
+// closed while somebody reads them. If somebody reads, the body is closed after
+// that. mu is held, and must not be held while the body is closed.
 func (b *Body) closeNow() bool {
 	b.closing = b.reading
 	return !b.reading
 }
 
-// forget gives the recording back. mu is held.
+// forget ends the recording and gives its memory back. mu is held.
 func (b *Body) forget() {
 	if b.recorded == nil {
 		return
 	}
 	b.overflow = true
-	if cap(*b.recorded) <= DefaultLimit { // no hoard of rare, large ones
+	if cap(*b.recorded) <= DefaultLimit { // keep no rare, large recordings
 		*b.recorded = (*b.recorded)[:0]
 		recordings.Put(b.recorded)
 	}
@@ -190,7 +192,7 @@ func (b *Body) forget() {
 type attemptBody struct {
 	of     *Body
 	number int
-	sent   int // of the recording
+	sent   int // how much of the recording this attempt has sent
 }
 
 // Read implements io.Reader.
@@ -205,8 +207,8 @@ func (a *attemptBody) Read(p []byte) (int, error) {
 			a.sent += n
 			return n, nil
 		}
-		// A read by the attempt before may still be under way. What it gets
-		// is recorded: this attempt has to send it.
+		// A read of the attempt before may still be under way. What it reads is
+		// recorded, and this attempt has to send that.
 		if !b.reading && !b.held && !b.pausing() {
 			return a.readOn(p)
 		}
@@ -219,7 +221,7 @@ func (a *attemptBody) Read(p []byte) (int, error) {
 func (a *attemptBody) readOn(p []byte) (int, error) {
 	b := a.of
 	if a.number > 0 {
-		b.forget() // all of it has been sent
+		b.forget() // the whole recording has been sent
 	}
 	if b.err != nil {
 		return 0, b.err
@@ -266,8 +268,8 @@ func (b *Body) pausing() bool {
 	return b.paused != nil
 }
 
-// Close implements io.Closer. It closes the body itself only if no attempt
-// follows: closed, it could not be read to its end.
+// Close implements io.Closer. It closes the body itself only if no other attempt
+// follows: nobody could read a closed body to its end.
 func (a *attemptBody) Close() error {
 	b := a.of
 	b.mu.Lock()
