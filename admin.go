@@ -1,4 +1,4 @@
-// The admin API: the state of the OAuth clients, and what an operator can have done.
+// The admin API: it shows the OAuth clients, and renews or forgets a token on request.
 
 package outboundauth
 
@@ -22,14 +22,13 @@ func init() {
 	caddy.RegisterModule(adminAPI{})
 }
 
-// adminClients is where the admin API has the clients.
+// adminClients is the path of the clients in the admin API.
 const adminClients = "/oauth2/clients"
 
-// adminAPI shows the state of the OAuth clients, and lets an operator have a
-// token replaced:
+// adminAPI shows the OAuth clients. An operator can also renew or forget a token:
 //
 //	GET    /oauth2/clients             all clients
-//	GET    /oauth2/clients/<id>        one of them
+//	GET    /oauth2/clients/<id>        one client
 //	POST   /oauth2/clients/<id>/renew  request a token now, and wait for it
 //	DELETE /oauth2/clients/<id>/token  forget the token
 //
@@ -52,7 +51,7 @@ func (a adminAPI) Routes() []caddy.AdminRoute {
 	}
 }
 
-// clientStatus is a client as the admin API shows it.
+// clientStatus is what the admin API shows of a client.
 type clientStatus struct {
 	ID   string `json:"id"`
 	Name string `json:"name"`
@@ -64,18 +63,18 @@ type clientStatus struct {
 	Renewal  *time.Time `json:"renewal,omitempty"`
 	Expires  *time.Time `json:"expires,omitempty"`
 
-	// Since the last success.
+	// The failures since the last success; empty if there are none.
 	Failures  int            `json:"failures"`
 	LastError *reportedError `json:"last_error,omitempty"`
 	RetryAt   *time.Time     `json:"retry_at,omitempty"`
 
-	// Of all clients that have this name, since the process started.
+	// These count for all clients of this name since the process started.
 	Requests      map[string]uint64 `json:"requests"`
 	TokenRequests map[string]uint64 `json:"token_requests"`
 	Rejections    map[string]uint64 `json:"rejections"`
 }
 
-// newClientStatus returns what the admin API shows of a source.
+// newClientStatus returns what the admin API shows of the client of a source.
 func newClientStatus(s sourceStatus) clientStatus {
 	status := clientStatus{
 		ID:          s.key.id(),
@@ -96,7 +95,8 @@ func newClientStatus(s sourceStatus) clientStatus {
 	return status
 }
 
-// instant returns t for JSON, which leaves out only nil.
+// instant returns t for JSON, or nil if t is zero. encoding/json leaves out a
+// nil pointer, but not a zero time.
 func instant(t time.Time) *time.Time {
 	if t.IsZero() {
 		return nil
@@ -104,22 +104,23 @@ func instant(t time.Time) *time.Time {
 	return &t
 }
 
-// idKey makes the ids of this process its own. A key is a digest of settings,
-// among them secrets that stand in the config itself: whoever sees an id could
-// try which secret it belongs to.
+// idKey is random, so that only this process can compute its ids. A sourceKey
+// is a digest of settings, and some of them may be secrets. Without idKey, a
+// reader of an id could find out whether a guessed secret is right.
 var idKey = []byte(rand.Text())
 
-// id is short enough for a URL that somebody types, and tells nothing.
+// id returns an id that is short enough to type in a URL. It tells nothing
+// about the settings.
 func (k sourceKey) id() string {
 	mac := hmac.New(sha256.New, idKey)
 	mac.Write(k[:])
 	return hex.EncodeToString(mac.Sum(nil)[:6])
 }
 
-// clientStatuses returns the statuses of all clients, by name.
+// clientStatuses returns the statuses of all clients, sorted by name.
 func clientStatuses() []clientStatus {
 	sourceStatuses := sourceStatuses()
-	statuses := make([]clientStatus, len(sourceStatuses)) // [] in JSON, if there are none
+	statuses := make([]clientStatus, len(sourceStatuses)) // never nil: in JSON, an empty list is []
 	for i, s := range sourceStatuses {
 		statuses[i] = newClientStatus(s)
 	}
@@ -170,12 +171,12 @@ func (adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 	return adminError(http.StatusNotFound, errors.New("the client has just been unloaded"))
 }
 
-// sourceByID finds the source of a client.
+// sourceByID finds the source of the client that has this id.
 func sourceByID(id string) (source *tokenSource, ok bool) {
 	sources.Range(func(key, value any) bool {
 		if key.(sourceKey).id() == id {
 			source = value.(*tokenSource)
-			ok = len(source.statuses(time.Now())) > 0 // or nobody is attached to it yet
+			ok = len(source.statuses(time.Now())) > 0 // false: no client is attached to it yet
 		}
 		return !ok
 	})

@@ -49,7 +49,7 @@ import (
 //			<option of transport http>
 //		}
 //
-//		# what the upstream is sent
+//		# what is sent to the upstream
 //		tenant               [<field>] <value>
 //		header               <field> <value>
 //		bearer_header        <field> [<scheme>]
@@ -80,12 +80,12 @@ func (t *Transport) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d = caddyfile.NewDispenser(segment)
 	d.Next()
 
-	// What is not ours goes to the http transport, by whole segments: taken
-	// word by word, an argument could pass for one of our settings.
+	// Settings that are not ours go to the http transport as whole segments. If
+	// they went word by word, an argument could pass for one of our settings.
 	rest := slices.Clone(segment[:min(2, len(segment))]) // the name and the opening brace
 
 	base := newCredentialsBlock(d)
-	var blocks []*credentialsBlock // of t.Upstreams
+	var blocks []*credentialsBlock // one for each of t.Upstreams
 	for d.NextBlock(0) {
 		switch d.Val() {
 		case "upstream":
@@ -141,10 +141,10 @@ func (t *Transport) unmarshalPlaintext(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-// checkBlocks finds what only shows when the whole block has been read.
-// Provision would find it too, but knows neither file nor line.
+// checkBlocks finds mistakes that show only when the whole block has been read.
+// Provision would find them too, but it knows neither file nor line.
 func (t *Transport) checkBlocks(base *credentialsBlock, blocks []*credentialsBlock) error {
-	if len(t.Upstreams) == 0 || base.missing() == "" { // else others only inherit from it
+	if len(t.Upstreams) == 0 || base.missing() == "" { // otherwise upstreams only inherit from it
 		if err := t.checkBlock(base, nil); err != nil {
 			return err
 		}
@@ -160,14 +160,15 @@ func (t *Transport) checkBlocks(base *credentialsBlock, blocks []*credentialsBlo
 	return nil
 }
 
-// checkBlock checks a block with all that it inherits from base.
+// checkBlock checks a block, with the settings that it inherits from base.
 func (t *Transport) checkBlock(block *credentialsBlock, base *Credentials) error {
 	if missing := block.missingBeside(base); missing != "" {
 		return block.at.WrapErr(fmt.Errorf("transport oauth2: %s", missing))
 	}
 	merged := block.inherit(base)
 	if err := merged.checkTogether(); err != nil {
-		// At the setting that the error starts with, if the block has it.
+		// The error begins with the name of a setting. It names the line of
+		// this setting, or of the block if the block does not have the setting.
 		setting, _, _ := strings.Cut(strings.ReplaceAll(err.Error(), ":", " "), " ")
 		if at, ok := block.seen[setting]; ok {
 			return at.WrapErr(err)
@@ -179,7 +180,7 @@ func (t *Transport) checkBlock(block *credentialsBlock, base *Credentials) error
 		if !ok || slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {
 			continue
 		}
-		if u, err := parseTokenURL(raw); err == nil { // else it has placeholders
+		if u, err := parseTokenURL(raw); err == nil { // otherwise the URL has placeholders
 			if err := checkPlaintext(u, usesProxy(merged.TokenTransport)); err != nil {
 				return at.WrapErr(fmt.Errorf("%s: %w", setting, err))
 			}
@@ -197,9 +198,8 @@ func (t *Transport) checkBlock(block *credentialsBlock, base *Credentials) error
 func unmarshalUpstream(d *caddyfile.Dispenser) (*Upstream, *credentialsBlock, error) {
 	block := newCredentialsBlock(d)
 
-	// The reverse proxy's own parser reads the addresses, so that whatever
-	// can be written there, schemes and port ranges included, means the same
-	// here.
+	// The reverse proxy's own parser reads the addresses. So each address means
+	// the same in both places, also one with a scheme or a port range.
 	directive := d.Token()
 	directive.Text = "reverse_proxy"
 	tokens := []caddyfile.Token{directive}
@@ -245,12 +245,12 @@ func unmarshalUpstream(d *caddyfile.Dispenser) (*Upstream, *credentialsBlock, er
 	return upstream, block, nil
 }
 
-// A credentialsBlock is the settings of Credentials while they are read.
+// A credentialsBlock holds the settings of Credentials while they are read.
 type credentialsBlock struct {
 	Credentials
 
-	// Where the block and each of its settings stand, for errors that show
-	// only later.
+	// The places of the block and of its settings in the Caddyfile. Errors that
+	// show only later name them.
 	at   caddyfile.Dispenser
 	seen map[string]caddyfile.Dispenser
 }
@@ -259,7 +259,8 @@ func newCredentialsBlock(d *caddyfile.Dispenser) *credentialsBlock {
 	return &credentialsBlock{seen: make(map[string]caddyfile.Dispenser), at: *d}
 }
 
-// unmarshal reads the setting at d, unless it is not one of Credentials.
+// unmarshal reads the setting at d. If Credentials has no such setting,
+// unmarshal reads nothing and returns false.
 func (b *credentialsBlock) unmarshal(d *caddyfile.Dispenser) (ours bool, err error) {
 	setting := d.Val()
 	parse, ours := credentialsSettings[setting]
@@ -285,7 +286,7 @@ func (b *credentialsBlock) unmarshal(d *caddyfile.Dispenser) (ours bool, err err
 
 var repeatableSettings = []string{"param", "claim", "token_request_header", "header"}
 
-// credentialsSettings parses the settings of Credentials, by name.
+// credentialsSettings has the parsers for the settings of Credentials, by name.
 var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) error{
 	"name":          func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.Name) },
 	"token_url":     func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.TokenURL) },
@@ -410,7 +411,7 @@ func oneArg(d *caddyfile.Dispenser, value *string) error {
 	return nil
 }
 
-// listArg reads one argument or more.
+// listArg reads the arguments of a setting, one or more.
 func listArg(d *caddyfile.Dispenser, values *[]string) error {
 	setting := d.Val()
 	if *values = d.RemainingArgs(); len(*values) == 0 {
@@ -419,8 +420,8 @@ func listArg(d *caddyfile.Dispenser, values *[]string) error {
 	return nil
 }
 
-// namedArg reads a name and a value, and adds them to values. Names of header
-// fields are taken in any case.
+// namedArg reads a name and a value, and adds them to values. The case of a
+// header field's name does not matter.
 func namedArg(d *caddyfile.Dispenser, values *map[string]string, isField bool) error {
 	setting := d.Val()
 	var name, value string
@@ -455,8 +456,8 @@ func durationArg(d *caddyfile.Dispenser, value *caddy.Duration) error {
 	return nil
 }
 
-// parseSize reads a size as Caddy writes sizes, by the parser of an option of
-// the http transport that is a size.
+// parseSize reads a size in Caddy's notation. It uses the parser of
+// read_buffer, an option of the http transport whose value is a size.
 func parseSize(size string) (int64, error) {
 	tokens, err := caddyfile.Tokenize([]byte("http {\nread_buffer "+strconv.Quote(size)+"\n}"), "")
 	if err != nil {

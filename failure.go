@@ -1,4 +1,4 @@
-// How what does not go upstream becomes an error of the handler, not of the upstream.
+// Requests that do not go upstream: each becomes an error of the handler, not of the upstream.
 
 package outboundauth
 
@@ -20,19 +20,20 @@ import (
 )
 
 // The reverse proxy takes every error of a transport for a failure of the
-// upstream: it counts it against the upstream's health and tries the next
-// one. A missing token is neither's fault. So the transport does not return
-// an error but a response that no upstream can send, marked in a header; a
-// response route in front of the user's own turns it into the error. From
-// there, it goes to handle_errors like any other.
+// upstream: it counts the error against the upstream's health, and tries the
+// next upstream. But no upstream is to blame for a missing token. So the
+// transport returns no error. It returns a response that no upstream can send:
+// a mark in a header distinguishes it. A response route in front of the user's
+// own routes turns this response into the error. The error then goes to
+// handle_errors like any other.
 //
-// The header is one that Caddy redacts in its logs, and that means nothing in a
+// Caddy redacts this header in its logs. The header has no meaning in a
 // response (RFC 9110 §11.7.2).
 const failureField = "Proxy-Authorization"
 
-// failureMark is the value of the field, new in each process. Upstreams can't
-// guess it, and it would be taken from them: see
-// Transport.send.
+// failureMark is the value of failureField. Each process has another value,
+// which upstreams can't guess. Transport.send also removes the field from their
+// answers.
 var failureMark = rand.Text()
 
 func init() {
@@ -40,8 +41,7 @@ func init() {
 }
 
 // failureHandler raises the error of a request that did not go upstream. The
-// `oauth2` transport adds it to the reverse proxy that it is part of; it is
-// of no use in a config.
+// `oauth2` transport adds it to its own reverse proxy. Configs have no use for it.
 type failureHandler struct{}
 
 // CaddyModule returns the Caddy module information.
@@ -54,7 +54,7 @@ func (failureHandler) CaddyModule() caddy.ModuleInfo {
 
 // ServeHTTP implements caddyhttp.MiddlewareHandler.
 func (failureHandler) ServeHTTP(w http.ResponseWriter, r *http.Request, next caddyhttp.Handler) error {
-	repl, _ := replacerOf(r.Context()) // Caddy's server has set it
+	repl, _ := replacerOf(r.Context()) // Caddy's server has set a replacer
 	failure, _ := repl.Get(phFailure)
 	err, ok := failure.(error)
 	if !ok {
@@ -62,15 +62,16 @@ func (failureHandler) ServeHTTP(w http.ResponseWriter, r *http.Request, next cad
 	}
 	repl.Delete(phFailure)
 	repl.Delete(phFailed)
-	repl.Delete("http.reverse_proxy.header." + failureField) // the mark is nobody's business
+	repl.Delete("http.reverse_proxy.header." + failureField) // nobody needs to see the mark
 	if seconds := retryAfterSeconds(err); seconds != "" {
 		w.Header().Set("Retry-After", seconds)
 	}
 	return err
 }
 
-// installFailureRoute gives the handler the route. The handler provisions its
-// response routes after its transport, whose Provision calls this.
+// installFailureRoute adds the response route for failures to the handler. The
+// transport's Provision calls it, and the handler provisions its response
+// routes after its transport.
 func installFailureRoute(handler *reverseproxy.Handler) error {
 	handler.HandleResponse = slices.Insert(handler.HandleResponse, 0, caddyhttp.ResponseHandler{
 		Match: &caddyhttp.ResponseMatcher{Headers: http.Header{failureField: {failureMark}}},
@@ -81,10 +82,10 @@ func installFailureRoute(handler *reverseproxy.Handler) error {
 	if handler.LoadBalancing == nil {
 		return nil
 	}
-	// lb_retry_match comes before the response routes: it must not take the
-	// marked response for one of an upstream.
+	// The handler evaluates lb_retry_match before the response routes. It must
+	// not take the marked response for an upstream's answer.
 	for i, matchers := range handler.LoadBalancing.RetryMatchRaw {
-		if matchers == nil { // null in JSON, which matches everything
+		if matchers == nil { // it is null in JSON, and matches everything
 			matchers = make(caddy.ModuleMap)
 			handler.LoadBalancing.RetryMatchRaw[i] = matchers
 		}
@@ -105,9 +106,10 @@ func installFailureRoute(handler *reverseproxy.Handler) error {
 	return nil
 }
 
-// setFailurePlaceholders sets the placeholders that tell why there is no token: the OAuth
-// error code or one of ours, the description, and the status with which the
-// token endpoint answered, if it did.
+// setFailurePlaceholders sets the placeholders that tell why there is no token:
+// code, description and status. The code is an OAuth error code, or one of
+// ours. The status is that of the token endpoint's answer, or empty if there
+// was no answer.
 func setFailurePlaceholders(repl *caddy.Replacer, err error) {
 	code, description, status := codeConfiguration, err.Error(), ""
 	if failure, ok := errors.AsType[*tokenError](err); ok {
@@ -118,15 +120,15 @@ func setFailurePlaceholders(repl *caddy.Replacer, err error) {
 	} else if errors.Is(err, context.DeadlineExceeded) {
 		code = codeTimeout
 	} else if _, ok := errors.AsType[*fetchError](err); ok {
-		code = codeInvalidResponse // what was granted can't be used
+		code = codeInvalidResponse // the server has granted a token that can't be used
 	}
 	repl.Set(phError, code)
 	repl.Set(phDescription, description)
 	repl.Set(phStatus, status)
 }
 
-// retryAfterSeconds tells when asking again may help (RFC 9110 §10.2.3); ""
-// if it is not a matter of time.
+// retryAfterSeconds returns in how many seconds another request may succeed
+// (RFC 9110 §10.2.3). It returns "" if waiting does not help.
 func retryAfterSeconds(err error) string {
 	failed, ok := errors.AsType[*fetchError](err)
 	if !ok {

@@ -10,18 +10,19 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
-// sendHealthCheck sends an active health check. It carries the token of its
-// upstream if there is one at hand: an upstream is not unhealthy because its
-// token is missing, so a check neither waits for one nor fails for lack of one.
-// It has one fetched for the next: an upstream that lets nobody in without a
-// token, and is therefore down, gets no request that would fetch one.
+// sendHealthCheck sends an active health check. The check carries the token of
+// its upstream if the token is at hand. A missing token does not make the
+// upstream unhealthy, so the check neither waits for the token nor fails without
+// it. But the check has the token fetched for the next check. Otherwise an
+// upstream that refuses checks without a token would stay down: no request would
+// go there and fetch one.
 func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 	dial, _ := reverseproxy.GetDialInfo(req.Context())
 	checked := dialAddressOf(req.Context())
 	r, listed := t.routes[checked]
 	switch {
 	case listed:
-	case slices.Contains(t.dials, checked) && !t.listedOnly: // as for a request
+	case slices.Contains(t.dials, checked) && !t.listedOnly: // the same route as a request
 		r = t.fallback
 	default:
 		r = t.routeByHost(dial.Host)
@@ -30,7 +31,7 @@ func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 		return t.send(req, nil, nil)
 	}
 	tok := r.source.Peek()
-	if r.started.Load() { // and not just being validated: Caddy checks before it runs a config
+	if r.started.Load() { // false while Caddy only validates the config: it sends checks even then
 		tok = r.source.PeekOrFetch()
 	}
 	out, err := t.outbound(req, r.block, tok)
@@ -44,19 +45,20 @@ func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 	return res, err
 }
 
-// refusesCheck reports whether a check was answered as a request is whose token
-// the upstream does not accept. It is down then, so that there will be no
-// request by which the token is replaced. A check that expects this answer
-// says nothing about the token.
+// refusesCheck reports whether the answer to a health check says that the
+// upstream does not accept the token. The upstream is then down, and gets no
+// requests. So only a check can have the token replaced. If the check expects
+// this status, the status says nothing about the token.
 func (t *Transport) refusesCheck(b *block, status int) bool {
 	expected := t.healthStatus != 0 && caddyhttp.StatusCodeMatches(status, t.healthStatus)
 	return b.refuses(status) && !expected
 }
 
-// routeByHost returns the route of a check whose address is none of an
-// upstream: that of all the proxy's upstreams on this host, as a check may go to
-// another port of theirs (health_port). If they differ, or there are none, and
-// there are several routes, nobody can tell.
+// routeByHost returns the route of a health check whose address is not that of
+// an upstream. The check may go to another port of an upstream's host
+// (health_port). So routeByHost returns the route that all upstreams on this
+// host have. If they have different routes, or if there are none, it returns the
+// zero route. Without upstream blocks, all checks have the fallback.
 func (t *Transport) routeByHost(host string) route {
 	if len(t.routes) == 0 {
 		return t.fallback
@@ -71,8 +73,8 @@ func (t *Transport) routeByHost(host string) route {
 	return found
 }
 
-// redirectedElsewhere reports whether a check follows a redirect to a host other
-// than the one that was to be checked: its token is not for that one.
+// redirectedElsewhere reports whether a health check follows a redirect to
+// another host. That host must not get the upstream's token.
 func redirectedElsewhere(req *http.Request) bool {
 	first := req
 	for first.Response != nil && first.Response.Request != nil {

@@ -1,8 +1,9 @@
 // Package outboundauth is a transport for Caddy's reverse proxy: Transport.
 //
 // It obtains an access token for each upstream with the OAuth 2.0 client
-// credentials grant (RFC 6749 §4.4) or the JWT bearer grant (RFC 7523), keeps it
-// fresh, and sends it along with the headers that name the tenant.
+// credentials grant (RFC 6749 §4.4) or the JWT bearer grant (RFC 7523). It keeps
+// the token fresh. It sends the token upstream, together with the headers that
+// name the tenant.
 package outboundauth
 
 import (
@@ -23,78 +24,81 @@ func init() {
 	caddy.RegisterModule(new(Transport))
 }
 
-// Transport is the `http` transport with an access token: every request goes
+// Transport is the `http` transport with an access token. It sends every request
 // upstream with a valid token of the right OAuth client, and with the headers
-// that name the tenant. The client of the proxy knows nothing of it.
+// that name the tenant. The client of the proxy does not know about the token.
 //
-// A token is obtained with the client credentials grant, or another
-// `grant_type`, as soon as the config runs. All that need the same one share
-// it. It is replaced in the background before it expires, and survives
-// reloads.
+// The transport obtains a token as soon as the config runs. It uses the client
+// credentials grant, or another `grant_type`. All upstreams that need the same
+// token share it. The transport replaces a token in the background before it
+// expires. A token survives reloads.
 //
-// What clients send as `Authorization`, as `X-Tenant-Id` and under the other
-// names that this transport sets is removed, including spellings with `_` or
-// `.` for `-`. That holds for what `header_up` sets as well: it acts before
-// the transport does.
+// Clients can't send the headers that this transport sets. It removes
+// `Authorization`, `X-Tenant-Id` and all other headers that it sets from their
+// requests, also if a name is spelled with `_` or `.` instead of `-`. It also
+// removes such headers if `header_up` sets them: `header_up` acts before the
+// transport.
 //
-// All settings of the `http` transport are available beside the ones here.
+// All settings of the `http` transport can be used beside the settings here.
 type Transport struct {
 	// The OAuth client of the upstreams, and the headers that name the tenant
-	// to them. What is in `upstreams` inherits from here. Required, unless
-	// `upstreams` says it for all of them.
+	// to them. The entries of `upstreams` inherit these settings. Required,
+	// unless `upstreams` has complete entries for all upstreams.
 	Credentials *Credentials `json:"credentials,omitempty"`
 
 	// Other credentials for some of the upstreams. Default: none.
 	Upstreams []*Upstream `json:"upstreams,omitempty"`
 
-	// Where secrets may travel unencrypted to another machine: `token_url`
-	// allows http to the token endpoint and its issuer, `upstream` allows it
-	// to the upstreams. Loopback addresses and Unix sockets are always allowed.
-	// Default: nowhere.
+	// Where secrets may travel unencrypted to another machine. `token_url`
+	// allows http to the token endpoint and to the issuer. `upstream` allows
+	// http to the upstreams. Loopback addresses and Unix sockets are always
+	// allowed. Default: nowhere.
 	InsecurePlaintext []string `json:"insecure_plaintext,omitempty"`
 
 	*reverseproxy.HTTPTransport
 
-	clients       clients               // all of them
-	routes        map[dialAddress]route // of the addresses in Upstreams
-	fallback      route                 // of all other addresses
-	byHost        map[string][]route    // of the proxy's upstreams
-	dials         []dialAddress         // of the proxy's upstreams, as far as they are static
+	clients       clients               // all OAuth clients of this transport
+	routes        map[dialAddress]route // the routes to the addresses in Upstreams
+	fallback      route                 // the route to all other addresses
+	byHost        map[string][]route    // the routes to the proxy's static upstreams, by host
+	dials         []dialAddress         // the proxy's static upstreams: their addresses do not depend on requests
 	reserved      fieldSet              // headers that only the transport sets
-	plaintext     bool                  // to upstreams, allowed
-	proxied       bool                  // see usesProxy
-	listedOnly    bool                  // no fallback: see checkUpstreams
-	healthStatus  int                   // that active health checks expect; 0: any of success
+	plaintext     bool                  // unencrypted connections to upstreams are allowed
+	proxied       bool                  // connections go through a proxy, see usesProxy
+	listedOnly    bool                  // no request gets the fallback, see checkUpstreams
+	healthStatus  int                   // the status that active health checks expect; 0: any success
 	marksFailures bool                  // the handler has the response route for failures, see installFailureRoute
 	logger        *zap.Logger
 }
 
 // Upstream has the credentials of one or more upstreams.
 type Upstream struct {
-	// The dial addresses of the upstreams, as the reverse proxy has them, for
-	// example `api.example.com:443`. An address that is none of its upstreams
-	// is an error, unless it also has dynamic ones. Global placeholders are
-	// supported and evaluated when the config is loaded. Required.
+	// The dial addresses of the upstreams, written as in the reverse proxy, for
+	// example `api.example.com:443`. Each must be the address of an upstream of
+	// the reverse proxy. Other addresses are an error, unless the reverse proxy
+	// also has dynamic upstreams. Global placeholders are supported and
+	// evaluated when the config is loaded. Required.
 	Addresses []string `json:"addresses,omitempty"`
 
-	// Proxy to these upstreams as the `http` transport does: no token is
-	// sent, and no header removed. Default: `false`.
+	// Proxy to these upstreams as the `http` transport does: send no token,
+	// and remove no header. Default: `false`.
 	Off bool `json:"off,omitempty"`
 
-	// What these upstreams are sent. What is not set here is inherited.
+	// The credentials of these upstreams. They inherit what is not set here
+	// from the `credentials` of the transport.
 	*Credentials
 }
 
-// A route is where the requests to an upstream address lead: to a block of
-// credentials, or past all of them. The zero route is for addresses that the
-// config says nothing of.
+// A route says how requests to an upstream address are sent: with a block of
+// credentials, or without any. The zero route belongs to addresses about which
+// the config says nothing.
 type route struct {
-	*block      // nil: see off
-	off    bool // proxied as the http transport does
+	*block      // nil if off is true, and in the zero route
+	off    bool // proxy as the http transport does
 }
 
-// unknown reports whether the config says nothing of the address: then requests
-// do not go there.
+// unknown reports whether the config says nothing about the address. No request
+// is sent to such an address.
 func (r route) unknown() bool { return r.block == nil && !r.off }
 
 // CaddyModule returns the Caddy module information.
@@ -107,7 +111,7 @@ func (*Transport) CaddyModule() caddy.ModuleInfo {
 	}
 }
 
-// addresses returns the upstreams that are known before any request.
+// addresses returns the upstream addresses that are known before any request.
 func (t *Transport) addresses() []dialAddress {
 	if t.marksFailures {
 		return t.dials
@@ -115,15 +119,16 @@ func (t *Transport) addresses() []dialAddress {
 	return slices.Collect(maps.Keys(t.routes))
 }
 
-// Cleanup releases the tokens, which other configs may go on using. It
-// releases only what was acquired: Caddy calls it after a failed Provision too.
+// Cleanup releases the tokens. Other configs may go on using them. Caddy also
+// calls Cleanup after Provision has failed, so it releases only what was
+// acquired.
 func (t *Transport) Cleanup() error {
 	t.unload()
 	return errors.Join(t.HTTPTransport.Cleanup(), t.clients.close())
 }
 
-// loaded is the transports that are provisioned, oldest first: caddy oauth2-token
-// picks those of its config.
+// loaded has the transports that are provisioned, the oldest first. The command
+// caddy oauth2-token finds the transports of its config there.
 var loaded struct {
 	mu         sync.Mutex // guards all below
 	transports []*Transport
@@ -147,8 +152,8 @@ func (t *Transport) unload() {
 	loaded.transports = slices.DeleteFunc(loaded.transports, func(other *Transport) bool { return other == t })
 }
 
-// Interface guards. The reverse proxy looks for the optional interfaces of a
-// transport by type assertion; the embedded HTTPTransport brings them.
+// Interface guards. The reverse proxy finds the optional interfaces of a
+// transport by type assertion. The embedded HTTPTransport implements them.
 var (
 	_ caddy.Provisioner     = (*Transport)(nil)
 	_ caddy.CleanerUpper    = (*Transport)(nil)

@@ -1,4 +1,4 @@
-// A config becomes a transport: its clients, and what is wrong at load.
+// Provisioning: a config becomes a transport with its clients, and mistakes are found.
 
 package outboundauth
 
@@ -17,8 +17,8 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
-// Provision sets up the transport. It makes no token request: provisioning
-// also happens when a config is merely validated.
+// Provision sets up the transport. It makes no token request, because Caddy
+// also provisions a config that it only validates.
 func (t *Transport) Provision(ctx caddy.Context) error {
 	t.logger = ctx.Logger()
 	for _, target := range t.InsecurePlaintext {
@@ -33,7 +33,7 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	if err := registerMetrics(ctx); err != nil {
 		return fmt.Errorf("registering metrics: %w", err)
 	}
-	t.proxied = usesProxy(t.HTTPTransport) // Provision forgets it
+	t.proxied = usesProxy(t.HTTPTransport) // asked now: Provision clears the setting
 	if err := t.HTTPTransport.Provision(ctx); err != nil {
 		return err
 	}
@@ -57,7 +57,7 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 			return err
 		}
 		t.marksFailures = true
-	} // otherwise it is the transport of a handler of which nothing is known
+	} // otherwise nothing is known about the handler of this transport
 	if err := t.warmUp(); err != nil {
 		return err
 	}
@@ -65,8 +65,8 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	return nil
 }
 
-// provisionRoutes makes the table by which a request finds its credentials, and
-// opens their clients.
+// provisionRoutes makes the table in which a request finds its credentials. It
+// opens the clients of all credentials.
 func (t *Transport) provisionRoutes(ctx caddy.Context) error {
 	repl := caddy.NewReplacer()
 	if len(t.Upstreams) == 0 && t.Credentials == nil {
@@ -85,7 +85,7 @@ func (t *Transport) provisionRoutes(ctx caddy.Context) error {
 			}
 		} else if len(t.Upstreams) == 0 {
 			return errors.New(missing)
-		} else if err := own.check(); err != nil { // to inherit from
+		} else if err := own.check(); err != nil { // upstreams inherit from it
 			return err
 		}
 	}
@@ -140,17 +140,17 @@ func (t *Transport) openUpstream(ctx caddy.Context, u *Upstream, base *Credentia
 	return t.open(ctx, own.inherit(base))
 }
 
-// open opens the route of credentials that are complete.
+// open opens the route for complete credentials.
 func (t *Transport) open(ctx caddy.Context, c Credentials) (route, error) {
 	var bound *boundTransport
-	if c.BindCertificate && c.ClientCertificate != nil { // the one without the other is an error
+	if c.BindCertificate && c.ClientCertificate != nil { // without a certificate, clients.open returns an error
 		var err error
 		if bound, err = newBoundTransport(t.HTTPTransport); err != nil {
 			return route{}, fmt.Errorf("bind_certificate: %w", err)
 		}
 		t.clients.closeToo(bound)
 	}
-	// Last: what is acquired is used by others at once.
+	// This comes last: others that share the token source use the client at once.
 	cl, err := t.clients.open(ctx, c)
 	if err != nil {
 		return route{}, err
@@ -161,8 +161,8 @@ func (t *Transport) open(ctx caddy.Context, c Credentials) (route, error) {
 	return route{block: b}, nil
 }
 
-// parentHandler returns the handler that a transport which is being
-// provisioned is part of: the module whose provisioning loads it.
+// parentHandler returns the handler of the transport that is being provisioned.
+// The handler is the module that loads the transport.
 func parentHandler(ctx caddy.Context) (*reverseproxy.Handler, bool) {
 	modules := ctx.Modules()
 	if len(modules) < 2 {
@@ -172,12 +172,13 @@ func parentHandler(ctx caddy.Context) (*reverseproxy.Handler, bool) {
 	return handler, ok
 }
 
-// checkUpstreams compares the upstreams of the handler with the credentials:
-// what is wrong there should be found at load, not by a request.
+// checkUpstreams compares the upstreams of the handler with the credentials. So
+// mistakes are found at load, and not by a request.
 //
-// If an upstream's address depends on the request, its client may choose among
-// spellings of it: localhost is not 127.0.0.1 to us. Beside upstream blocks,
-// such an upstream therefore gets a token only if a block names it.
+// If an upstream's address depends on the request, the client may choose how
+// the address is spelled. For us, localhost and 127.0.0.1 are two addresses.
+// So, if there are upstream blocks, such an upstream gets a token only if a
+// block names its address.
 func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 	t.warnHeaderUp(handler)
 	if checks := handler.HealthChecks; checks != nil && checks.Active != nil {
@@ -191,7 +192,7 @@ func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 		if dial, err := parseDialAddress(repl, u.Dial); err == nil {
 			static[dial] = u.Dial
 			t.dials = append(t.dials, dial)
-		} else { // it depends on the request, which will be checked
+		} else { // the address depends on the request: routeOf checks it then
 			complete = false
 			t.listedOnly = len(t.routes) > 0
 		}
@@ -230,7 +231,7 @@ func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 	return nil
 }
 
-// warnHeaderUp tells of header_up lines that have no effect.
+// warnHeaderUp logs a warning for each header_up line that has no effect.
 func (t *Transport) warnHeaderUp(handler *reverseproxy.Handler) {
 	if handler.Headers == nil || handler.Headers.Request == nil {
 		return
@@ -245,8 +246,8 @@ func (t *Transport) warnHeaderUp(handler *reverseproxy.Handler) {
 	}
 }
 
-// private reports whether what is sent to a static upstream can be seen by
-// nobody outside this machine.
+// private reports whether nobody outside this machine can read what is sent to
+// a static upstream.
 func (t *Transport) private(dial dialAddress) bool {
 	host, port, err := net.SplitHostPort(dial.address)
 	if err != nil {
@@ -259,7 +260,7 @@ func (t *Transport) private(dial dialAddress) bool {
 }
 
 // parseDialAddress normalizes an address as the reverse proxy does before it
-// dials. It is an error if the address depends on the request.
+// dials. It returns an error if the address depends on the request.
 func parseDialAddress(repl *caddy.Replacer, address string) (dialAddress, error) {
 	address, err := repl.ReplaceOrErr(address, true, true)
 	if err != nil {
@@ -275,19 +276,19 @@ func parseDialAddress(repl *caddy.Replacer, address string) (dialAddress, error)
 	return dialAddress{parsed.Network, parsed.JoinHostPort(0)}, nil
 }
 
-// warmUp makes the tokens ready once the config runs, so that the first
-// requests need not wait. Caddy emits the event at the start and after each
-// reload, but not when a config is merely validated.
+// warmUp has the tokens fetched once the config runs, so that the first
+// requests need not wait. Caddy emits the event when it starts and after each
+// reload, but not when it only validates a config.
 func (t *Transport) warmUp() error {
 	return t.clients.events.app.On("started", onStarted(t.clients.acquired))
 }
 
-// onStarted is the clients to warm up when the config has started.
+// onStarted has the clients to warm up when the config has started.
 type onStarted []*client
 
-// Handle implements caddyevents.Handler. Events are dispatched in turn, so it
-// only starts the fetches. One that fails is logged, and tried again later:
-// it does not keep the server from starting.
+// Handle implements caddyevents.Handler. Caddy waits until it returns, so it
+// only starts the fetches. If a fetch fails, this is logged, and the fetch is
+// repeated later. The server starts all the same.
 func (clients onStarted) Handle(context.Context, caddy.Event) error {
 	for _, cl := range clients {
 		cl.started.Store(true)

@@ -1,4 +1,4 @@
-// The way of a request: its token, its headers, its upstream, and a refusal.
+// The way of a request: its token, its headers, its upstream, and what follows a refusal.
 
 package outboundauth
 
@@ -17,12 +17,11 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/replay"
 )
 
-// RoundTrip implements http.RoundTripper. The request's header is left as it
-// is: the proxy sends the same to the next upstream when it retries, and logs
-// it.
+// RoundTrip implements http.RoundTripper. It does not change the request's header:
+// the proxy logs the header, and sends it to the next upstream when it retries.
 func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
-	// As the http transport would do later, on the same URL: exposes and
-	// boundTransport need it now.
+	// The http transport would set the scheme later, on the same URL. But exposes
+	// and boundTransport need it now.
 	t.SetScheme(req)
 	ctx := req.Context()
 	if isHealthCheck(ctx) {
@@ -33,7 +32,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		return t.fail(req, http.StatusBadGateway, err)
 	}
 	if r.off {
-		forgetUse(ctx) // of another upstream that was tried before
+		forgetUse(ctx) // the proxy may have tried an upstream with a token before
 		return t.send(req, nil, nil)
 	}
 	tok, got, err := r.source.Token(ctx)
@@ -48,8 +47,8 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	return t.roundTrip(req, r.block, tok)
 }
 
-// routeOf returns where a request leads. It is an error if the config does not
-// say, or if the token would travel unencrypted.
+// routeOf returns the route of a request. It returns an error if the config says
+// nothing about the upstream, or if the token would travel unencrypted.
 func (t *Transport) routeOf(req *http.Request) (route, error) {
 	dial, ok := reverseproxy.GetDialInfo(req.Context())
 	if !ok {
@@ -69,14 +68,14 @@ func (t *Transport) routeOf(req *http.Request) (route, error) {
 	return r, nil
 }
 
-// exposes reports whether others could read on the way what req says, and that
-// was not allowed.
+// exposes reports whether others could read req on its way, although the config
+// does not allow that.
 func (t *Transport) exposes(req *http.Request, dial reverseproxy.DialInfo) bool {
 	return req.URL.Scheme != "https" && !t.plaintext && !staysOnMachine(dial.Network, dial.Host, t.proxied)
 }
 
-// roundTrip sends req with a token. If the upstream refuses the token, it is
-// replaced, and the request sent once more.
+// roundTrip sends req with a token. If the upstream refuses the token, roundTrip
+// replaces the token, and sends the request once more.
 func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Response, error) {
 	out, err := t.outbound(req, b, tok)
 	if err != nil {
@@ -108,13 +107,13 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 	case replace:
 		if next = b.replace(req.Context(), tok); next == nil {
 			b.endpoint.metrics.refused(req.Context(), refusalNoToken)
-			return res, nil // as the upstream answered
+			return res, nil // the client gets the upstream's answer
 		}
 	case resend:
 	}
 
 	if out, err = t.outbound(req, b, next); err != nil {
-		return res, nil //nolint:nilerr // the same headers could be set the first time
+		return res, nil //nolint:nilerr // unlikely: the same headers could be set the first time
 	}
 	if body != nil {
 		t.setBody(out, body.Again(), trailer)
@@ -130,7 +129,8 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 	return res, nil
 }
 
-// outbound returns req as it goes upstream: a shallow copy but for its header.
+// outbound returns the request that goes upstream: a shallow copy of req with its
+// own header.
 func (t *Transport) outbound(req *http.Request, b *block, tok *token) (*http.Request, error) {
 	out := new(http.Request)
 	*out = *req
@@ -138,8 +138,9 @@ func (t *Transport) outbound(req *http.Request, b *block, tok *token) (*http.Req
 	return out, b.dress(out, tok)
 }
 
-// record makes the body of req that of out, recorded if it may be sent again, and
-// returns it with the trailers that it announces; nil if it is not recorded.
+// record makes the body of req the body of out. If it may be sent again, it is
+// recorded. record returns the recorded body and the trailers that req announces.
+// If the body is not recorded, body is nil.
 func (t *Transport) record(out, req *http.Request, b *block) (body *replay.Body, trailer http.Header) {
 	if !hasBody(req) {
 		return nil, nil
@@ -154,12 +155,12 @@ func (t *Transport) record(out, req *http.Request, b *block) (body *replay.Body,
 	return body, trailer
 }
 
-// send sends a request upstream with Caddy's own transport or, for a block that
-// binds its tokens, on a connection with the token's certificate. What the upstream sends in the field of
-// the mark is removed. b and tok may be nil.
+// send sends a request upstream with Caddy's own transport. If the block binds
+// its tokens, send uses a connection with the token's certificate. It removes
+// failureField from the upstream's answer. b and tok may be nil.
 func (t *Transport) send(req *http.Request, b *block, tok *token) (res *http.Response, err error) {
 	if b != nil && b.bound != nil {
-		certificate := b.endpoint.certificates.Latest() // of a health check without a token
+		certificate := b.endpoint.certificates.Latest() // for a health check without a token
 		if tok != nil && tok.binding != nil {
 			certificate = tok.binding
 		}
@@ -173,18 +174,19 @@ func (t *Transport) send(req *http.Request, b *block, tok *token) (res *http.Res
 	return res, err
 }
 
-// setBody makes body the one of out, with trailers of its own: those that came
-// in are filled in when the body ends, which the attempt before may still be
-// reading.
+// setBody sets the body and the trailers of out. The trailers have a map of their
+// own: the server fills the map of the incoming trailers when the body ends, and
+// the attempt before may still be reading the body at that time.
 func (t *Transport) setBody(out *http.Request, body io.ReadCloser, announced http.Header) {
 	in := out.Trailer
 	out.Trailer = maps.Clone(announced)
 	out.Body = &trailerBody{ReadCloser: body, from: in, to: out.Trailer, reserved: &t.reserved}
 }
 
-// sentBefore returns the error of a second attempt. To the proxy, an error of
-// the dialer says that nothing was sent, so that it goes on to the next
-// upstream; but what the first attempt sent of the body is not there any more.
+// sentBefore returns the error of a second attempt. To the proxy, an error of the
+// dialer means that nothing was sent, and it goes on to the next upstream. But
+// the first attempt has sent a part of the body, and this part is gone. So
+// sentBefore turns the dialer's error into another one.
 func sentBefore(err error, body *replay.Body) error {
 	if _, ok := errors.AsType[reverseproxy.DialError](err); ok && body != nil {
 		return errors.New(err.Error())
@@ -192,8 +194,8 @@ func sentBefore(err error, body *replay.Body) error {
 	return err
 }
 
-// conceal returns the error of an upstream without the token. net/http quotes
-// answers that are not HTTP, and an upstream may send back what it got.
+// conceal returns the error of an upstream without the token. If an answer is not
+// HTTP, net/http quotes it. An upstream may repeat the token in such an answer.
 func conceal(err error, t *token) error {
 	if strings.Contains(err.Error(), t.value) {
 		return errors.New("the upstream's answer is not HTTP, and repeats the token")
@@ -201,14 +203,14 @@ func conceal(err error, t *token) error {
 	return err
 }
 
-// isHealthCheck recognizes the reverse proxy's own requests: unlike those
-// that the server has received, they have no variables.
+// isHealthCheck recognizes the reverse proxy's own requests. They have no
+// variables, but requests that the server has received do.
 func isHealthCheck(ctx context.Context) bool {
 	return ctx.Value(caddyhttp.VarsCtxKey) == nil
 }
 
-// fail answers a request that does not go upstream, with an error that has
-// this status when it reaches handle_errors.
+// fail answers a request that does not go upstream. The error has this status
+// when it reaches handle_errors.
 func (t *Transport) fail(req *http.Request, status int, err error) (*http.Response, error) {
 	closeBody(req)
 	ctx := req.Context()
@@ -220,7 +222,7 @@ func (t *Transport) fail(req *http.Request, status int, err error) (*http.Respon
 	repl.Set(phFailure, caddyhttp.Error(status, err))
 	repl.Set(phFailed, true)
 	return &http.Response{
-		Status:     "200 OK", // of no consequence, so that nothing is counted
+		Status:     "200 OK", // a success, so that the proxy counts no failure of the upstream
 		StatusCode: http.StatusOK,
 		Proto:      "HTTP/1.1",
 		ProtoMajor: 1,
@@ -231,8 +233,8 @@ func (t *Transport) fail(req *http.Request, status int, err error) (*http.Respon
 	}, nil
 }
 
-// statusOf tells a client of the proxy why there is no token: 504 if it did
-// not come in time, otherwise 503.
+// statusOf returns the status for a client of the proxy if there is no token: 504
+// if the token did not come in time, otherwise 503.
 func statusOf(err error) int {
 	failure, ok := errors.AsType[*tokenError](err)
 	if errors.Is(err, context.DeadlineExceeded) || (ok && failure.Code == codeTimeout) {
@@ -241,22 +243,23 @@ func statusOf(err error) int {
 	return http.StatusServiceUnavailable
 }
 
-// maxDrain is how much of a refusal's body is read so that its connection can
-// be used again.
+// maxDrain is how many bytes of a refusal's body are read at most. If that is all
+// of the body, its connection can be used again.
 const maxDrain = 64 << 10
 
-// discard ends an answer that nobody wants. In a goroutine of its own: it may
-// come slowly, and over HTTP/2 its end waits until the request's body is not
-// being read any more. The request's context ends it in any case.
+// discard ends an answer that nobody wants. It runs in a goroutine of its own,
+// because the answer may come slowly. Over HTTP/2, Close also waits until nobody
+// reads the request's body any more. discard ends with the request's context at
+// the latest.
 func discard(body io.ReadCloser) {
 	_, _ = io.CopyN(io.Discard, body, maxDrain)
 	_ = body.Close()
 }
 
-// hasBody reports whether a request has a body to be sent.
+// hasBody reports whether a request has a body to send.
 func hasBody(req *http.Request) bool { return req.Body != nil && req.Body != http.NoBody }
 
-// closeBody does what a RoundTripper owes to a request that it does not send.
+// closeBody closes the body of a request that is not sent, as RoundTrippers must.
 func closeBody(req *http.Request) {
 	if req.Body != nil {
 		_ = req.Body.Close()

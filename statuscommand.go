@@ -1,4 +1,4 @@
-// caddy oauth2-status: the admin API's answer as a table.
+// The command caddy oauth2-status: it shows the admin API's answer as a table.
 
 package outboundauth
 
@@ -23,10 +23,10 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// watchInterval is how often --watch asks.
+// watchInterval is how long --watch waits before it asks the admin API again.
 const watchInterval = time.Second
 
-// clearScreen makes a terminal begin at the top of an empty screen.
+// clearScreen makes a terminal clear its screen, and go on at the top.
 const clearScreen = "\x1b[H\x1b[2J"
 
 func init() {
@@ -72,18 +72,19 @@ interrupted; --json writes what the admin API answers.`,
 	})
 }
 
-// showStatus writes the clients of the Caddy whose admin API is at address: once,
-// or if every is not 0, at that interval until ctx ends.
+// showStatus asks the admin API at address for the OAuth clients, and writes
+// them. If every is 0, it does so once. Otherwise it repeats this at the
+// interval every, until ctx ends.
 func showStatus(ctx context.Context, w io.Writer, address string, every time.Duration, asJSON bool) error {
 	for first := true; ; first = false {
 		text, err := statusText(ctx, address, asJSON)
 		switch {
 		case err == nil:
 		case ctx.Err() != nil:
-			return nil // interrupted
+			return nil // the user has interrupted the command
 		case first, asJSON:
 			return err
-		default: // Caddy may be starting anew
+		default: // Caddy may be restarting
 			text = oneLine(err.Error()) + "\n"
 		}
 		if every > 0 && !asJSON {
@@ -100,7 +101,7 @@ func showStatus(ctx context.Context, w io.Writer, address string, every time.Dur
 	}
 }
 
-// statusText returns what is to be shown once.
+// statusText asks the admin API once, and returns the text to show.
 func statusText(ctx context.Context, address string, asJSON bool) (string, error) {
 	body, err := askAdmin(ctx, address, adminClients)
 	if err != nil {
@@ -116,8 +117,8 @@ func statusText(ctx context.Context, address string, asJSON bool) (string, error
 	return statusTable(statuses, time.Now()), nil
 }
 
-// askAdmin asks the admin API at address. Caddy's client can't be interrupted;
-// when ctx ends, it is left alone, as the command ends, too.
+// askAdmin asks the admin API at address. Nobody can interrupt Caddy's client.
+// When ctx ends, askAdmin does not wait for it: the command ends then, too.
 func askAdmin(ctx context.Context, address, path string) ([]byte, error) {
 	type answer struct {
 		body []byte
@@ -165,17 +166,17 @@ func statusTable(statuses []clientStatus, now time.Time) string {
 		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", oneLine(s.ID), oneLine(s.Name), oneLine(state),
 			until(s.Expires, now, "ago"), until(s.Renewal, now, "due"), strconv.Itoa(s.Failures), until(s.RetryAt, now, "due"), oneLine(lastError))
 	}
-	_ = table.Flush() // to memory
+	_ = table.Flush() // can't fail: it writes to memory
 	return b.String()
 }
 
-// oneLine returns s as a cell of the table.
+// oneLine returns s as one line, for a cell of the table.
 func oneLine(s string) string {
 	return strings.Map(printable, strings.Join(strings.Fields(s), " "))
 }
 
-// until tells how far an instant is away. One that has passed is so long ago,
-// or due.
+// until tells how far away t is. If t has passed, until returns the word
+// passed. If that word is "ago", until also tells how long ago t was.
 func until(t *time.Time, now time.Time, passed string) string {
 	if t == nil {
 		return "-"

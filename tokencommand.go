@@ -1,4 +1,4 @@
-// caddy oauth2-token: the tokens of a config, obtained and shown.
+// The command caddy oauth2-token: it obtains the tokens of a config, and shows what comes back.
 
 package outboundauth
 
@@ -30,7 +30,7 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
-// maxPrintedScope is how much of the granted scopes is printed, in bytes.
+// maxPrintedScope is how many bytes of the granted scopes are printed at most.
 const maxPrintedScope = 1000
 
 // exitNoToken is the exit status if the config is good, but a token was not
@@ -83,8 +83,8 @@ loaded, and 2 if a token was not obtained.`,
 	})
 }
 
-// readConfig reads a config file; by default the Caddyfile in the current
-// directory.
+// readConfig reads a config file. Without a name, it reads the Caddyfile in the
+// current directory.
 func readConfig(file, adapter string) (*caddy.Config, error) {
 	if file == "" {
 		file = "Caddyfile"
@@ -103,13 +103,15 @@ func readConfig(file, adapter string) (*caddy.Config, error) {
 	return config, nil
 }
 
-// requestTokens provisions a config and requests the tokens of its clients, or
-// of the one of the upstream that is named.
+// requestTokens provisions a config, and requests a token for each of its
+// clients. If upstream is not empty, it requests only the token of that
+// upstream's client.
 func requestTokens(config *caddy.Config, upstream string) ([]tokenReport, error) {
-	// Neither the config's own admin API nor its logs: the gateway may be running.
+	// The gateway may be running with this config. The command must neither
+	// take its admin address nor write to its logs.
 	config.Admin = &caddy.AdminConfig{Disabled: true}
 	config.Logging = &caddy.Logging{Logs: map[string]*caddy.CustomLog{
-		caddy.DefaultLoggerName: {BaseLog: caddy.BaseLog{Level: "ERROR"}}, // the report says it all
+		caddy.DefaultLoggerName: {BaseLog: caddy.BaseLog{Level: "ERROR"}}, // the reports tell everything
 	}}
 	before := loadedTransports()
 	if _, err := caddy.ProvisionContext(config); err != nil {
@@ -119,7 +121,7 @@ func requestTokens(config *caddy.Config, upstream string) ([]tokenReport, error)
 	for _, t := range loadedTransports() {
 		if !slices.Contains(before, t) {
 			transports = append(transports, t)
-			defer t.Cleanup() //nolint:errcheck // the command ends
+			defer t.Cleanup() //nolint:errcheck // the command ends anyway
 		}
 	}
 	if len(transports) == 0 {
@@ -144,8 +146,9 @@ type upstreamClient struct {
 	upstreams []string
 }
 
-// selectClients returns the clients of all upstreams, or of one, in the order
-// of the config. Equal clients have one token, and are one.
+// selectClients returns the clients of all upstreams in the order of the
+// config, or only the client of one upstream. Equal clients share one token, so
+// it returns only one of them.
 func selectClients(transports []*Transport, upstream string) ([]*upstreamClient, error) {
 	wanted, err := parseUpstream(upstream)
 	if err != nil {
@@ -177,7 +180,7 @@ func selectClients(transports []*Transport, upstream string) ([]*upstreamClient,
 				c.upstreams = append(c.upstreams, dial.address)
 			}
 		}
-		// Upstreams that the config does not name get the token of this one.
+		// Upstreams that the config does not name get the fallback's token.
 		if r := t.fallback; r.block != nil && !r.spare && upstream == "" && byKey[r.key] == nil {
 			byKey[r.key] = &upstreamClient{client: r.client}
 			selected = append(selected, byKey[r.key])
@@ -197,7 +200,8 @@ func selectClients(transports []*Transport, upstream string) ([]*upstreamClient,
 		upstream, strings.Join(slices.Sorted(maps.Keys(known)), ", "))
 }
 
-// parseUpstream reads an address as reverse_proxy does; "" is none.
+// parseUpstream reads an address as reverse_proxy does. For "", it returns the
+// zero address.
 func parseUpstream(upstream string) (dialAddress, error) {
 	if upstream == "" {
 		return dialAddress{}, nil
@@ -216,14 +220,14 @@ func parseUpstream(upstream string) (dialAddress, error) {
 	return parseDialAddress(caddy.NewReplacer(), proxy.Upstreams[0].Dial)
 }
 
-// tokenReport is what a token request of a client gave.
+// tokenReport is the result of a client's token request.
 type tokenReport struct {
 	Upstreams     []string `json:"upstreams,omitempty"`
-	TokenEndpoint string   `json:"token_endpoint"` // "" if it was not found
+	TokenEndpoint string   `json:"token_endpoint"` // "" if it was not discovered
 	description
 
 	Granted  string     `json:"granted_scope,omitempty"`
-	Lifetime float64    `json:"lifetime,omitempty"` // seconds
+	Lifetime float64    `json:"lifetime,omitempty"` // in seconds
 	Expires  *time.Time `json:"expires,omitempty"`
 	Renewal  *time.Time `json:"renewal,omitempty"`
 
@@ -233,10 +237,10 @@ type tokenReport struct {
 
 	Error *reportedError `json:"error,omitempty"`
 
-	length int // of the token
+	length int // the token's length, in characters
 }
 
-// report requests a token as the source does, but once, and tells what came.
+// report requests a token like the source, but only once, and returns the result.
 func (c *upstreamClient) report() tokenReport {
 	r := tokenReport{Upstreams: c.upstreams}
 	ctx, cancel := context.WithTimeout(context.Background(), c.source.fetchTimeout)
@@ -256,8 +260,8 @@ func (c *upstreamClient) report() tokenReport {
 	return r
 }
 
-// writeReports writes the reports for people or, as JSON, for programs, and
-// returns the exit status.
+// writeReports writes the reports as text for people, or as JSON for programs.
+// It returns the exit status.
 func writeReports(w io.Writer, reports []tokenReport, showToken, asJSON bool) (status int, err error) {
 	failed := 0
 	for i := range reports {
@@ -295,8 +299,8 @@ func writeReports(w io.Writer, reports []tokenReport, showToken, asJSON bool) (s
 	return caddy.ExitCodeSuccess, nil
 }
 
-// printable replaces what a terminal may take for a command, or for nothing:
-// scopes and claims come from the server.
+// printable replaces characters that a terminal would obey, or would not show.
+// Scopes and claims come from the server, so they may hold such characters.
 func printable(r rune) rune {
 	if r != '\n' && !unicode.IsPrint(r) {
 		return unicode.ReplacementChar
@@ -304,7 +308,7 @@ func printable(r rune) rune {
 	return r
 }
 
-// write writes one report as lines of a name and a value.
+// write writes the report as lines. Each line has a name and a value.
 func (r *tokenReport) write(w io.Writer) error {
 	var b strings.Builder
 	line := func(name, value string) {
