@@ -1,4 +1,4 @@
-// One block of credentials at work: what its upstreams are sent, and what their answers mean.
+// One block of credentials at work: what goes to its upstreams, and what their answers mean.
 
 package outboundauth
 
@@ -12,23 +12,23 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/replay"
 )
 
-// A block is the credentials of one block of the config at work. Blocks whose
-// upstreams are sent the same token have a client each, and share its source.
+// A block is one block of credentials of the config at work. Each block has a client
+// of its own. If the upstreams of two blocks get the same token, they share a source.
 type block struct {
 	*client
 
 	bearerField  string
-	bearerPrefix string // with the space, if there is a scheme
+	bearerPrefix string // the scheme and a space; "" without a scheme
 	identity     []headerTemplate
 
-	retryOn     []int // statuses
-	replayLimit int   // bytes
-	announces   bool  // larger bodies, always
+	retryOn     []int // the statuses that refuse a token
+	replayLimit int   // in bytes
+	announces   bool  // larger bodies are always announced
 
-	bound *boundTransport // bind_certificate; nil without it
+	bound *boundTransport // nil without bind_certificate
 
-	// The header of the latest token, made once for all requests. Its values
-	// are shared by them and never written to.
+	// The header with the latest token. It is made once for all requests. They
+	// share its values, and nobody writes to them.
 	bearer atomic.Pointer[bearer]
 }
 
@@ -65,8 +65,9 @@ func newBlock(cl *client) *block {
 	return b
 }
 
-// dress gives a request that goes upstream the bearer and identity headers. Its
-// header map must be its own. t may be nil: then only the identity is sent.
+// dress adds the bearer and identity headers to a request that goes upstream. The
+// request must have a header map of its own. If t is nil, dress adds only the
+// identity headers.
 func (b *block) dress(out *http.Request, t *token) error {
 	for i := range b.identity {
 		if err := b.identity[i].set(out.Context(), out.Header); err != nil {
@@ -80,7 +81,7 @@ func (b *block) dress(out *http.Request, t *token) error {
 	if current == nil || current.of != t {
 		current = &bearer{of: t, values: []string{b.bearerPrefix + t.value}}
 		b.bearer.Store(current)
-		b.source.Traced(out.Context()) // asked here, as it is rare
+		b.source.Traced(out.Context()) // noted only here, because a new token is rare
 	}
 	out.Header[b.bearerField] = current.values
 	return nil
@@ -94,10 +95,10 @@ func (b *block) fields(s *fieldSet) {
 	}
 }
 
-// announce has the upstream asked whether it wants the body of out, if more may come
-// than what is kept of it: the upstream can then refuse the token before that. It is
-// not asked without need, as that costs a round trip, and not every server knows
-// such questions.
+// announce has the upstream asked whether it wants the body of out, if the body may
+// be larger than the part that is kept. The upstream can then refuse the token
+// before it gets the body. The question costs a round trip, and not every server
+// understands it. So the upstream is not asked without need.
 func (b *block) announce(out *http.Request, body *replay.Body) *http.Request {
 	if !body.MayOutgrow(out) || !b.source.places.wantsAnnouncement(dialAddressOf(out.Context()), b.announces) {
 		return out
@@ -105,27 +106,28 @@ func (b *block) announce(out *http.Request, body *replay.Body) *http.Request {
 	return body.Announce(out)
 }
 
-// A verdict is what an upstream's answer means for the request that it answers.
+// A verdict is what an upstream's answer means for its request.
 type verdict int
 
 const (
-	accept  verdict = iota // it is the client's
+	accept  verdict = iota // the client gets the answer
 	resend                 // send the request once more, with the same token
-	replace                // send it once more, with a token that replaces this one
-	giveUp                 // it can't be sent once more: the answer is the client's
+	replace                // send the request once more, with a new token
+	giveUp                 // the request can't be sent once more: the client gets the answer
 )
 
-// judge returns the verdict of an upstream's first answer. ctx and body are those of
-// the request; body is nil if none is recorded. If it is to be sent once more, its
-// first attempt does not go on reading it meanwhile, or too much of it would be gone.
+// judge returns the verdict on an upstream's first answer. ctx and body belong to
+// the request; body is nil if no body is recorded. Before the request is sent once
+// more, judge stops the first attempt from reading the body. Otherwise the attempt
+// could read more of the body than is recorded.
 func (b *block) judge(ctx context.Context, res *http.Response, body *replay.Body) verdict {
 	v := accept
 	switch {
 	case b.refuses(res.StatusCode):
 		v = replace
 	case res.StatusCode == http.StatusExpectationFailed && body != nil && body.Expected():
-		// The expectation was ours, so this is not for the client. RFC 9110
-		// §10.1.1: repeat the request without it.
+		// The expectation was ours, so the client must not get this answer.
+		// RFC 9110 §10.1.1 says: repeat the request without the expectation.
 		b.source.places.unheard(dialAddressOf(ctx))
 		v = resend
 	}
@@ -135,13 +137,13 @@ func (b *block) judge(ctx context.Context, res *http.Response, body *replay.Body
 	return v
 }
 
-// refuses reports whether an upstream that answers with this status does not
-// accept the token.
+// refuses reports whether an answer with this status means that the upstream does
+// not accept the token.
 func (b *block) refuses(status int) bool { return slices.Contains(b.retryOn, status) }
 
-// settle counts how a request ended that was sent once more, with a token that
-// replaces the refused one: with an answer, or with err. If the new token helped,
-// the next may be replaced soon.
+// settle counts how a request ended after it was sent once more with a new token. It
+// ended with an answer, or with err. If the new token helped, another replacement
+// may follow soon.
 func (b *block) settle(ctx context.Context, res *http.Response, err error) {
 	switch {
 	case err != nil:

@@ -1,4 +1,4 @@
-// The way upstream for tokens that are bound to a certificate.
+// The transport to upstreams for tokens that are bound to a certificate.
 
 package outboundauth
 
@@ -14,9 +14,9 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
 )
 
-// boundTransport reaches upstreams with the certificate that a token is bound
-// to (RFC 8705 §3). A connection belongs to the certificate that it was opened
-// with, so each certificate has connections of its own.
+// boundTransport connects to upstreams with the certificate to which a token is
+// bound (RFC 8705 §3). A connection keeps the certificate with which it was
+// opened, so each certificate has connections of its own.
 type boundTransport struct {
 	like *reverseproxy.HTTPTransport
 
@@ -29,12 +29,13 @@ type boundPool struct {
 	certificate *tls.Certificate
 }
 
-// maxBoundPools is how many certificates keep their idle connections: while
-// one replaces another, requests with the token of the old one are still on
-// their way.
+// maxBoundPools is how many certificates keep their idle connections. After a
+// new certificate has replaced an old one, requests with the old one's token
+// are still on their way.
 const maxBoundPools = 2
 
-// newBoundTransport makes a transport like one that is provisioned.
+// newBoundTransport makes a boundTransport with the settings of a transport
+// that is provisioned.
 func newBoundTransport(like *reverseproxy.HTTPTransport) (*boundTransport, error) {
 	switch {
 	case like.TLS == nil:
@@ -47,8 +48,8 @@ func newBoundTransport(like *reverseproxy.HTTPTransport) (*boundTransport, error
 	return &boundTransport{like: like}, presentCertificates(like)
 }
 
-// send sends a request upstream on a connection with this certificate. Its URL has
-// a scheme already: see Transport.RoundTrip.
+// send sends a request upstream on a connection with this certificate. The
+// request's URL must have a scheme: Transport.RoundTrip sets it.
 func (b *boundTransport) send(req *http.Request, certificate *tls.Certificate) (*http.Response, error) {
 	ctx, _ := clientcert.With(req.Context(), certificate)
 	return b.pool(certificate).RoundTrip(req.WithContext(ctx))
@@ -65,12 +66,13 @@ func (b *boundTransport) pool(certificate *tls.Certificate) *boundPool {
 	}
 	pool := &boundPool{b.like.Transport.Clone(), certificate}
 	if _, http2 := pool.TLSNextProto["h2"]; http2 {
-		// Cloned, it would share the connections. net/http brings its own.
+		// The clone would share HTTP/2 connections with the original. Now
+		// net/http makes new ones for it.
 		pool.TLSNextProto, pool.ForceAttemptHTTP2 = nil, true
 	}
 	b.pools = slices.Insert(b.pools, 0, pool)
 	if len(b.pools) > maxBoundPools {
-		// Those in use are closed when they have been idle for a while.
+		// Connections in use are closed when they have been idle for a while.
 		b.pools[maxBoundPools].CloseIdleConnections()
 		b.pools = b.pools[:maxBoundPools]
 	}

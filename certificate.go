@@ -1,4 +1,4 @@
-// The certificate that a client presents: from which files, by which transport.
+// The certificate that a client presents: how it is read, and which transport presents it.
 
 package outboundauth
 
@@ -14,11 +14,12 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
 )
 
-// read reads certificate and key; as long as they are the same, so is the value.
+// read reads the certificate and its key. It returns the same value as long as
+// these do not change.
 func (c *ClientCertificate) read(repl *caddy.Replacer, cache *clientcert.Cache) (*tls.Certificate, error) {
 	current, err := c.readOnce(repl, cache)
 	if err != nil {
-		// Between the two files, both may have been replaced.
+		// Both files may have been replaced after read had read one of them.
 		current, err = c.readOnce(repl, cache)
 	}
 	return current, err
@@ -40,10 +41,9 @@ func (c *ClientCertificate) readOnce(repl *caddy.Replacer, cache *clientcert.Cac
 	return pair, nil
 }
 
-// presentCertificates makes a transport present the certificates of its
-// requests.
+// presentCertificates makes a transport present each request's certificate.
 func presentCertificates(h *reverseproxy.HTTPTransport) error {
-	if slices.Contains(h.Versions, "3") { // for which Caddy has configured another transport
+	if slices.Contains(h.Versions, "3") { // Caddy has another transport for HTTP/3
 		return errors.New("a certificate can't be presented over HTTP/3; remove 3 from versions")
 	}
 	if h.Transport.TLSClientConfig == nil {

@@ -13,22 +13,22 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// A client is an OAuth client at work: the source of its token, and the endpoint
-// that fills it.
+// A client is an OAuth client at work. It has the source of its token, and the
+// endpoint from which the source gets the token.
 type client struct {
 	key      sourceKey
 	source   *tokenSource
 	endpoint *endpoint
 
-	replacements replacements // of tokens that requests were refused with
-	checks       replacements // after health checks, which must not hold up those after requests
+	replacements replacements // spaces out the replacements after refused requests
+	checks       replacements // spaces out the replacements after refused checks, which must not delay the others
 
-	spare   bool        // no upstream needs it: all have credentials of their own
+	spare   bool        // no upstream needs the client: all have credentials of their own
 	started atomic.Bool // the config runs
 }
 
-// newClient makes a client of e. transportConfig describes the transport of e.
-// The client has to be released; then it releases e.
+// newClient makes a client of e. transportConfig describes the transport of e. The
+// caller has to release the client, and the client then releases e.
 func newClient(e *endpoint, transportConfig []byte) (*client, error) {
 	life := e.credentials.lifecycle()
 	shape, err := e.credentials.shape(life, transportConfig)
@@ -47,16 +47,16 @@ func newClient(e *endpoint, transportConfig []byte) (*client, error) {
 	return cl, nil
 }
 
-// release gives the client's share of the source back. The client stays
-// usable for the requests that are still on their way.
+// release gives the client's share of the source back. Requests that are still on
+// their way can go on using the client.
 func (cl *client) release() error {
 	cl.source.detach(cl.endpoint)
 	_, err := sources.Delete(cl.key)
 	return errors.Join(err, cl.endpoint.release())
 }
 
-// replace returns the token that replaces one that an upstream has refused; nil if
-// there is no other, or if it is too early to ask for one.
+// replace returns a new token for one that an upstream has refused. It returns nil
+// if there is no other token, or if it is too early to request one.
 func (cl *client) replace(ctx context.Context, refused *token) *token {
 	if !cl.retire(ctx, refused) {
 		return nil
@@ -78,8 +78,8 @@ func (cl *client) replaceLater(ctx context.Context, refused *token) {
 	}
 }
 
-// retire takes a refused token out of use, unless it has been replaced already. It
-// reports whether it may be replaced now.
+// retire takes a refused token out of use, unless another has replaced it already.
+// It reports whether the refused token may be replaced now.
 func (cl *client) retire(ctx context.Context, refused *token) bool {
 	cl.source.places.refused(dialAddressOf(ctx))
 	if current := cl.source.Peek(); current != nil && current != refused {
@@ -92,8 +92,8 @@ func (cl *client) retire(ctx context.Context, refused *token) bool {
 	return true
 }
 
-// replaceAfterCheck replaces a token with which an upstream refused a health check,
-// unless it is too early.
+// replaceAfterCheck replaces a token after an upstream has refused it in a health
+// check, unless it is too early.
 func (cl *client) replaceAfterCheck(ctx context.Context, refused *token) {
 	cl.source.places.refused(dialAddressOf(ctx))
 	if cl.checks.allow(refused) {
@@ -102,8 +102,8 @@ func (cl *client) replaceAfterCheck(ctx context.Context, refused *token) {
 	}
 }
 
-// refuse takes a token out of use that the upstream of a request has refused. The
-// first refusal is told to operators.
+// refuse takes a token out of use after the upstream of a request has refused it.
+// It tells operators about the first refusal of a token.
 func (cl *client) refuse(ctx context.Context, refused *token) {
 	if !cl.source.Refuse(refused) {
 		return
@@ -111,7 +111,6 @@ func (cl *client) refuse(ctx context.Context, refused *token) {
 	cl.endpoint.metrics.refusedTokens.Inc()
 	upstream := dialAddressOf(ctx).address
 	cl.endpoint.logger.Warn("the upstream refused the token", append(cl.endpoint.logFields(), zap.String("upstream", upstream))...)
-	// In a goroutine of its own: the request goes on, however slow the
-	// handlers are.
+	// The handlers run in their own goroutine: the request must not wait for them.
 	go cl.endpoint.events.emit(eventRefused, map[string]any{"client": cl.endpoint.metrics.name, "upstream": upstream})
 }

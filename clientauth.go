@@ -16,22 +16,23 @@ import (
 
 const clientAssertionType = "urn:ietf:params:oauth:client-assertion-type:jwt-bearer"
 
-// The types of JWTs. Servers that know the one for client authentication
-// (draft-ietf-oauth-rfc7523bis) publish metadata; others want the old one.
+// The types of JWTs. Servers that know the type for client authentication
+// (draft-ietf-oauth-rfc7523bis) publish metadata. Others want the old type.
 const (
 	typJWT        = "JWT"
 	typClientAuth = "client-authentication+jwt"
 )
 
-// authenticate adds the client's identity to a token request, in exactly one
-// way: RFC 6749 §2.3 forbids two, and trying one after the other burns the
-// client's attempts. audience is whom a JWT is meant for. It returns what of
-// the request must not be shown.
+// authenticate adds the client's identity to a token request. It uses exactly
+// one method: RFC 6749 §2.3 forbids two in one request. One method after the
+// other would use up the attempts that a server allows the client. A JWT is
+// meant for audience. authenticate returns the parts of the request that must
+// not be shown.
 func (c *Credentials) authenticate(r resolved, audience string, form url.Values, header http.Header) (secrets redact.Secrets, err error) {
 	switch method := c.authMethod(); method {
 	case authBasic:
-		// Both parts are form-encoded first (§2.3.1): otherwise an id with a
-		// colon would be cut there, and a secret with a '%' decoded.
+		// Both parts are form-encoded first (§2.3.1). Otherwise the server
+		// would cut an id at its colon, and would decode a '%' in a secret.
 		id, secret := url.QueryEscape(c.ClientID), url.QueryEscape(r.secret)
 		if c.BasicEncoding == basicRaw {
 			id, secret = c.ClientID, r.secret
@@ -62,7 +63,8 @@ func (c *Credentials) authenticate(r resolved, audience string, form url.Values,
 	return secrets, nil
 }
 
-// authorize adds what the token is granted for.
+// authorize adds what the token is granted for. It returns the parts of the
+// request that must not be shown.
 func (c *Credentials) authorize(r resolved, audience string, form url.Values) (secrets redact.Secrets, err error) {
 	if !c.grantsByJWT() {
 		form.Set("grant_type", grantClientCredentials)
@@ -93,7 +95,7 @@ func (c *Credentials) clientAssertion(r resolved, audience string) (string, erro
 	key := r.key
 	if c.authMethod() == authSecretJWT {
 		alg := c.SigningAlg
-		if c.usesKey() { // it is that of the grant's JWT
+		if c.usesKey() { // signing_alg belongs to the grant's JWT then
 			alg = ""
 		}
 		key = jwt.SecretKey(r.secret, alg)
@@ -104,20 +106,21 @@ func (c *Credentials) clientAssertion(r resolved, audience string) (string, erro
 // grantAssertion makes the JWT that the token is granted for (RFC 7523 §2.1).
 func (c *Credentials) grantAssertion(r resolved, audience string) (string, error) {
 	typ := typJWT
-	if method := c.authMethod(); method != authKeyJWT && method != authSecretJWT { // else it is that of the client's JWT
+	if method := c.authMethod(); method != authKeyJWT && method != authSecretJWT { // otherwise assertion_typ belongs to the client's JWT
 		typ = cmp.Or(c.AssertionTyp, typJWT)
 	}
 	return c.sign(r.key, typ, cmp.Or(r.subject, c.ClientID), audience, r.claims)
 }
 
-// sign makes a JWT of the client about sub, with what RFC 7523 §3 asks for.
+// sign makes a JWT of the client about sub. It has the claims that RFC 7523 §3
+// asks for, and those in more.
 func (c *Credentials) sign(key *jwt.Key, typ, sub, audience string, more map[string]string) (string, error) {
 	since := time.Now().Add(-assertionLeeway)
 	claims := map[string]any{
 		"iss": c.ClientID,
 		"sub": sub,
-		"aud": audience,    // a string: a list would permit others
-		"jti": rand.Text(), // servers refuse one that they have seen
+		"aud": audience,    // a string: a list would permit other servers, too
+		"jti": rand.Text(), // servers refuse a JWT whose jti they have seen
 		"iat": since.Unix(),
 		"nbf": since.Unix(),
 		"exp": since.Add(cmp.Or(time.Duration(c.AssertionLifetime), defaultAssertionLifetime)).Unix(),

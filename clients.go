@@ -1,4 +1,4 @@
-// The OAuth clients of one transport: opened at load, closed at its end.
+// The OAuth clients of one transport: they are opened at load, and closed at its end.
 
 package outboundauth
 
@@ -15,18 +15,18 @@ import (
 )
 
 // clients opens the OAuth clients of one transport, and everything that they
-// need. All of it is closed together.
+// need. close closes all of this together.
 type clients struct {
 	logger    *zap.Logger
 	events    *emitter
-	plaintext bool // to token endpoints, allowed
+	plaintext bool // unencrypted connections to token endpoints are allowed
 
-	acquired    []*client                                      // to be released
-	provisioned []caddy.CleanerUpper                           // to be cleaned up
-	transports  map[*reverseproxy.HTTPTransport]tokenTransport // shared by those who inherit their token_transport
+	acquired    []*client                                      // close releases them
+	provisioned []caddy.CleanerUpper                           // close cleans them up
+	transports  map[*reverseproxy.HTTPTransport]tokenTransport // clients that inherit the same token_transport share one
 }
 
-// open opens the client of credentials that are complete.
+// open opens the client for complete credentials.
 func (cs *clients) open(ctx caddy.Context, c Credentials) (*client, error) {
 	expanded, err := c.expand(caddy.NewReplacer())
 	if err != nil {
@@ -48,7 +48,7 @@ func (cs *clients) open(ctx caddy.Context, c Credentials) (*client, error) {
 	return cl, nil
 }
 
-// close closes what was opened. Caddy may ask for it again.
+// close closes everything that was opened. It may be called again.
 func (cs *clients) close() error {
 	var err error
 	for _, cl := range cs.acquired {
@@ -61,12 +61,12 @@ func (cs *clients) close() error {
 	return err
 }
 
-// closeToo has close clean up what belongs to one of the clients.
+// closeToo makes close clean up c, which belongs to one of the clients.
 func (cs *clients) closeToo(c caddy.CleanerUpper) { cs.provisioned = append(cs.provisioned, c) }
 
-// tokenTransport returns the way to the token endpoint of c.
+// tokenTransport returns the transport to the token endpoint of c.
 func (cs *clients) tokenTransport(ctx caddy.Context, c *Credentials) (tokenTransport, error) {
-	if c.ClientCertificate != nil { // which others must not use
+	if c.ClientCertificate != nil { // other clients must not use this transport
 		return cs.provision(ctx, c)
 	}
 	if transport, ok := cs.transports[c.TokenTransport]; ok {
@@ -83,29 +83,29 @@ func (cs *clients) tokenTransport(ctx caddy.Context, c *Credentials) (tokenTrans
 	return transport, nil
 }
 
-// provision provisions the token_transport of c, or the default transport if
-// there is none.
+// provision provisions the token_transport of c, or else the default transport.
 func (cs *clients) provision(ctx caddy.Context, c *Credentials) (tokenTransport, error) {
 	h := new(reverseproxy.HTTPTransport)
-	config, err := json.Marshal(cmp.Or(c.TokenTransport, h)) // before Provision: it writes its defaults there
+	config, err := json.Marshal(cmp.Or(c.TokenTransport, h)) // before Provision, which adds its defaults to h
 	if err != nil {
 		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
 	}
-	// A copy: those that inherit it may need one each.
+	// h is a copy: clients that inherit the setting may need a transport each.
 	if err := json.Unmarshal(config, h); err != nil {
 		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
 	}
 	if len(h.Versions) == 0 {
-		// Over HTTP/2, requests that end their connection take each other's away.
+		// Each token request ends its connection. Over HTTP/2, requests share a
+		// connection, so one request would end the connection of others.
 		h.Versions = []string{"1.1"}
 	}
 	cs.closeToo(h)
-	proxied := usesProxy(h) // Provision forgets it
+	proxied := usesProxy(h) // asked now: Provision clears the setting
 	if err := h.Provision(ctx); err != nil {
 		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
 	}
-	// net/http would keep the connection of a dial that outlives its request, and
-	// the next request would go out with the certificate of that time.
+	// A dial may outlive its request. Then net/http would keep the connection,
+	// and the next request would go out with an old certificate.
 	h.Transport.DisableKeepAlives = true
 	if c.ClientCertificate != nil {
 		if err := presentCertificates(h); err != nil {

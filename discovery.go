@@ -1,4 +1,4 @@
-// The token endpoint of an issuer, looked up in its metadata.
+// Discovery: it finds the token endpoint of an issuer in the issuer's metadata.
 
 package outboundauth
 
@@ -25,17 +25,17 @@ type discovery struct {
 	issuer      *url.URL
 	credentials *Credentials
 	transport   http.RoundTripper
-	permit      func(*url.URL) error // what may be sent secrets
+	permit      func(*url.URL) error // an error if secrets must not go to the URL
 	logger      *zap.Logger
 
 	*issuerMetadata
 
-	found  atomic.Pointer[url.URL] // last
-	warned atomic.Pointer[string]  // of what the server does not list, last
+	found  atomic.Pointer[url.URL] // the URL that was found last
+	warned atomic.Pointer[string]  // what warnUnsupported last found
 }
 
-// newDiscovery returns the discovery for the client c. permit refuses what must not
-// be sent its secrets. It has to be released.
+// newDiscovery returns the discovery for the client c. permit refuses URLs to which
+// c's secrets must not go. The caller has to release the discovery.
 func newDiscovery(issuer *url.URL, c *Credentials, transport tokenTransport, permit func(*url.URL) error, logger *zap.Logger) (*discovery, error) {
 	shared, err := acquireIssuer(c, transport.config)
 	if err != nil {
@@ -46,11 +46,11 @@ func newDiscovery(issuer *url.URL, c *Credentials, transport tokenTransport, per
 	}, nil
 }
 
-// tokenEndpoint returns the URL of the token endpoint, for requests that
-// present what ctx says.
+// tokenEndpoint returns the URL of the token endpoint. If it has to look the URL
+// up, it presents the certificate that ctx has.
 func (d *discovery) tokenEndpoint(ctx context.Context) (*url.URL, error) {
 	m, err := d.get(ctx, d.lookUp, d.logger)
-	if err != nil && err == ctx.Err() { //nolint:errorlint // get returns it as it is
+	if err != nil && err == ctx.Err() { //nolint:errorlint // get does not wrap it
 		err = &tokenError{Endpoint: d.issuer.Host, Code: codeTimeout, Description: "looking up the token endpoint took too long"}
 	}
 	if err != nil {
@@ -70,25 +70,25 @@ func (d *discovery) tokenEndpoint(ctx context.Context) (*url.URL, error) {
 	return u, nil
 }
 
-// wellKnown returns where the metadata may be: by RFC 8414 §3.1 between host
-// and path, by OpenID Connect Discovery §4 behind the path.
+// wellKnown returns where the metadata may be. RFC 8414 §3.1 puts the well-known
+// part between host and path. OpenID Connect Discovery §4 puts it behind the path.
 func wellKnown(issuer *url.URL) []*url.URL {
 	oauth, openid := *issuer, *issuer
 	path := strings.TrimSuffix(issuer.EscapedPath(), "/")
 	set := func(u *url.URL, escaped string) {
 		u.RawPath = escaped
-		u.Path, _ = url.PathUnescape(escaped) // it was escaped by net/url
+		u.Path, _ = url.PathUnescape(escaped) // can't fail: net/url has escaped it
 	}
 	set(&oauth, "/.well-known/oauth-authorization-server"+path)
 	set(&openid, path+"/.well-known/openid-configuration")
 	return []*url.URL{&oauth, &openid}
 }
 
-// lookUp fetches the metadata. A server may publish it at one place only.
+// lookUp fetches the metadata. A server may publish it at only one of the places.
 func (d *discovery) lookUp(ctx context.Context) (*metadata, error) {
 	var told *tokenError
 	for _, u := range wellKnown(d.issuer) {
-		// Each has its share of the time: one may hang.
+		// Each place gets half of the time, because one may hang.
 		ctx, cancel := context.WithTimeout(ctx, metadataTimeout/2)
 		m, err := d.metadataAt(ctx, u)
 		cancel()
@@ -102,9 +102,9 @@ func (d *discovery) lookUp(ctx context.Context) (*metadata, error) {
 	return nil, told
 }
 
-// tellsMore reports whether the error of the second place says more than that of
-// the first: metadata with a fault does, and then a fault that will pass. A
-// place without metadata says nothing if the other may have it.
+// tellsMore reports whether the error of the second place says more than the error
+// of the first. Metadata with a fault says most, and a temporary fault comes next.
+// A place without metadata says nothing if the other place may have it.
 func tellsMore(second, first *tokenError) bool {
 	rank := func(e *tokenError) int {
 		switch {
@@ -118,7 +118,7 @@ func tellsMore(second, first *tokenError) bool {
 	return rank(second) > rank(first)
 }
 
-// metadataAt looks the metadata up in one place.
+// metadataAt looks the metadata up at one place.
 func (d *discovery) metadataAt(ctx context.Context, u *url.URL) (*metadata, *tokenError) {
 	a, err := exchange(ctx, d.transport, newServerRequest(ctx, http.MethodGet, u, http.Header{}, ""))
 	if err != nil {
@@ -153,13 +153,14 @@ func (d *discovery) metadataAt(ctx context.Context, u *url.URL) (*metadata, *tok
 	case m.issuer == "":
 		failure.Description = "what is in the place of the issuer's metadata names no issuer"
 	case m.issuer != d.credentials.Issuer:
-		// RFC 8414 §3.3: or the metadata of one issuer could be another's.
+		// RFC 8414 §3.3 demands this check. Otherwise one issuer could publish
+		// metadata in the name of another.
 		failure.Code, failure.permanent = codeConfiguration, true
 		failure.Description = fmt.Sprintf("the metadata is that of another issuer, %q", redact.Clean(m.issuer, maxShownValue))
 		failure.Hint = "set issuer to exactly that, if it is the one that is meant"
 	default:
-		// Metadata that is broken must not take the place of metadata that is
-		// not. What it names is for each client to permit.
+		// Broken metadata must not replace good metadata. But each client decides
+		// later whether it permits the endpoint.
 		if _, err := d.parseEndpoint(cmp.Or(m.tokenEndpoint, m.mtlsTokenEndpoint)); err != nil {
 			failure.Description = endpointFault(err)
 			break
@@ -188,14 +189,14 @@ func (d *discovery) endpointIn(m *metadata) (*url.URL, error) {
 	return u, nil
 }
 
-// metadataHint is what to change if the metadata is of no use.
+// metadataHint says what to change if the metadata can't be used.
 const metadataHint = "check issuer, or set token_url instead"
 
 func endpointFault(err error) string {
 	return "the token_endpoint in the issuer's metadata: " + redact.Clean(err.Error(), maxShownValue)
 }
 
-// parseEndpoint parses a token endpoint in the metadata.
+// parseEndpoint parses a token endpoint of the metadata.
 func (d *discovery) parseEndpoint(raw string) (*url.URL, error) {
 	u, err := parseTokenURL(raw)
 	if err != nil {
@@ -204,9 +205,9 @@ func (d *discovery) parseEndpoint(raw string) (*url.URL, error) {
 	return u, d.keepOut(u)
 }
 
-// keepOut refuses token endpoints that a server somewhere else has no reason
-// to name: the secrets would go unencrypted, or a service of this machine, such
-// as Caddy's admin API, would be sent requests.
+// keepOut refuses token endpoints that an issuer somewhere else has no reason to
+// name. Otherwise the secrets would go unencrypted, or requests would go to a
+// service of this machine, such as Caddy's admin API.
 func (d *discovery) keepOut(u *url.URL) error {
 	switch {
 	case d.issuer.Scheme == "https" && u.Scheme != "https":
@@ -217,8 +218,9 @@ func (d *discovery) keepOut(u *url.URL) error {
 	return nil
 }
 
-// warnUnsupported warns, once, of an authentication that the server says it does not
-// support. It is tried all the same: what servers publish is not always true.
+// warnUnsupported warns once if the server does not list the client's
+// authentication. The client uses it all the same: what servers publish is not
+// always true.
 func (d *discovery) warnUnsupported(m *metadata) {
 	method, setting := d.credentials.authMethod(), ""
 	var supported []string
@@ -240,8 +242,8 @@ func (d *discovery) warnUnsupported(m *metadata) {
 		zap.String("auth_method", method), zap.String("supported", names))
 }
 
-// supports reports whether a list of methods has this one. Certificates that are
-// self-signed have a name of their own there (RFC 8705 §2.2).
+// supports reports whether a list of methods has this method. Self-signed
+// certificates have a name of their own there (RFC 8705 §2.2).
 func supports(methods []string, method string) bool {
 	return slices.Contains(methods, method) || (method == authTLS && slices.Contains(methods, "self_signed_tls_client_auth"))
 }

@@ -1,4 +1,4 @@
-// One request to the authorization server: sent, and its answer received.
+// One request to the authorization server, and its answer.
 
 package outboundauth
 
@@ -12,33 +12,34 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// tokenTransport is the way to a token endpoint: the transport, and its config,
-// which is part of what tells token sources apart.
+// tokenTransport is a transport to a token endpoint, with its config. The
+// config is a part of the sourceKey: clients with different transports do not
+// share a source.
 type tokenTransport struct {
 	http.RoundTripper
 	config  []byte
-	proxied bool // see usesProxy
+	proxied bool // connections go through a proxy, see usesProxy
 }
 
-// newServerRequest makes a request to the authorization server. An empty body is
-// none.
+// newServerRequest makes a request to the authorization server. If body is
+// empty, the request has no body.
 func newServerRequest(ctx context.Context, method string, u *url.URL, header http.Header, body string) *http.Request {
 	for field, value := range map[string]string{"Accept": "application/json", "User-Agent": "caddy-outbound-auth"} {
-		if header.Get(field) == "" { // else by token_request_header
+		if header.Get(field) == "" { // otherwise token_request_header has set it
 			header.Set(field, value)
 		}
 	}
-	// Caddy's HTTP transport looks for a replacer in the context, and for
-	// nothing else that this one could have.
+	// Caddy's HTTP transport needs a replacer in the context. The other values
+	// that it looks for belong to requests of the proxy only.
 	ctx = context.WithValue(ctx, caddy.ReplacerCtxKey, caddy.NewReplacer())
-	to := *u // the transport may write to it
+	to := *u // a copy, because the transport may write to it
 	req := (&http.Request{
 		Method: method,
 		URL:    &to,
 		Host:   to.Host,
 		Header: header,
-		// It is made once in minutes. Of what a server sends on an idle
-		// connection, net/http would write the beginning to the log.
+		// The next request comes only in minutes. If a server sends a text on
+		// an idle connection, net/http logs the beginning of the text.
 		Close: true,
 		Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 	}).WithContext(ctx)
@@ -52,12 +53,12 @@ func newServerRequest(ctx context.Context, method string, u *url.URL, header htt
 	return req
 }
 
-// maxAnswer bounds the answer of a token endpoint, in bytes. RFC 6749
-// §5.1 leaves the size of a token open; a real one has a few kilobytes.
+// maxAnswer is the size of the largest answer that is accepted, in bytes.
+// RFC 6749 §5.1 does not limit a token. Real tokens have a few kilobytes.
 const maxAnswer = 1 << 20
 
-// serverAnswer is what the authorization server said, up to a byte more than
-// maxAnswer. The zero value stands for no answer.
+// serverAnswer is an answer of the authorization server. Its body is cut one
+// byte after maxAnswer. The zero value stands for no answer.
 type serverAnswer struct {
 	status int
 	header http.Header
@@ -66,14 +67,14 @@ type serverAnswer struct {
 
 // exchange sends a request to the authorization server, and reads the answer.
 func exchange(ctx context.Context, transport http.RoundTripper, req *http.Request) (serverAnswer, error) {
-	// RoundTrip and not an http.Client: a redirect is not followed, as it
-	// would send the client's secret elsewhere.
+	// An http.Client would follow a redirect, and would send the client's
+	// secret elsewhere. RoundTrip does not follow it.
 	res, err := transport.RoundTrip(req)
 	if err != nil {
 		return serverAnswer{}, err
 	}
-	// Switching protocols, net/http hands over the connection, and ctx would
-	// not end a read.
+	// If the server switches protocols, net/http hands over the connection. The
+	// end of ctx would then not end a read. So AfterFunc closes the body.
 	stop := context.AfterFunc(ctx, func() { _ = res.Body.Close() })
 	defer stop()
 	defer res.Body.Close()

@@ -1,4 +1,4 @@
-// What to change when the authorization server refuses.
+// What to change when the authorization server refuses a request.
 
 package outboundauth
 
@@ -8,7 +8,7 @@ import (
 )
 
 // hint says what to change when the authorization server answers with a code
-// (RFC 6749 §5.2, RFC 8707 §2, RFC 7523 §3.1); "" for one that is not known.
+// (RFC 6749 §5.2, RFC 8707 §2, RFC 7523 §3.1). An unknown code has no hint.
 func (c *Credentials) hint(code string) string {
 	switch code {
 	case "invalid_client":
@@ -81,7 +81,7 @@ func (c *Credentials) clientSettings() string {
 	return "client_id, client_secret and auth_method"
 }
 
-// assertionSettings names what servers disagree about.
+// assertionSettings names the settings of a JWT about which servers disagree.
 func (c *Credentials) assertionSettings() string {
 	if c.Issuer != "" {
 		return "assertion_audience, or assertion_typ"

@@ -1,4 +1,4 @@
-// What an authorization server publishes about itself: shared by its clients, used for a day.
+// The metadata of an authorization server: its clients share it, and use it for a day.
 
 package outboundauth
 
@@ -16,43 +16,43 @@ import (
 )
 
 const (
-	// How long an authorization server's metadata is used before it is looked
-	// up again, and how long if that fails.
+	// How long metadata is used before it is looked up again: after a look-up
+	// that succeeded, and after one that failed.
 	metadataLifetime = 24 * time.Hour
 	metadataRetry    = 5 * time.Minute
 
-	// How long one look-up may take, and how long it may hold up a token
-	// request if there is metadata already.
+	// How long one look-up may take. If there is metadata already, a look-up
+	// may delay a token request only for metadataPatience.
 	metadataTimeout  = 10 * time.Second
 	metadataPatience = 2 * time.Second
 
-	// How long a look-up that failed answers for the next, which many clients
-	// may want.
+	// How long the error of a look-up is the answer for all clients that ask.
+	// Many clients may ask at once.
 	metadataErrorLifetime = 100 * time.Millisecond
 
-	// A token endpoint that fails is looked up again no sooner than this.
+	// If a token endpoint fails, the next look-up waits this long after the last.
 	metadataPause = 10 * time.Second
 )
 
 // metadata is what an authorization server publishes about itself (RFC 8414
-// §2, RFC 8705 §5), as far as it concerns a token request. Immutable.
+// §2, RFC 8705 §5), as far as token requests need it. It is immutable.
 type metadata struct {
 	issuer            string
 	tokenEndpoint     string
-	mtlsTokenEndpoint string // for those who present a certificate; may be empty
+	mtlsTokenEndpoint string // for clients that present a certificate; may be empty
 
 	// token_endpoint_auth_methods_supported and
-	// token_endpoint_auth_signing_alg_values_supported; may be empty.
+	// token_endpoint_auth_signing_alg_values_supported. Both may be empty.
 	authMethods, signingAlgs []string
 }
 
-// parseMetadata reads a document. Whether what it says will do is for others
-// to judge; members that only a warning needs may be anything.
+// parseMetadata reads a document of metadata. Others judge whether its
+// endpoints can be used. Members that only a warning needs may hold anything.
 func parseMetadata(body []byte) (*metadata, error) {
 	if len(body) > maxAnswer {
 		return nil, errors.New("the metadata is too large")
 	}
-	document, err := parseMembers(body) // by name, not in any case
+	document, err := parseMembers(body) // the case of a name matters
 	if err != nil {
 		return nil, err
 	}
@@ -71,24 +71,25 @@ func parseMetadata(body []byte) (*metadata, error) {
 	return m, nil
 }
 
-// issuers shares the metadata among all clients that look it up in the same
-// way, by issuerKey. Like the tokens, it outlives a reload: an issuer that is
-// down then must not make a working token endpoint unknown.
+// issuers has the metadata by issuerKey. All clients that look metadata up in
+// the same way share it. Like the tokens, the metadata outlives a reload: the
+// issuer may be down then, and a working token endpoint must not become
+// unknown.
 var issuers = caddy.NewUsagePool()
 
 type issuerKey [sha256.Size]byte
 
 // issuerMetadata caches the metadata of one issuer. One look-up at a time
-// serves all who wait; none of them governs it.
+// serves all who wait, and goes on when they leave.
 type issuerMetadata struct {
 	key issuerKey
 
 	mu       sync.Mutex // guards all below; never held over I/O
 	current  *metadata
-	until    time.Time // current is not looked up again before
-	doubtful bool      // current, by a token request that failed
-	tried    time.Time // the last look-up
-	err      error     // of it
+	until    time.Time // current is not looked up again before this
+	doubtful bool      // a token request failed, so current may be wrong
+	tried    time.Time // when the last look-up ended
+	err      error     // the error of the last look-up
 	inflight *metadataLookUp
 }
 
@@ -99,8 +100,8 @@ type metadataLookUp struct {
 	err  error
 }
 
-// acquireIssuer returns the metadata that clients with these credentials
-// share. It has to be released.
+// acquireIssuer returns the metadata that clients with these credentials share.
+// The caller has to release it.
 func acquireIssuer(c *Credentials, transportConfig []byte) (*issuerMetadata, error) {
 	shape, err := json.Marshal([]any{c.Issuer, c.ClientCertificate, json.RawMessage(transportConfig)})
 	if err != nil {
@@ -121,12 +122,12 @@ func (i *issuerMetadata) release() error {
 	return err
 }
 
-// Destruct implements caddy.Destructor. A look-up that is under way ends by
-// its timeout.
+// Destruct implements caddy.Destructor. A look-up still ends by its timeout.
 func (i *issuerMetadata) Destruct() error { return nil }
 
-// get returns the metadata. It waits for a look-up if there is none, for a
-// short time if it is doubtful, and not at all if it is only old.
+// get returns the metadata. If there is none, get waits for a look-up. If the
+// metadata is doubtful, get waits only for a short time. If it is only old, get
+// does not wait.
 func (i *issuerMetadata) get(ctx context.Context, lookUp func(context.Context) (*metadata, error), logger *zap.Logger) (*metadata, error) {
 	i.mu.Lock()
 	known, doubtful := i.current, i.doubtful
@@ -157,7 +158,7 @@ func (i *issuerMetadata) get(ctx context.Context, lookUp func(context.Context) (
 			return known, nil
 		}
 		patience := metadataPatience
-		if deadline, ok := ctx.Deadline(); ok { // leave time for the token
+		if deadline, ok := ctx.Deadline(); ok { // the token request needs time, too
 			patience = min(patience, time.Until(deadline)/2)
 		}
 		var cancel context.CancelFunc
@@ -178,7 +179,7 @@ func (i *issuerMetadata) get(ctx context.Context, lookUp func(context.Context) (
 	}
 }
 
-// run is the goroutine of one look-up, which ends by its timeout.
+// run is the goroutine of one look-up. The look-up's timeout ends it.
 func (i *issuerMetadata) run(ctx context.Context, l *metadataLookUp, lookUp func(context.Context) (*metadata, error), logger *zap.Logger) {
 	l.err = safely(func() (err error) {
 		l.m, err = lookUp(ctx)
@@ -197,8 +198,8 @@ func (i *issuerMetadata) run(ctx context.Context, l *metadataLookUp, lookUp func
 	close(l.done)
 }
 
-// expire makes the next token request look the metadata up again, unless that
-// has just been tried.
+// expire makes the next token request look the metadata up again, unless the
+// last look-up has just ended.
 func (i *issuerMetadata) expire() {
 	i.mu.Lock()
 	defer i.mu.Unlock()

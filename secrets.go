@@ -16,15 +16,15 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 )
 
-// resolved is what a token request needs of the settings that are read again
-// for each, with the placeholders replaced: what was rotated is used without a
-// reload. It lives no longer than a request.
+// resolved has the settings that are read again for each token request, with
+// their placeholders replaced. So a rotated secret is used without a reload. A
+// resolved lives no longer than its request.
 type resolved struct {
 	secret          string
 	key             *jwt.Key
-	keySource       []byte // of key
+	keySource       []byte // the text of key
 	certificate     *tls.Certificate
-	assertion       string // of assertion_file
+	assertion       string // the JWT of assertion_file
 	subject         string
 	claims          map[string]string
 	params, headers map[string]string
@@ -33,20 +33,21 @@ type resolved struct {
 // Format keeps the secrets out of everything that prints values.
 func (resolved) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("resolved")) }
 
-// fingerprint tells these secrets from others without holding them.
+// fingerprint returns a digest of these secrets. It changes when they change, and
+// does not hold them.
 func (r resolved) fingerprint() string {
 	var chain [][]byte
 	if r.certificate != nil {
 		chain = r.certificate.Certificate
 	}
-	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %q %q %q %q %q %q", // maps print sorted
+	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %q %q %q %q %q %q", // fmt sorts maps
 		r.secret, r.keySource, chain, r.assertion, r.subject, r.claims, r.params, r.headers))
 	return string(sum[:])
 }
 
-// resolve replaces the placeholders by the values that they have now, with a
-// replacer that knows nothing of any request. They may name files, and reading
-// a file can't be interrupted: then it goes on by itself when ctx ends.
+// resolve replaces the placeholders by their current values. Its replacer knows
+// nothing about requests. Placeholders may name files, and nobody can interrupt
+// the reading of a file. When ctx ends, resolve returns and the reading goes on.
 func (c *Credentials) resolve(ctx context.Context, certificates *clientcert.Cache) (resolved, error) {
 	type result struct {
 		resolved
@@ -116,8 +117,8 @@ func (c *Credentials) resolveNow(certificates *clientcert.Cache) (r resolved, er
 	return r, nil
 }
 
-// resolveKeys reads certificate and key. newEndpoint calls it as well: what can't
-// be read, or does not fit, is found at load.
+// resolveKeys reads the certificate and the key. newEndpoint calls it as well, so
+// that a file that can't be read, or a key that does not fit, is found at load.
 func (c *Credentials) resolveKeys(repl *caddy.Replacer, certificates *clientcert.Cache) (certificate *tls.Certificate, key *jwt.Key, source []byte, err error) {
 	if c.ClientCertificate != nil {
 		if certificate, err = c.ClientCertificate.read(repl, certificates); err != nil {
@@ -143,11 +144,11 @@ func (c *Credentials) resolveKeys(repl *caddy.Replacer, certificates *clientcert
 	return certificate, key, source, nil
 }
 
-// minInlineJWT is the length, in bytes, from which a text that is written as a JWT
-// is taken for one: a shorter one may be the name of a file, with dots in it.
+// minInlineJWT is how many bytes a text needs at least to be taken for a JWT. A
+// shorter text that looks like a JWT may be the name of a file with dots in it.
 const minInlineJWT = 101
 
-// readAssertion reads the file with a JWT; a placeholder may also hold the JWT.
+// readAssertion reads the file with a JWT. A placeholder may also hold the JWT.
 func readAssertion(repl *caddy.Replacer, template string) (string, error) {
 	value, err := resolveSecret(repl, "assertion_file", template)
 	if err != nil || (len(value) >= minInlineJWT && jwt.Is(value)) {

@@ -1,4 +1,4 @@
-// The token request, its endpoint, and what is told of both: log, events, description.
+// The token request, its endpoint, and what operators are told: log, events, description.
 
 package outboundauth
 
@@ -24,15 +24,16 @@ import (
 )
 
 // endpoint makes the token requests of one client at one token endpoint
-// (RFC 6749 §3.2). It is the requester of a tokenSource; its fields do not
+// (RFC 6749 §3.2). It is the requester of a tokenSource. Its fields do not
 // change once it is in use.
 type endpoint struct {
-	// Complete. What is read anew for each request has its placeholders.
+	// The credentials are complete. Settings that are read again for each
+	// request still have their placeholders.
 	credentials Credentials
 
-	url         *url.URL   // nil if it is discovered
+	url         *url.URL   // nil if the URL is discovered
 	urlTemplate string     // token_url with its placeholders
-	discovery   *discovery // nil if it is configured
+	discovery   *discovery // nil if the URL is configured
 
 	transport    http.RoundTripper // token_transport
 	certificates clientcert.Cache
@@ -43,9 +44,9 @@ type endpoint struct {
 	narrowed atomic.Pointer[string] // the granted scopes of the last warning
 }
 
-// newEndpoint makes the endpoint of c, which is expanded and complete;
-// urlTemplate is its token_url before. What can be found wrong without a request
-// is found here. It has to be released.
+// newEndpoint makes the endpoint of c, which is expanded and complete.
+// urlTemplate is c's token_url before the expansion. newEndpoint finds each
+// mistake that shows without a request. The caller has to release the endpoint.
 func newEndpoint(c Credentials, urlTemplate string, transport tokenTransport, plaintext bool, logger *zap.Logger, events *emitter) (*endpoint, error) {
 	e := &endpoint{credentials: c, urlTemplate: urlTemplate, transport: transport.RoundTripper, logger: logger, events: events}
 	permit := func(u *url.URL) error {
@@ -80,8 +81,8 @@ func newEndpoint(c Credentials, urlTemplate string, transport tokenTransport, pl
 	return e, nil
 }
 
-// release gives back what the endpoint shares with others. It stays usable for
-// requests that are still on their way.
+// release gives back what the endpoint shares with others. Requests that are
+// still on their way can go on using the endpoint.
 func (e *endpoint) release() error {
 	if e.discovery == nil {
 		return nil
@@ -89,8 +90,8 @@ func (e *endpoint) release() error {
 	return e.discovery.release()
 }
 
-// knownURL returns the token endpoint's URL, without a query, which may hold a
-// key; "" while it has not been discovered.
+// knownURL returns the token endpoint's URL without the query, which may hold a
+// key. It returns "" while the URL has not been discovered.
 func (e *endpoint) knownURL() string {
 	u := e.url
 	if e.discovery != nil {
@@ -116,14 +117,14 @@ func (e *endpoint) fingerprint(ctx context.Context) string {
 func (e *endpoint) request(ctx context.Context) (grant, error) {
 	start := time.Now()
 	g, err := e.requestUncounted(ctx)
-	if !errors.Is(context.Cause(ctx), errReleased) { // which says nothing about the server
+	if !errors.Is(context.Cause(ctx), errReleased) { // a release says nothing about the server
 		e.metrics.tokenRequested(time.Since(start), err)
 	}
 	return g, err
 }
 
-// requestUncounted is request without the metrics. If the token endpoint seems to
-// have moved, it is looked up and asked again.
+// requestUncounted is request without the metrics. If the token endpoint seems
+// to have moved, requestUncounted looks it up, and requests the token once more.
 func (e *endpoint) requestUncounted(ctx context.Context) (grant, error) {
 	r, err := e.credentials.resolve(ctx, &e.certificates)
 	if err != nil {
@@ -143,7 +144,8 @@ func (e *endpoint) requestUncounted(ctx context.Context) (grant, error) {
 		if moved, lookUpErr := e.discovery.tokenEndpoint(discovering); lookUpErr == nil && *moved != *u {
 			return e.requestAt(ctx, moved, e.credentials.Issuer, r)
 		}
-		// The issuer may be late to say so: what is not there is not refused.
+		// The endpoint may have moved before the issuer says so. Then no server
+		// has refused the client, so the error is not permanent.
 		if failure, ok := errors.AsType[*tokenError](err); ok {
 			failure.permanent = false
 		}
@@ -151,8 +153,8 @@ func (e *endpoint) requestUncounted(ctx context.Context) (grant, error) {
 	return g, err
 }
 
-// mayHaveMoved reports whether a token request failed in a way that another
-// token endpoint would explain.
+// mayHaveMoved reports whether a token request may have failed because the token
+// endpoint has moved.
 func mayHaveMoved(err error) bool {
 	failure, ok := errors.AsType[*tokenError](err)
 	if !ok {
@@ -165,8 +167,8 @@ func mayHaveMoved(err error) bool {
 	return failure.Code == codeInvalidResponse || (failure.Status >= 300 && failure.Status < 400)
 }
 
-// requestAt makes one token request at u (RFC 6749 §4.4.2). audience is whom the
-// client's JWTs are meant for, unless assertion_audience says otherwise.
+// requestAt makes one token request at u (RFC 6749 §4.4.2). The client's JWTs
+// are meant for audience, unless assertion_audience names another.
 func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r resolved) (grant, error) {
 	form, header, secrets, err := e.form(r, cmp.Or(e.credentials.AssertionAudience, audience))
 	if err != nil {
@@ -193,8 +195,8 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 	return g, nil
 }
 
-// form returns form and header of a token request, and what of them must not
-// be shown.
+// form returns the form and the header of a token request, and the parts of them
+// that must not be shown.
 func (e *endpoint) form(r resolved, audience string) (url.Values, http.Header, redact.Secrets, error) {
 	c := &e.credentials
 	form, header := url.Values{}, http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}
@@ -227,10 +229,11 @@ func (e *endpoint) form(r resolved, audience string) (url.Values, http.Header, r
 	return form, header, secrets, nil
 }
 
-// warnNarrowed warns, once, of scopes that were asked for and not granted
-// (RFC 6749 §5.1): the upstream will refuse what needs them.
+// warnNarrowed warns once if the server has not granted all of the configured
+// scopes (RFC 6749 §5.1). The upstream will refuse requests that need the
+// missing scopes.
 func (e *endpoint) warnNarrowed(granted string) {
-	if granted == "" { // as asked for
+	if granted == "" { // the server has granted all scopes
 		return
 	}
 	has := strings.Fields(granted)
@@ -249,7 +252,7 @@ func (e *endpoint) warnNarrowed(granted string) {
 		append(e.logFields(), zap.Strings("not_granted", lacking), zap.String("granted", granted))...)
 }
 
-// advise completes the hint of an error with what only this request knows.
+// advise improves the hint of an error with what only this request knows.
 func (e *endpoint) advise(err error, r resolved, p *clientcert.Presented) error {
 	failure, ok := errors.AsType[*tokenError](err)
 	if !ok || failure.Status == 0 || failure.Code == codeConfiguration {
@@ -258,7 +261,7 @@ func (e *endpoint) advise(err error, r resolved, p *clientcert.Presented) error 
 	rejected := failure.Code == "invalid_client" || failure.Code == "invalid_grant" ||
 		failure.Status == http.StatusUnauthorized || failure.Status == http.StatusForbidden
 	switch {
-	case jwt.Expired(r.assertion): // some take that for a fault of their own
+	case jwt.Expired(r.assertion): // some servers take that for a fault of their own
 		failure.Hint = "the JWT in assertion_file has expired; see that it is renewed"
 	case !rejected:
 	case e.credentials.authMethod() == authTLS && p.Ignored():
@@ -270,8 +273,8 @@ func (e *endpoint) advise(err error, r resolved, p *clientcert.Presented) error 
 	return failure
 }
 
-// fetched implements requester: one line in the log for each fetch that fails,
-// and one when that is over.
+// fetched implements requester. It logs each fetch that fails, and the first
+// fetch that succeeds after failures. It also emits the events.
 func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
 	if err != nil {
 		if errors.Is(err, errReleased) {
@@ -296,7 +299,7 @@ func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
 	e.events.emit(eventObtained, map[string]any{"client": e.metrics.name, "expires": t.expires, "renewal": t.refreshAt})
 }
 
-// logFields tell in the log which client it is about.
+// logFields returns the log fields that tell which client a line is about.
 func (e *endpoint) logFields() []zap.Field {
 	return []zap.Field{
 		zap.String("client", e.metrics.name), zap.String("token_endpoint", e.credentials.host()), zap.String("client_id", e.credentials.ClientID),

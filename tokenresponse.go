@@ -17,23 +17,23 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
-// What shorter and longer lifetimes are taken for: no server is asked without
-// a pause, and no sum of instants overflows.
+// A shorter lifetime counts as minLifetime, so that no server is asked without a
+// pause. A longer one counts as maxLifetime, so that no sum of instants overflows.
 const (
 	minLifetime = 1 * time.Second
 	maxLifetime = 10 * 365 * 24 * time.Hour
 )
 
-// How much of a refusal is searched for secrets, in bytes. It is a multiple of what
-// is shown, because cleaning shortens it.
+// How many bytes of a refusal are searched for secrets. These are multiples of
+// what is shown, because cleaning shortens a text.
 const (
 	maxSearchedCode        = 256
 	maxSearchedDescription = 4 << 10
 )
 
-// readAnswer turns the answer of the token endpoint at u into a grant, or a
-// *tokenError with a hint at the settings. No text of the answer that holds one of
-// the secrets is shown.
+// readAnswer turns the answer of the token endpoint at u into a grant, or into a
+// *tokenError with a hint at the settings. The error shows no text of the answer
+// that holds one of the secrets.
 func (c *Credentials) readAnswer(u *url.URL, a serverAnswer, secrets redact.Secrets) (grant, error) {
 	failure := &tokenError{Endpoint: u.Host, Status: a.status}
 	if a.status >= 300 && a.status < 400 {
@@ -67,7 +67,7 @@ func (c *Credentials) readAnswer(u *url.URL, a serverAnswer, secrets redact.Secr
 		return grant{}, unreadable(failure, errors.New("the status of a token answer is 200"))
 	}
 	failure.retryAfter = parseRetryAfter(a.header, time.Now())
-	// The raw texts are asked too: cleaning may join or cut a secret.
+	// The raw texts are searched, too, because cleaning may join or cut a secret.
 	failure.Code = errorCode(code)
 	if secrets.In(code + "\n" + failure.Code) {
 		if c.hint(code) == "" {
@@ -87,15 +87,16 @@ func (c *Credentials) readAnswer(u *url.URL, a serverAnswer, secrets redact.Secr
 	return grant{}, failure
 }
 
-// unreadable is an answer that is neither a token nor a refusal: it counts as
-// a passing fault of the server, or of something in front of it.
+// unreadable returns the error for an answer that is neither a token nor a
+// refusal. It counts as a temporary fault of the server, or of something in front
+// of the server.
 func unreadable(failure *tokenError, err error) *tokenError {
 	failure.Code, failure.Description = codeInvalidResponse, err.Error()
 	return failure
 }
 
-// errorCode returns a code as RFC 6749 §5.2 permits it: it becomes part of
-// log lines.
+// errorCode returns a code with only the characters that RFC 6749 §5.2 permits,
+// because the code becomes part of log lines.
 func errorCode(code string) string {
 	if code == "" {
 		return codeHTTPStatus
@@ -109,10 +110,10 @@ func errorCode(code string) string {
 	return redact.Clean(code, maxShownCode)
 }
 
-// members holds the members of a token endpoint's answer by name. Not a
-// struct: encoding/json matches names in any case, and "ACCESS_TOKEN" is not
-// the member that RFC 6749 names. Unknown members are ignored (§5.1), and so
-// is refresh_token: the next token is simply asked for (§4.4.3).
+// members holds the members of a token endpoint's answer by name. It is not a
+// struct, because encoding/json would ignore the case of names. "ACCESS_TOKEN" is
+// not the member that RFC 6749 names. Unknown members are ignored (§5.1).
+// refresh_token is ignored, too: the client simply requests a new token (§4.4.3).
 type members map[string]json.RawMessage
 
 // parseMembers reads a body as a JSON object.
@@ -125,8 +126,8 @@ func parseMembers(body []byte) (members, error) {
 	return r, nil
 }
 
-// grant reads a successful answer (RFC 6749 §5.1), strictly: a token that is
-// no bearer token, or that would break the header, must not be used.
+// grant reads a successful answer (RFC 6749 §5.1). It is strict: a token must not
+// be used if it is no bearer token, or if it would break the header.
 func (r members) grant() (grant, error) {
 	accessToken, err := r.str("access_token")
 	if err != nil {
@@ -135,8 +136,8 @@ func (r members) grant() (grant, error) {
 	if accessToken == "" {
 		return grant{}, errors.New("the answer has no access_token")
 	}
-	// RFC 6749 appendix A.12 permits VSCHAR; of these a space would not
-	// survive in the header (RFC 6750 §2.1).
+	// RFC 6749 appendix A.12 permits VSCHAR, which includes the space. But a space
+	// would not survive in the header (RFC 6750 §2.1).
 	for _, c := range []byte(accessToken) {
 		if c <= ' ' || c >= 0x7f {
 			return grant{}, errors.New("access_token holds a character that is not allowed in a header")
@@ -146,8 +147,8 @@ func (r members) grant() (grant, error) {
 	if err != nil {
 		return grant{}, err
 	}
-	// The type is required, but some servers leave it out. One that we do
-	// not understand must not be used (§7.1), whatever it is.
+	// The type is required, but some servers leave it out. A token of a type that
+	// we do not understand must not be used (§7.1).
 	if tokenType != "" && !strings.EqualFold(tokenType, "Bearer") {
 		return grant{}, errors.New("token_type is not Bearer")
 	}
@@ -155,12 +156,13 @@ func (r members) grant() (grant, error) {
 	if err != nil {
 		return grant{}, err
 	}
-	scope, _ := r.str("scope") // is only shown
+	scope, _ := r.str("scope") // an error does not matter: the scope is only shown
 	return grant{accessToken: accessToken, lifetime: lifetime, scope: redact.Clean(scope, maxAnswer)}, nil
 }
 
-// lifetime reads expires_in, in seconds. The RFC means an integer; servers
-// also send floats and strings. 0, as good as absent, leaves it open.
+// lifetime reads expires_in, in seconds. The RFC means an integer, but servers
+// also send floats and strings. lifetime returns 0 if expires_in is absent or 0:
+// the server has then named no lifetime.
 func (r members) lifetime() (time.Duration, error) {
 	raw := bytes.TrimSpace(r["expires_in"])
 	if len(raw) > 0 && raw[0] == '"' {
@@ -175,7 +177,7 @@ func (r members) lifetime() (time.Duration, error) {
 	}
 	seconds, err := strconv.ParseFloat(string(raw), 64)
 	if math.IsInf(seconds, 1) && errors.Is(err, strconv.ErrRange) {
-		return maxLifetime, nil // too large a number for a float
+		return maxLifetime, nil // the number is too large for a float
 	}
 	if err != nil || math.IsNaN(seconds) || math.IsInf(seconds, 0) || strings.ContainsAny(string(raw), "xXpP_") {
 		return 0, errors.New("expires_in is not a number")
@@ -192,7 +194,7 @@ func (r members) lifetime() (time.Duration, error) {
 	return max(minLifetime, time.Duration(seconds*float64(time.Second))), nil
 }
 
-// str returns a member that must be a string; "" if it is absent or null.
+// str returns a member that must be a string. An absent or null member gives "".
 func (r members) str(name string) (string, error) {
 	raw, ok := r[name]
 	if !ok {
@@ -208,7 +210,7 @@ func (r members) str(name string) (string, error) {
 	return *s, nil
 }
 
-// hasToken reports whether an answer has a token, which an error has not.
+// hasToken reports whether an answer has a token. An error must have none.
 func (r members) hasToken() bool {
 	for _, name := range []string{"access_token", "refresh_token", "id_token"} {
 		if _, ok := r[name]; ok {
@@ -218,8 +220,9 @@ func (r members) hasToken() bool {
 	return false
 }
 
-// refusal reads the error members (RFC 6749 §5.2) and the other names under
-// which servers send the description. An answer without any gives "", "".
+// refusal reads the members of an error (RFC 6749 §5.2). Some servers send the
+// description under other names, and refusal knows these. It returns "", "" for an
+// answer without such members.
 func (r members) refusal() (code, description string) {
 	code, _ = r.str("error")
 	for _, name := range []string{"error_description", "errorDescription", "message"} {
@@ -231,7 +234,7 @@ func (r members) refusal() (code, description string) {
 }
 
 // parseRetryAfter reads the Retry-After header in both its forms (RFC 9110
-// §10.2.3); 0 if there is none, or none that can be read.
+// §10.2.3). It returns 0 if there is no such header, or if it can't be read.
 func parseRetryAfter(h http.Header, now time.Time) time.Duration {
 	v := strings.TrimSpace(h.Get("Retry-After"))
 	if seconds, err := strconv.ParseUint(v, 10, 63); err == nil || errors.Is(err, strconv.ErrRange) {
