@@ -7,14 +7,14 @@ import (
 	"time"
 )
 
-// Dashboard is what matters here of a Grafana dashboard.
+// Dashboard has the parts of a Grafana dashboard that matter here.
 type Dashboard struct {
 	UID        string
 	Panels     []Panel
 	Templating struct{ List []Variable }
 }
 
-// Panel is one of its panels.
+// Panel is one panel of a dashboard.
 type Panel struct {
 	ID                       int
 	Title, Description, Type string
@@ -38,10 +38,10 @@ type Panel struct {
 	}
 }
 
-// Target is a query and the name of its results.
+// Target is a query of a panel, and the name of its results.
 type Target struct{ Expr, LegendFormat, RefID string }
 
-// Mapping is what a value means.
+// Mapping says what a panel shows for a value.
 type Mapping struct {
 	Text, Color string
 	Index       int
@@ -62,7 +62,7 @@ func ReadDashboard(path string) (*Dashboard, error) {
 	return d, json.Unmarshal(text, d)
 }
 
-// Substitute returns a query as Grafana sends it, with All for every variable.
+// Substitute returns a query as Grafana sends it when each variable is All.
 func (d *Dashboard) Substitute(expr string, rateInterval time.Duration) string {
 	pairs := []string{"$__rate_interval", rateInterval.String()}
 	for _, v := range d.Templating.List {

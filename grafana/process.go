@@ -19,11 +19,11 @@ const startTimeout = time.Minute
 // process is a program that runs beside this one.
 type process struct {
 	name   string
-	log    string        // the file that has its output
-	exited chan struct{} // closed once it is gone
+	log    string        // the file with the program's output
+	exited chan struct{} // closed once the program has ended
 }
 
-// start runs cmd, which must be bound to a context, until that ends.
+// start runs cmd until cmd's context ends. cmd must be bound to a context.
 func start(cmd *exec.Cmd, dir string) (*process, error) {
 	p := &process{name: filepath.Base(cmd.Path), exited: make(chan struct{})}
 	p.log = filepath.Join(dir, p.name+".log")
@@ -34,18 +34,18 @@ func start(cmd *exec.Cmd, dir string) (*process, error) {
 	defer log.Close()
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.Cancel = func() error { return cmd.Process.Signal(syscall.SIGTERM) }
-	cmd.WaitDelay = 5 * time.Second // then it is killed
+	cmd.WaitDelay = 5 * time.Second // after that time, cmd is killed
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("starting %s: %w", p.name, err)
 	}
 	go func() {
-		_ = cmd.Wait() // it ends when it is told to, or too early, which ready notices
+		_ = cmd.Wait() // cmd ends when it is told to; if it ends too early, ready notices that
 		close(p.exited)
 	}()
 	return p, nil
 }
 
-// ready waits until url is answered with 200.
+// ready waits until the program answers a request for url with 200.
 func (p *process) ready(ctx context.Context, url string) error {
 	err := poll(ctx, startTimeout, func() (bool, error) {
 		select {
@@ -59,7 +59,7 @@ func (p *process) ready(ctx context.Context, url string) error {
 		}
 		res, err := http.DefaultClient.Do(req)
 		if err != nil {
-			return false, nil //nolint:nilerr // not yet
+			return false, nil //nolint:nilerr // the program does not listen yet
 		}
 		defer res.Body.Close()
 		return res.StatusCode == http.StatusOK, nil
@@ -71,7 +71,8 @@ func (p *process) ready(ctx context.Context, url string) error {
 	return nil
 }
 
-// poll asks done again and again until it says so.
+// poll calls done again and again until it returns true or an error, but not
+// for longer than limit.
 func poll(ctx context.Context, limit time.Duration, done func() (bool, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()

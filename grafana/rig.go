@@ -1,5 +1,6 @@
-// Package grafana runs a real Caddy with this module and a real Prometheus that
-// watches it, to see what the dashboard and the alerts beside it show.
+// Package grafana runs a real Caddy with this module, and a real Prometheus
+// that watches it. So it finds out what the dashboard and the alerts in this
+// directory show.
 package grafana
 
 import (
@@ -22,15 +23,15 @@ import (
 	"github.com/prometheus/common/model"
 )
 
-// ScrapeInterval is Prometheus' interval for scraping and for evaluating rules.
+// ScrapeInterval is how often Prometheus scrapes, and evaluates its rules.
 const ScrapeInterval = time.Second
 
 // Client is one of the gateway's OAuth clients. It has an upstream of its own.
 type Client struct {
 	Name     string
-	Lifetime time.Duration // of its tokens
-	Every    time.Duration // a request comes; 0: never
-	Settings string        // more lines of its transport
+	Lifetime time.Duration // the lifetime of its tokens
+	Every    time.Duration // the interval of its requests; 0: no requests
+	Settings string        // more lines for its transport in the Caddyfile
 	Fault    http.HandlerFunc
 }
 
@@ -44,7 +45,7 @@ type Rig struct {
 	upstreams map[string]*upstream
 	servers   []*httptest.Server
 	processes []*process
-	held      []int // sockets
+	held      []int // the sockets of holdAddress
 	url       string
 	traffic   sync.WaitGroup
 	end       context.CancelFunc
@@ -53,8 +54,8 @@ type Rig struct {
 	answers map[string]map[int]int // guarded by mu
 }
 
-// Start starts all of it. dir is for files; rules is the text of Prometheus'
-// rule file. The end of ctx ends everything.
+// Start starts the rig. It writes its files to dir. rules is the text of
+// Prometheus' rule file. The end of ctx ends everything.
 func Start(ctx context.Context, dir, rules string, clients ...Client) (_ *Rig, err error) {
 	ctx, end := context.WithCancel(ctx)
 	r := &Rig{
@@ -142,7 +143,7 @@ func (r *Rig) startGateway(ctx context.Context, dir, config string) error {
 		return err
 	}
 	cmd := exec.CommandContext(ctx, binary, "run", "--config", file, "--adapter", "caddyfile")
-	// Nothing of the user's own Caddy is to be seen, nor touched.
+	// This gateway must neither read nor change the files of the user's Caddy.
 	cmd.Env = append(os.Environ(), "XDG_CONFIG_HOME="+dir, "XDG_DATA_HOME="+dir)
 	return r.startProcess(ctx, cmd, dir, r.MetricsURL)
 }
@@ -186,7 +187,7 @@ func (r *Rig) startProcess(ctx context.Context, cmd *exec.Cmd, dir, readyURL str
 	return p.ready(ctx, readyURL)
 }
 
-// write makes a file of a text.
+// write writes a text to a file in dir.
 func write(dir, name, text string) (path string, err error) {
 	path = filepath.Join(dir, name)
 	return path, os.WriteFile(path, []byte(text), 0o600) //nolint:gosec // dir is ours
@@ -201,10 +202,10 @@ func lookPath(program string) (string, error) {
 	return path, nil
 }
 
-// holdAddress returns a loopback address that stays the rig's until it stops: a
-// socket is bound to it, so that it is given to no other listener and to no
-// outgoing connection. Caddy and Prometheus can listen there, since Go sets this
-// option as well.
+// holdAddress returns a loopback address that belongs to the rig until it
+// stops. A socket is bound to the address. So the system gives it to no other
+// listener and to no outgoing connection. Caddy and Prometheus can still listen
+// there, because Go sets SO_REUSEADDR as well.
 func (r *Rig) holdAddress() (string, error) {
 	syscall.ForkLock.RLock()
 	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
@@ -229,7 +230,7 @@ func (r *Rig) holdAddress() (string, error) {
 	return fmt.Sprintf("127.0.0.1:%d", bound.(*syscall.SockaddrInet4).Port), nil
 }
 
-// send sends the requests for a client, and counts how they are answered.
+// send sends the requests for a client, and counts the statuses of the answers.
 func (r *Rig) send(ctx context.Context, c Client) {
 	ticker := time.NewTicker(c.Every)
 	defer ticker.Stop()
@@ -248,7 +249,7 @@ func (r *Rig) send(ctx context.Context, c Client) {
 	}
 }
 
-// get returns the status of the answer; 0 without one.
+// get makes a request. It returns the status of the answer, or 0 without one.
 func (r *Rig) get(ctx context.Context, url string) int {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
@@ -263,20 +264,21 @@ func (r *Rig) get(ctx context.Context, url string) int {
 	return res.StatusCode
 }
 
-// Answers returns how many requests for a client have had each status.
+// Answers returns how many answers a client has had with each status.
 func (r *Rig) Answers(client string) map[int]int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	return maps.Clone(r.answers[client])
 }
 
-// Fail gives the authorization server a fault for a client, or none with nil.
+// Fail gives the authorization server a fault for a client. nil ends the fault.
 func (r *Rig) Fail(client string, fault http.HandlerFunc) { r.auth.fail(client, fault) }
 
-// Revoke makes a client's upstream refuse the token it has.
+// Revoke makes a client's upstream refuse the token that it saw last.
 func (r *Rig) Revoke(client string) { r.upstreams[client].revoke() }
 
-// Refuse makes a client's upstream refuse all tokens, or no longer.
+// Refuse makes a client's upstream refuse all tokens. If all is false, the
+// upstream stops that.
 func (r *Rig) Refuse(client string, all bool) { r.upstreams[client].refuse(all) }
 
 // Wait waits until Prometheus finds something for a query.
@@ -295,7 +297,7 @@ func (r *Rig) Wait(ctx context.Context, limit time.Duration, query string) error
 	return nil
 }
 
-// Range returns what a query gives from an instant until now.
+// Range returns the results of a query from an instant until now.
 func (r *Rig) Range(ctx context.Context, query string, from time.Time, step time.Duration) (model.Matrix, error) {
 	found, _, err := r.Prometheus.QueryRange(ctx, query, promapi.Range{Start: from, End: time.Now(), Step: step})
 	if err != nil {

@@ -17,8 +17,7 @@ func Rejection(w http.ResponseWriter, _ *http.Request) {
 	fmt.Fprint(w, `{"error":"invalid_client"}`)
 }
 
-// authServer issues tokens to everybody, but for the clients of which it has a
-// fault.
+// authServer issues tokens to all clients, except those that have a fault.
 type authServer struct {
 	mu        sync.Mutex // guards all below
 	lifetimes map[string]time.Duration
@@ -26,7 +25,7 @@ type authServer struct {
 	issued    int
 }
 
-// latency is how long the server takes for a token.
+// latency is how long the server takes to issue a token.
 const latency = 60 * time.Millisecond
 
 func (s *authServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -43,14 +42,14 @@ func (s *authServer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	fmt.Fprintf(w, `{"access_token":"token-%d","token_type":"Bearer","expires_in":%d}`, s.issued, int(s.lifetimes[client].Seconds()))
 }
 
-// fail gives the server a fault for a client, or none with nil.
+// fail gives the server a fault for a client. nil ends the fault.
 func (s *authServer) fail(client string, fault http.HandlerFunc) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.faults[client] = fault
 }
 
-// upstream accepts tokens that were not revoked.
+// upstream accepts all tokens except the one that was revoked.
 type upstream struct {
 	mu        sync.Mutex // guards all below
 	last      string
@@ -67,14 +66,15 @@ func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// revoke makes the upstream refuse the token it saw last.
+// revoke makes the upstream refuse the token that it saw last.
 func (u *upstream) revoke() {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.revoked = u.last
 }
 
-// refuse makes the upstream refuse every token, or no longer.
+// refuse makes the upstream refuse all tokens. If all is false, the upstream
+// stops that.
 func (u *upstream) refuse(all bool) {
 	u.mu.Lock()
 	defer u.mu.Unlock()

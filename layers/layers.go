@@ -1,7 +1,7 @@
-// Package layers keeps the map of CONTRIBUTING.md: each file of the module's
-// package lies on a line of it, and uses the files to its left and those of the
-// lines below, never others. The compiler asks for no such order within a
-// package, and without one there soon is no file that can be read first.
+// Package layers keeps the map of CONTRIBUTING.md. Each file of the module's
+// package is on a line of the map. A file uses only the files to its left and the
+// files of the lines below. The compiler asks for no such order within a
+// package. But without an order, soon no file can be read first.
 package layers
 
 import (
@@ -23,13 +23,13 @@ const (
 	// packageComment is the file that opens with the package's documentation.
 	packageComment = "module.go"
 
-	// Two files may be one thing seen from two sides; three that all use each
-	// other are one file in pieces.
+	// Two files that use each other may be one thing seen from two sides. Three
+	// files that all use each other are one file in pieces.
 	maxCircles     = 3
 	maxCircleFiles = 2
 )
 
-// A use is the first place in a file that names something of another file.
+// A use is the first place where a file names a thing of another file.
 type use struct {
 	from, to, name string
 	line           int
@@ -54,8 +54,8 @@ func load(dir string) (*packages.Package, error) {
 
 var goFile = regexp.MustCompile("`([^`]+\\.go)`")
 
-// readMap returns the files on each line of the map, from the top: those that
-// the rows of the table in the section "The map" name.
+// readMap returns the files on each line of the map, from the top. The lines
+// are the rows of the table in the section "The map".
 func readMap(markdown string) [][]string {
 	_, section, _ := strings.Cut(markdown, "## The map\n")
 	section, _, _ = strings.Cut(section, "\n## ")
@@ -68,12 +68,13 @@ func readMap(markdown string) [][]string {
 		for _, match := range goFile.FindAllStringSubmatch(row, -1) {
 			files = append(files, match[1])
 		}
-		lines = append(lines, files) // none, for the head of the table
+		lines = append(lines, files) // the head of the table names no files
 	}
 	return lines
 }
 
-// check returns what is wrong with a map or the package on it, by file.
+// check returns what is wrong with a map, or with the package on it. It sorts
+// the problems by file.
 func check(lines [][]string, pkg *packages.Package) []string {
 	var problems []string
 	report := func(format string, args ...any) { problems = append(problems, fmt.Sprintf(format, args...)) }
@@ -129,7 +130,7 @@ func check(lines [][]string, pkg *packages.Package) []string {
 		report("there are %d circles, at most %d may be: untie one of them", len(all), maxCircles)
 	}
 
-	// Stable, because the uses in a file are in their order already.
+	// The sort is stable: the uses in a file are already in their order.
 	slices.SortStableFunc(problems, func(a, b string) int { return cmp.Compare(subject(a), subject(b)) })
 	return problems
 }
@@ -140,8 +141,8 @@ func subject(problem string) string {
 	return file
 }
 
-// opensWithComment reports whether a file's first line is a comment for readers,
-// and not one for the compiler.
+// opensWithComment reports whether a file's first line is a comment for
+// readers, and not a comment for the compiler.
 func opensWithComment(pkg *packages.Package, file *ast.File) bool {
 	if len(file.Comments) == 0 {
 		return false
@@ -150,8 +151,8 @@ func opensWithComment(pkg *packages.Package, file *ast.File) bool {
 	return position(pkg, first.Pos()).Offset == 0 && strings.HasPrefix(first.Text, "// ")
 }
 
-// uses returns what the files of a package use of each other, in the order in
-// which it stands there.
+// uses returns what the files of a package use of each other, in the order of
+// the source.
 func uses(pkg *packages.Package) []use {
 	var found []use
 	for _, file := range pkg.Syntax {
@@ -181,14 +182,14 @@ func inOne(circles [][]string, a, b string) bool {
 	return slices.ContainsFunc(circles, func(c []string) bool { return slices.Contains(c, a) && slices.Contains(c, b) })
 }
 
-// circles returns the sets of files that all use each other, be it by way of
-// others.
+// circles returns the sets of files that all use each other, directly or
+// through other files.
 func circles(found []use) [][]string {
 	direct := map[string][]string{}
 	for _, u := range found {
 		direct[u.from] = append(direct[u.from], u.to)
 	}
-	reach := map[string]map[string]bool{} // from a file, all that it needs
+	reach := map[string]map[string]bool{} // for each file, all files that it needs
 	for from := range direct {
 		reach[from] = map[string]bool{}
 		for next := slices.Clone(direct[from]); len(next) > 0; next = next[1:] {
@@ -217,7 +218,7 @@ func circles(found []use) [][]string {
 	return sets
 }
 
-// position is where something stands, without the directory.
+// position returns the place of something in the source, without the directory.
 func position(pkg *packages.Package, pos token.Pos) token.Position {
 	at := pkg.Fset.Position(pos)
 	at.Filename = filepath.Base(at.Filename)

@@ -1,6 +1,6 @@
-// Command caddy is Caddy with its standard modules and this one, for trying it
-// from a checkout, and for the image of the Dockerfile. For other modules beside
-// it, build with xcaddy.
+// Command caddy is Caddy with its standard modules and this module. You can try
+// the module with it from a checkout, and the Dockerfile puts it into an image.
+// If you need other modules, too, build Caddy with xcaddy.
 package main
 
 import (
