@@ -156,7 +156,8 @@ var awkward = []string{
 }
 
 // generateText returns a text for which RFC 6749 appendix A sets no bounds
-// but printable, with and without what lies beyond ASCII.
+// but printable, with and without what lies beyond ASCII. It is never white space
+// alone, which the gateway refuses when it loads its config.
 func generateText(rng *rand.Rand) string {
 	var text strings.Builder
 	switch rng.IntN(4) {
@@ -176,6 +177,9 @@ func generateText(rng *rand.Rand) string {
 		for range 1 + rng.IntN(20) {
 			text.WriteString(awkward[rng.IntN(len(awkward))])
 		}
+	}
+	if strings.TrimSpace(text.String()) == "" {
+		text.WriteByte('x')
 	}
 	return text.String()
 }
