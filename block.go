@@ -100,6 +100,9 @@ func (b *block) fields(s *fieldSet) {
 // before it gets the body. The question costs a round trip, and not every server
 // understands it. So the upstream is not asked without need.
 func (b *block) announce(out *http.Request, body *replay.Body) *http.Request {
+	if b.replayLimit == 0 && !b.announces {
+		return out // whoever wants nothing kept wants no questions asked either
+	}
 	if !body.MayOutgrow(out) || !b.source.places.wantsAnnouncement(dialAddressOf(out.Context()), b.announces) {
 		return out
 	}

@@ -149,6 +149,7 @@ func (t *Transport) checkBlocks(base *credentialsBlock, blocks []*credentialsBlo
 			return err
 		}
 	}
+	var inheriting []*Credentials
 	for i, upstream := range t.Upstreams {
 		if upstream.Off {
 			continue
@@ -156,6 +157,11 @@ func (t *Transport) checkBlocks(base *credentialsBlock, blocks []*credentialsBlo
 		if err := t.checkBlock(blocks[i], t.Credentials); err != nil {
 			return err
 		}
+		inheriting = append(inheriting, upstream.Credentials)
+	}
+	if setting := base.unusedAuth(inheriting); setting != "" {
+		at := base.seen[setting]
+		return at.WrapErr(unusedAuthError(setting))
 	}
 	return nil
 }
@@ -338,7 +344,9 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 		case 1:
 			c.Tenant.Value = args[0]
 		case 2:
-			c.Tenant.Field, c.Tenant.Value = args[0], args[1]
+			if c.Tenant.Field, c.Tenant.Value = args[0], args[1]; args[0] == "" {
+				return d.Err("tenant: the field is empty: write `tenant [<field>] <value>`")
+			}
 		default:
 			return d.Err("tenant: write `tenant [<field>] <value>`")
 		}

@@ -307,8 +307,12 @@ func notInherited(setting string) string {
 	return lines
 }
 
-// baseWithout returns what a client needs, without one of it.
+// baseWithout returns what a client needs, without one of it, and without what an
+// upstream block with this setting does not inherit.
 func baseWithout(setting string) string {
+	if notInherited(setting) != "" {
+		return "client_id gateway\n"
+	}
 	var base strings.Builder
 	for line := range strings.Lines(clientSettings) {
 		if !strings.HasPrefix(line, setting+" ") {

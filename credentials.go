@@ -279,8 +279,8 @@ type ReplayBody struct {
 	// How much of the body the gateway keeps, in bytes, 1 MiB at most. It can
 	// send a longer body once more only if the upstream refuses the token
 	// before more than this is sent. It then sends what it has kept, and
-	// passes on the rest as the caller sends it. 0 means the default; -1 keeps
-	// nothing. Default: `65536`.
+	// passes on the rest as the caller sends it. 0 means the default. -1 keeps
+	// nothing, and asks only with `announce`. Default: `65536`.
 	Size int64 `json:"size,omitempty"`
 
 	// Whether the gateway first asks the upstream if it wants the body

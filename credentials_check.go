@@ -75,7 +75,7 @@ func (c *Credentials) check() error {
 		if hint, ok := reservedParams[name]; ok {
 			return fmt.Errorf("param %s: has a setting of its own: %s", name, hint)
 		}
-		if name == "" || c.Params[name] == "" {
+		if blank(name) || c.Params[name] == "" {
 			return fmt.Errorf("param %s: name and value must not be empty", name)
 		}
 	}
@@ -92,11 +92,10 @@ func (c *Credentials) check() error {
 			return fmt.Errorf("retry_on: %d is not an error status (400 to 599)", status)
 		}
 	}
+	if err := c.checkReplay(); err != nil {
+		return err
+	}
 	switch {
-	case c.ReplayBody != nil && c.ReplayBody.Size < replayNothing:
-		return errors.New("replay_body: the size must not be negative")
-	case c.ReplayBody != nil && c.ReplayBody.Size > maxReplayBody:
-		return errors.New("replay_body: at most 1MiB is kept of each request; with `announce`, the upstream may refuse a longer body before it is sent")
 	case c.TokenTimeout < 0:
 		return errors.New("token_timeout: must not be negative")
 	case c.RefreshBefore < 0:
@@ -105,6 +104,23 @@ func (c *Credentials) check() error {
 		return errors.New("default_lifetime: must not be negative")
 	}
 	return c.checkHeaders()
+}
+
+// checkReplay checks replay_body.
+func (c *Credentials) checkReplay() error {
+	switch r := c.ReplayBody; {
+	case r == nil:
+		return nil
+	case *r == ReplayBody{}:
+		return errors.New("replay_body: is empty; set its size, or remove it")
+	case r.Size < replayNothing:
+		return errors.New("replay_body: the size must not be negative")
+	case r.Size > maxReplayBody:
+		return errors.New("replay_body: at most 1MiB is kept of each request; with `announce`, the upstream may refuse a longer body before it is sent")
+	case c.neverRetries():
+		return errors.New("replay_body has no effect with retry_on off: set other statuses, or remove replay_body")
+	}
+	return nil
 }
 
 // checkBlank finds a setting that holds only white space.
@@ -147,7 +163,7 @@ func (c *Credentials) checkAuth() error {
 		if slices.Contains(reservedClaims, name) {
 			return fmt.Errorf("claim %s: is set for each JWT; sub is the subject, aud the assertion_audience, exp follows from assertion_lifetime", name)
 		}
-		if name == "" || c.Claims[name] == "" {
+		if blank(name) || c.Claims[name] == "" {
 			return fmt.Errorf("claim %s: name and value must not be empty", name)
 		}
 	}
@@ -163,9 +179,6 @@ func (c *Credentials) checkTogether() error {
 	}
 	if err := c.checkAuthTogether(); err != nil {
 		return err
-	}
-	if c.ReplayBody != nil && c.neverRetries() {
-		return errors.New("replay_body has no effect with retry_on off: remove one of the two")
 	}
 	var taken fieldSet
 	field, _ := c.BearerHeader.withDefaults()
@@ -248,6 +261,9 @@ func (c *Credentials) checkAuthTogether() error {
 
 // checkHeaders checks the headers that the upstream is sent.
 func (c *Credentials) checkHeaders() error {
+	if b := c.BearerHeader; b != nil && b.Field == "" && b.Scheme == nil {
+		return errors.New("bearer_header: names neither a field nor a scheme; name one, or remove it")
+	}
 	field, scheme := c.BearerHeader.withDefaults()
 	if err := checkHeaderField(field); err != nil {
 		return fmt.Errorf("bearer_header: %w", err)
@@ -318,16 +334,38 @@ func (c *Credentials) missingBeside(base *Credentials) string {
 		return missing
 	}
 	notInherited := slices.DeleteFunc(base.authSettings(), func(name string) bool { return slices.Contains(own, name) })
-	switch {
-	case base.AuthMethod != "" && c.AuthMethod == "":
+	switch method := merged.authMethod(); {
+	case base.AuthMethod != "" && c.AuthMethod == "" && method != authByGrant: // that one has no name
 		missing = fmt.Sprintf("auth_method is missing: around this block it is %s; repeat that, or set another", base.AuthMethod)
-	case base.BasicEncoding != "" && c.BasicEncoding == "" && merged.authMethod() == authBasic:
+	case missing == "" && base.BasicEncoding != "" && c.BasicEncoding == "" && method == authBasic:
 		missing = fmt.Sprintf("basic_encoding is missing: around this block it is %s; repeat that, or set the other", base.BasicEncoding)
-	case missing == "" || len(notInherited) == 0:
+	case missing == "" || len(notInherited) == 0 || merged.ClientID == "": // client_id is inherited
 		return missing
 	}
 	return fmt.Sprintf("%s (this block sets %s, so it inherits no client authentication from the settings around it: no %s)",
 		missing, own[0], strings.Join(notInherited, ", "))
+}
+
+// unusedAuth returns the first setting of client authentication in c that nobody
+// uses, and "" if there is none. c stands around blocks. If c is no complete client
+// itself, it is only there to be inherited from. But a block with client
+// authentication of its own inherits none. Without this check, bind_certificate
+// could stand there without a word, and no token would be bound.
+func (c *Credentials) unusedAuth(blocks []*Credentials) string {
+	settings := c.authSettings()
+	if len(settings) == 0 || len(blocks) == 0 || c.missing() == "" {
+		return ""
+	}
+	for _, block := range blocks {
+		if len(block.authSettings()) == 0 {
+			return ""
+		}
+	}
+	return settings[0]
+}
+
+func unusedAuthError(setting string) error {
+	return fmt.Errorf("%s has no effect: each upstream block sets client authentication, so no block inherits any; move it into the blocks", setting)
 }
 
 // templates returns the settings whose placeholders are replaced for each token

@@ -105,6 +105,20 @@ func TestReadmeLeadsToEveryPage(t *testing.T) {
 	}
 }
 
+// The rule of inheritance refers to a group of the table of settings.
+func TestReadmeListsClientAuthentication(t *testing.T) {
+	_, table, _ := strings.Cut(readFile(t, "README.md"), "\n**Client authentication** |\n")
+	group, _, _ := strings.Cut(table, "\n**")
+	var got []string
+	for line := range strings.Lines(group) {
+		name, _, _ := strings.Cut(strings.TrimPrefix(line, "`"), "`")
+		got = append(got, strings.Fields(name)[0])
+	}
+	if want := authSettings; !slices.Equal(slices.Sorted(slices.Values(got)), slices.Sorted(slices.Values(want))) {
+		t.Errorf("got the group %q, want %q", got, want)
+	}
+}
+
 func TestReadmeNamesEverySetting(t *testing.T) {
 	readme := readFile(t, "README.md")
 	names := slices.Sorted(maps.Keys(credentialsSettings))

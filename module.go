@@ -85,7 +85,11 @@ type Upstream struct {
 	Off bool `json:"off,omitempty"`
 
 	// The credentials of these upstreams. They inherit what is not set here
-	// from the `credentials` of the transport.
+	// from the `credentials` of the transport. But if one of `token_url`,
+	// `issuer`, `client_secret`, `auth_method`, `basic_encoding`,
+	// `private_key`, `key_id`, `signing_alg`, `assertion_*`,
+	// `client_certificate` and `bind_certificate` is set here, none of these
+	// is inherited.
 	*Credentials
 }
 

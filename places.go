@@ -40,8 +40,8 @@ func dialAddressOf(ctx context.Context) dialAddress {
 }
 
 // places is what a source knows about the upstreams, by address. An upstream
-// gets a place when it refuses a token or an announcement. Most upstreams never
-// do so. The zero places is empty.
+// gets a place when it refuses a token, or does not want an announcement. Most
+// upstreams never do so. The zero places is empty.
 type places struct {
 	mu        sync.Mutex // guards all fields below
 	byAddress map[dialAddress]*place
@@ -104,7 +104,7 @@ func (p *places) at(address dialAddress) *place {
 }
 
 // dropOldest makes room for one more place. It may look at all places, because
-// it runs only after a refusal, and the refusal has cost a whole request.
+// it runs only when a place is made, and that has cost a whole request.
 func (p *places) dropOldest() {
 	var oldest dialAddress
 	var used time.Time

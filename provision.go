@@ -91,9 +91,13 @@ func (t *Transport) provisionRoutes(ctx caddy.Context) error {
 	}
 
 	t.routes = make(map[dialAddress]route)
+	var inheriting []*Credentials
 	for i, upstream := range t.Upstreams {
 		if upstream == nil {
 			return fmt.Errorf("upstream %d: is null", i)
+		}
+		if upstream.Credentials != nil {
+			inheriting = append(inheriting, upstream.Credentials)
 		}
 		r, err := t.openUpstream(ctx, upstream, base)
 		if err != nil {
@@ -110,6 +114,12 @@ func (t *Transport) provisionRoutes(ctx caddy.Context) error {
 			t.routes[dial] = r
 		}
 	}
+	if base == nil {
+		return nil
+	}
+	if setting := base.unusedAuth(inheriting); setting != "" {
+		return unusedAuthError(setting)
+	}
 	return nil
 }
 
@@ -124,12 +134,12 @@ func (t *Transport) openUpstream(ctx caddy.Context, u *Upstream, base *Credentia
 		}
 		return route{off: true}, nil
 	}
-	var own Credentials
-	if u.Credentials != nil {
-		var err error
-		if own, err = u.Credentials.canonical(); err != nil {
-			return route{}, err
-		}
+	if u.Credentials == nil {
+		return route{}, errors.New("has no settings of its own: set one, or off")
+	}
+	own, err := u.Credentials.canonical()
+	if err != nil {
+		return route{}, err
 	}
 	if err := own.check(); err != nil {
 		return route{}, err

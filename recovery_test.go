@@ -267,24 +267,25 @@ func TestSecondRefusalReachesTheClient(t *testing.T) {
 
 func TestRecoveryWithoutANewToken(t *testing.T) {
 	for _, test := range []struct {
-		name   string
-		answer func(*authServer) func(http.ResponseWriter, tokenRequest) bool
+		name     string
+		settings string
+		answer   func(*authServer) func(http.ResponseWriter, tokenRequest) bool
 	}{
-		{"the authorization server is down", func(*authServer) func(http.ResponseWriter, tokenRequest) bool {
+		{"the authorization server is down", "", func(*authServer) func(http.ResponseWriter, tokenRequest) bool {
 			return refusing(http.StatusServiceUnavailable, "down")
 		}},
-		{"it refuses", func(*authServer) func(http.ResponseWriter, tokenRequest) bool {
+		{"it refuses", "", func(*authServer) func(http.ResponseWriter, tokenRequest) bool {
 			return refusing(http.StatusBadRequest, `{"error":"unauthorized_client"}`)
 		}},
-		{"it hangs", func(*authServer) func(http.ResponseWriter, tokenRequest) bool {
+		{"it hangs", "token_timeout 2s", func(*authServer) func(http.ResponseWriter, tokenRequest) bool {
 			return func(_ http.ResponseWriter, r tokenRequest) bool { <-r.ctx.Done(); return true }
 		}},
-		{"it issues the same token again", func(*authServer) func(http.ResponseWriter, tokenRequest) bool {
+		{"it issues the same token again", "", func(*authServer) func(http.ResponseWriter, tokenRequest) bool {
 			return refusing(http.StatusOK, `{"access_token":"canary-token-1-of-gateway","expires_in":3600}`)
 		}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
-			g, auth, up := gateAndFakes(t, "token_timeout 300ms")
+			g, auth, up := gateAndFakes(t, test.settings)
 			g.get().want(t, http.StatusOK)
 			auth.revoke()
 			auth.script(test.answer(auth))
