@@ -1,6 +1,7 @@
 package outboundauth
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -8,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -146,4 +148,50 @@ func BenchmarkRoundTrip(b *testing.B) {
 			run("oauth2", t, nil)
 		}
 	}
+}
+
+// BenchmarkRoundTripWithBody compares the same for requests with a body, of which
+// what may have to be sent again is recorded.
+func BenchmarkRoundTripWithBody(b *testing.B) {
+	dial := dialAddress{"tcp", "127.0.0.1:20000"}
+	ctx := upstreamContext(b, dial.address)
+	t := benchTransport(b, 1, dial)
+	t.plaintext = true
+	t.HTTPTransport.Transport.RegisterProtocol("stub", readingTransport{})
+	for _, size := range []int{2 << 10, 60 << 10} {
+		data := bytes.Repeat([]byte{'x'}, size)
+		for name, rt := range map[string]http.RoundTripper{"http": t.HTTPTransport, "oauth2": t} {
+			b.Run(fmt.Sprintf("%d KiB/%s", size>>10, name), func(b *testing.B) {
+				req := benchRequest(ctx, "stub://"+dial.address)
+				req.Method, req.ContentLength = http.MethodPost, int64(size)
+				source := bytes.NewReader(data)
+				b.ReportAllocs()
+				b.SetBytes(int64(size))
+				for b.Loop() {
+					source.Reset(data)
+					req.Body = io.NopCloser(source)
+					if _, err := rt.RoundTrip(req); err != nil {
+						b.Fatal(err)
+					}
+				}
+			})
+		}
+	}
+}
+
+// readingTransport is stubTransport for requests with a body.
+type readingTransport struct{}
+
+var readBuffers = sync.Pool{New: func() any { return new([32 << 10]byte) }}
+
+func (readingTransport) RoundTrip(req *http.Request) (*http.Response, error) {
+	buf := readBuffers.Get().(*[32 << 10]byte)
+	defer readBuffers.Put(buf)
+	for {
+		if _, err := req.Body.Read(buf[:]); err != nil {
+			break
+		}
+	}
+	_ = req.Body.Close()
+	return &http.Response{StatusCode: http.StatusNoContent, Body: http.NoBody}, nil
 }

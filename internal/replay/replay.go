@@ -40,7 +40,7 @@ type Body struct {
 	touched  bool        // body has been read, or is being read
 	held     bool        // the attempt has to wait, because of Hold
 	paused   *time.Timer // not nil: the attempt has to wait until proceed
-	recorded *[]byte     // nil: nothing is recorded any more
+	recorded *recording  // nil: nothing is recorded any more
 	overflow bool        // more was read than is recorded
 	err      error       // the error with which body ended, which may be io.EOF
 	closed   bool        // the current attempt has closed its reader
@@ -48,12 +48,9 @@ type Body struct {
 	final    bool        // no attempt will follow the current one
 }
 
-// recordings are used again: most bodies are small, and few are sent again.
-var recordings = sync.Pool{New: func() any { return new([]byte) }}
-
 // New returns a Body. limit is how many bytes of body can be sent twice.
 func New(body io.ReadCloser, limit int) *Body {
-	b := &Body{body: body, limit: limit, recorded: recordings.Get().(*[]byte)}
+	b := &Body{body: body, limit: limit, recorded: recordings.Get().(*recording)}
 	b.changed.L = &b.mu
 	return b
 }
@@ -66,7 +63,7 @@ func (b *Body) First() io.ReadCloser { return &attemptBody{of: b} }
 func (b *Body) Hold() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	overflowing := b.reading && b.recorded != nil && len(*b.recorded) == b.limit
+	overflowing := b.reading && b.recorded != nil && b.recorded.size == b.limit
 	b.held = !b.overflow && !overflowing
 	return b.held
 }
@@ -181,10 +178,7 @@ func (b *Body) forget() {
 		return
 	}
 	b.overflow = true
-	if cap(*b.recorded) <= DefaultLimit { // keep no rare, large recordings
-		*b.recorded = (*b.recorded)[:0]
-		recordings.Put(b.recorded)
-	}
+	b.recorded.free()
 	b.recorded = nil
 }
 
@@ -202,8 +196,8 @@ func (a *attemptBody) Read(p []byte) (int, error) {
 	defer b.mu.Unlock()
 
 	for b.attempt == a.number {
-		if a.number > 0 && b.recorded != nil && a.sent < len(*b.recorded) {
-			n := copy(p, (*b.recorded)[a.sent:])
+		if a.number > 0 && b.recorded != nil && a.sent < b.recorded.size {
+			n := b.recorded.read(p, a.sent)
 			a.sent += n
 			return n, nil
 		}
@@ -226,8 +220,8 @@ func (a *attemptBody) readOn(p []byte) (int, error) {
 	if b.err != nil {
 		return 0, b.err
 	}
-	if b.recorded != nil && len(*b.recorded) < b.limit {
-		p = p[:min(len(p), b.limit-len(*b.recorded))]
+	if b.recorded != nil && b.recorded.size < b.limit {
+		p = p[:min(len(p), b.limit-b.recorded.size)]
 	}
 
 	b.reading, b.touched = true, true
@@ -237,10 +231,12 @@ func (a *attemptBody) readOn(p []byte) (int, error) {
 	b.reading = false
 	b.changed.Broadcast()
 
-	if b.recorded != nil {
-		if *b.recorded = append(*b.recorded, p[:n]...); len(*b.recorded) > b.limit {
-			b.forget()
-		}
+	switch {
+	case b.recorded == nil:
+	case b.recorded.size+n > b.limit:
+		b.forget()
+	default:
+		b.recorded.write(p[:n], b.limit)
 	}
 	if err != nil {
 		b.err = err
@@ -258,7 +254,7 @@ func (a *attemptBody) readOn(p []byte) (int, error) {
 // pausing reports whether the first attempt has to wait for the upstream before
 // it reads. It starts the pause. mu is held.
 func (b *Body) pausing() bool {
-	if b.pause > 0 && b.recorded != nil && len(*b.recorded) >= b.pauseAt {
+	if b.pause > 0 && b.recorded != nil && b.recorded.size >= b.pauseAt {
 		b.paused = time.AfterFunc(b.pause, func() {
 			b.ignored.Store(true)
 			b.proceed()

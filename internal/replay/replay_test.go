@@ -99,8 +99,8 @@ func TestRecordingIsBounded(t *testing.T) {
 	for buf := make([]byte, 700); ; {
 		_, err := first.Read(buf)
 		b.mu.Lock()
-		if b.recorded != nil && len(*b.recorded) > limit {
-			t.Fatalf("got %d bytes recorded, want no more than %d", len(*b.recorded), limit)
+		if b.recorded != nil && b.recorded.size > limit {
+			t.Fatalf("got %d bytes recorded, want no more than %d", b.recorded.size, limit)
 		}
 		b.mu.Unlock()
 		if err != nil {
