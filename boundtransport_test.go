@@ -79,6 +79,21 @@ func TestBoundTokenGoesWithItsCertificate(t *testing.T) {
 	})
 }
 
+// With this setting, crypto/tls does not parse the certificates that it loads.
+func TestBoundTokenOfACertificateThatNobodyHasParsed(t *testing.T) {
+	t.Setenv("GODEBUG", "x509keypairleaf=0")
+	for _, settings := range []string{"bind_certificate", "bind_certificate\nauth_method private_key_jwt"} {
+		m := newMutual(t, false)
+		pair := m.ca.issue(t, "gateway")
+		pair.write(t, m.dir)
+		g := startGateway(t, m.site(settings))
+		g.get().want(t, http.StatusOK)
+		if !m.took(pair) {
+			t.Errorf("%s: got no token of the certificate at the upstream, want one", settings)
+		}
+	}
+}
+
 // The certificate that was read last is not always that of the token.
 func TestTokenThatCannotBeRenewedKeepsItsCertificate(t *testing.T) {
 	m := newMutual(t, false)

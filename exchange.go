@@ -75,7 +75,7 @@ func exchange(ctx context.Context, transport http.RoundTripper, req *http.Reques
 	}
 	// If the server switches protocols, net/http hands over the connection. The
 	// end of ctx would then not end a read. So AfterFunc closes the body.
-	stop := context.AfterFunc(ctx, func() { _ = res.Body.Close() })
+	stop := context.AfterFunc(ctx, func() { _ = safely(res.Body.Close) })
 	defer stop()
 	defer res.Body.Close()
 	a := serverAnswer{status: res.StatusCode, header: res.Header}

@@ -185,17 +185,29 @@ func (i *issuerMetadata) run(ctx context.Context, l *metadataLookUp, lookUp func
 		l.m, err = lookUp(ctx)
 		return err
 	})
+	if i.finish(l) {
+		_ = safely(func() error {
+			logger.Warn("looking up the token endpoint failed; the one known before is used", zap.Error(l.err))
+			return nil
+		})
+	}
+}
+
+// finish publishes the result of a look-up. It reports whether that failed and older
+// metadata is used instead.
+func (i *issuerMetadata) finish(l *metadataLookUp) (older bool) {
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	i.inflight, i.doubtful, i.tried, i.err = nil, false, time.Now(), l.err
+	older = l.err != nil && i.current != nil
 	switch {
 	case l.err == nil:
 		i.current, i.until = l.m, time.Now().Add(metadataLifetime)
-	case i.current != nil:
+	case older:
 		i.until = time.Now().Add(metadataRetry)
-		logger.Warn("looking up the token endpoint failed; the one known before is used", zap.Error(l.err))
 	}
 	close(l.done)
+	return older
 }
 
 // expire makes the next token request look the metadata up again, unless the

@@ -257,6 +257,41 @@ func TestKnownEndpointIsKeptWhenLookingUpFails(t *testing.T) {
 	}
 }
 
+// The log belongs to others. What they do wrong there must neither end the server nor
+// hold up those who wait for the metadata.
+func TestLogThatPanicsOrHangsDuringALookup(t *testing.T) {
+	p := newPublisher(document(testIssuer, tokenPlace))
+	cl, _ := discovering(t, issuerSecret, p)
+	synctest.Test(t, func(t *testing.T) {
+		request := func() {
+			t.Helper()
+			if _, err := cl.endpoint.request(t.Context()); err != nil {
+				t.Errorf("request() = %v, want no error", err)
+			}
+		}
+		request()
+		p.publish(oauthPlace, http.NotFound)
+		for _, write := range []func(){func() { panic(canarySecret) }, func() { time.Sleep(time.Minute) }} {
+			cl.endpoint.discovery.logger = zap.New(zapcore.NewCore(zapcore.NewJSONEncoder(zapcore.EncoderConfig{}), writeSyncerFunc(write), zapcore.WarnLevel))
+			time.Sleep(25 * time.Hour)
+			request() // has it looked up
+			synctest.Wait()
+			started := time.Now()
+			request()
+			if took := time.Since(started); took != 0 {
+				t.Errorf("request() took %v, want that it waits for no log", took)
+			}
+		}
+		time.Sleep(time.Hour)
+	})
+}
+
+// writeSyncerFunc is where a log goes.
+type writeSyncerFunc func()
+
+func (f writeSyncerFunc) Write(p []byte) (int, error) { f(); return len(p), nil }
+func (writeSyncerFunc) Sync() error                   { return nil }
+
 // Without metadata, a token request waits as long as it may, and the look-up
 // goes on for the next.
 func TestFirstLookupThatHangs(t *testing.T) {

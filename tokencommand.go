@@ -245,7 +245,14 @@ func (c *upstreamClient) report() tokenReport {
 	r := tokenReport{Upstreams: c.upstreams}
 	ctx, cancel := context.WithTimeout(context.Background(), c.source.fetchTimeout)
 	defer cancel()
-	t, g, err := c.source.requestToken(ctx, c.endpoint)
+	var (
+		t *token
+		g grant
+	)
+	err := safely(func() (err error) {
+		t, g, err = c.source.requestToken(ctx, c.endpoint)
+		return err
+	})
 	r.description = c.endpoint.describe()
 	r.TokenEndpoint = r.description.TokenEndpoint
 	if err != nil {

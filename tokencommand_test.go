@@ -93,6 +93,18 @@ func TestTokenCommandTakesWhatTheGatewayTakes(t *testing.T) {
 	})
 }
 
+// A panic would end the command, and show what the token request held.
+func TestTokenCommandReportsAPanic(t *testing.T) {
+	cl := newTestClient(t, canaryCredentials(testTokenURL), roundTripFunc(func(*http.Request) (*http.Response, error) {
+		panic(canarySecret)
+	}))
+	report := (&upstreamClient{client: cl}).report()
+	if report.Error == nil || !strings.Contains(report.Error.Description, "panicked") || report.ClientID != "id" {
+		t.Errorf("got %+v, want the client, and that there was a panic", report)
+	}
+	wantNoCanaryIn(t, fmt.Sprintf("%+v", report))
+}
+
 func TestTokenCommandDecodesJWTs(t *testing.T) {
 	segment := func(text string) string { return base64.RawURLEncoding.EncodeToString([]byte(text)) }
 	jwt := segment(`{"alg":"RS256","kid":"k1"}`) + "." + segment(`{"aud":"orders","exp":1}`) + ".c2lnbmF0dXJl"

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"sync"
 	"sync/atomic"
@@ -19,7 +20,8 @@ type Cache struct {
 	current *tls.Certificate
 }
 
-// Pair returns a certificate with its key. Both parameters are texts in PEM.
+// Pair returns a certificate with its key. Both parameters are texts in PEM. The
+// certificate has its Leaf.
 func (cache *Cache) Pair(certificate, key []byte) (*tls.Certificate, error) {
 	digest := sha256.Sum256(fmt.Appendf(nil, "%q %q", certificate, key))
 	cache.mu.Lock()
@@ -28,6 +30,11 @@ func (cache *Cache) Pair(certificate, key []byte) (*tls.Certificate, error) {
 		pair, err := tls.X509KeyPair(certificate, key)
 		if err != nil {
 			return nil, err
+		}
+		if pair.Leaf == nil { // as GODEBUG=x509keypairleaf=0 has it
+			if pair.Leaf, err = x509.ParseCertificate(pair.Certificate[0]); err != nil {
+				return nil, err
+			}
 		}
 		cache.current, cache.digest = &pair, digest
 	}

@@ -49,6 +49,18 @@ func TestPairIsTheSameUntilItChanges(t *testing.T) {
 	}
 }
 
+// Whoever binds a token to a certificate needs to know how long it is valid.
+func TestPairHasItsLeaf(t *testing.T) {
+	for _, setting := range []string{"", "x509keypairleaf=0"} {
+		t.Setenv("GODEBUG", setting)
+		certificate, key := pairPEM(t)
+		pair, err := new(Cache).Pair(certificate, key)
+		if err != nil || pair.Leaf == nil || !bytes.Equal(pair.Leaf.Raw, pair.Certificate[0]) {
+			t.Errorf("GODEBUG=%s: got none, or one that is not parsed, err %v, want a parsed certificate", setting, err)
+		}
+	}
+}
+
 // A request presents the certificate of its context to a server that asks, and
 // it can be told afterwards whether one did.
 func TestRequestPresentsItsCertificate(t *testing.T) {
