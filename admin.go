@@ -32,7 +32,7 @@ const adminClients = "/oauth2/clients"
 //	POST   /oauth2/clients/<id>/renew  request a token now, and wait for it
 //	DELETE /oauth2/clients/<id>/token  forget the token
 //
-// No answer holds a token or a secret.
+// No answer holds a token or a secret. The last two answer 429 if it is too early.
 type adminAPI struct{}
 
 // CaddyModule returns the Caddy module information.
@@ -153,13 +153,15 @@ func (adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 		if _, err := source.FetchNow(r.Context()); err != nil {
-			return adminError(http.StatusBadGateway, err)
+			return forcedError(w, err)
 		}
 	case "token":
 		if err := allowOnly(w, r, http.MethodDelete); err != nil {
 			return err
 		}
-		source.Forget()
+		if err := source.Forget(); err != nil {
+			return forcedError(w, err)
+		}
 	default:
 		return adminError(http.StatusNotFound, errors.New("a client has renew and token only"))
 	}
@@ -189,6 +191,15 @@ func allowOnly(w http.ResponseWriter, r *http.Request, method string) error {
 	}
 	w.Header().Set("Allow", method)
 	return adminError(http.StatusMethodNotAllowed, fmt.Errorf("use %s", method))
+}
+
+// forcedError is the error of an operator's request that brings about a token request.
+func forcedError(w http.ResponseWriter, err error) error {
+	if early, ok := errors.AsType[*earlyError](err); ok {
+		w.Header().Set("Retry-After", secondsUntil(early.until))
+		return adminError(http.StatusTooManyRequests, err)
+	}
+	return adminError(http.StatusBadGateway, err)
 }
 
 func adminError(status int, err error) error {

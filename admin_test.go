@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -52,7 +53,21 @@ func adminGateway(t *testing.T, settings string) (g *gateway, auth *authServer, 
 	site := proxySite(up, auth, settings)
 	g.load(strings.Replace(site, "/token\n", "/token?key=canary-query\n", 1))
 	g.get().want(t, http.StatusOK)
+	restAll()
 	return g, auth, up, adminClients + "/" + g.only().ID
+}
+
+// sourceList returns the sources that are in use.
+func sourceList() (list []*tokenSource) {
+	sources.Range(func(_, source any) bool { list = append(list, source.(*tokenSource)); return true })
+	return list
+}
+
+// restAll lets a renewal be made now: see tokenSource.rested.
+func restAll() {
+	for _, s := range sourceList() {
+		s.rested()
+	}
 }
 
 func TestAdminListsClients(t *testing.T) {
@@ -188,7 +203,53 @@ func TestAdminRenews(t *testing.T) {
 	auth.wantAsked(t, 2)
 }
 
-// An operator has mended something, and need not wait for the back-off.
+// Many renewals in a row are one token request each second at most, and none while the
+// server has asked for time or refuses the client.
+func TestAdminRenewalsAreLimited(t *testing.T) {
+	renew := func(g *gateway, path string, want int, says string) {
+		t.Helper()
+		r := g.ask(http.MethodPost, path+"/renew").want(t, want)
+		seconds, err := strconv.Atoi(r.header.Get("Retry-After"))
+		if early := want == http.StatusTooManyRequests; early != (err == nil && seconds > 0) || !strings.Contains(r.body, says) || strings.Contains(r.body, "canary") {
+			t.Errorf("got Retry-After %q with %d and %s, want when to try again if it is too early, and %q", r.header.Get("Retry-After"), r.status, r.body, says)
+		}
+	}
+	g, auth, _, path := adminGateway(t, "")
+	renew(g, path, http.StatusOK, "fresh")
+	asked := len(auth.asked())
+	started := time.Now()
+	for range 50 {
+		g.ask(http.MethodPost, path+"/renew")
+		g.ask(http.MethodDelete, path+"/token")
+		g.get().want(t, http.StatusOK)
+	}
+	if got, most := len(auth.asked())-asked, int(time.Since(started)/forcedInterval)+1; got > most {
+		t.Errorf("got %d token requests for 50 renewals in %v, want %d at most", got, time.Since(started), most)
+	}
+	for _, answer := range []struct {
+		script func(http.ResponseWriter, tokenRequest) bool
+		says   string
+	}{
+		{refusingForLong(http.StatusServiceUnavailable, `canary`), "asks to be left alone"},
+		{refusingForLong(http.StatusUnauthorized, `{"error":"invalid_client"}`), "refused the client"},
+	} {
+		restAll()
+		auth.script(answer.script)
+		renew(g, path, http.StatusBadGateway, "token endpoint")
+		asked := len(auth.asked())
+		for _, s := range sourceList() {
+			s.mu.Lock()
+			s.requested = s.requested.Add(-forcedInterval)
+			s.mu.Unlock()
+		}
+		for range 50 {
+			renew(g, path, http.StatusTooManyRequests, answer.says)
+		}
+		auth.wantAsked(t, asked)
+	}
+}
+
+// A fault that passes has passed when the operator says so.
 func TestAdminRenewsDuringABackOff(t *testing.T) {
 	g, auth, _, path := adminGateway(t, "")
 	g.ask(http.MethodDelete, path+"/token").want(t, http.StatusOK)
@@ -201,6 +262,7 @@ func TestAdminRenewsDuringABackOff(t *testing.T) {
 		{http.StatusOK, `{"access_token":"canary-token","token_type":"mac"}`, "invalid_response"},
 	} {
 		auth.script(refusing(answer.status, answer.body))
+		restAll()
 		r := g.ask(http.MethodPost, path+"/renew").want(t, http.StatusBadGateway)
 		if !strings.Contains(r.body, answer.code) || strings.Contains(r.body, "canary") {
 			t.Errorf("got %s, want %s and no secret", r.body, answer.code)
@@ -213,6 +275,7 @@ func TestAdminRenewsDuringABackOff(t *testing.T) {
 		t.Errorf("got %q in the log, want no secret", got)
 	}
 	auth.script(nil)
+	restAll()
 	g.ask(http.MethodPost, path+"/renew").want(t, http.StatusOK)
 	if got := g.only(); got.State != stateFresh || got.Failures != 0 || got.LastError != nil || got.RetryAt != nil {
 		t.Errorf("got %+v, want the end of the back-off", got)
@@ -286,6 +349,7 @@ func TestAdminForgetsTheToken(t *testing.T) {
 
 	// It is not a last resort either.
 	auth.script(refusingForLong(http.StatusServiceUnavailable, ""))
+	restAll()
 	g.ask(http.MethodDelete, path+"/token").want(t, http.StatusOK)
 	g.ask(http.MethodDelete, path+"/token").want(t, http.StatusOK) // again
 	g.get().want(t, http.StatusServiceUnavailable)
@@ -378,8 +442,8 @@ func TestAdminConcurrently(t *testing.T) {
 	loop(func() reply { return g.get() }, http.StatusOK)
 	loop(func() reply { return g.ask(http.MethodGet, adminClients) }, http.StatusOK)
 	loop(func() reply { return g.ask(http.MethodGet, path) }, http.StatusOK, http.StatusNotFound)
-	loop(func() reply { return g.ask(http.MethodPost, path+"/renew") }, http.StatusOK, http.StatusNotFound)
-	loop(func() reply { return g.ask(http.MethodDelete, path+"/token") }, http.StatusOK, http.StatusNotFound)
+	loop(func() reply { restAll(); return g.ask(http.MethodPost, path+"/renew") }, http.StatusOK, http.StatusNotFound, http.StatusTooManyRequests)
+	loop(func() reply { restAll(); return g.ask(http.MethodDelete, path+"/token") }, http.StatusOK, http.StatusNotFound, http.StatusTooManyRequests)
 	loop(func() reply { return g.ask(http.MethodGet, "/metrics") }, http.StatusOK)
 	for i := range 5 {
 		g.load(fmt.Sprintf("respond /version %d\n", i) + strings.Replace(proxySite(up, auth, ""), "/token\n", "/token?key=canary-query\n", 1))

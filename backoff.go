@@ -4,6 +4,7 @@ package outboundauth
 
 import (
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"sync"
 	"time"
@@ -18,6 +19,9 @@ const (
 	// After a permanent error, callers look whether the secret has changed, but
 	// not more often than this.
 	secretCheckInterval = 100 * time.Millisecond
+
+	// How long after a token request an operator can't bring about the next.
+	forcedInterval = 1 * time.Second
 )
 
 const (
@@ -51,6 +55,23 @@ type fetchError struct {
 
 func (e *fetchError) Error() string { return e.err.Error() }
 func (e *fetchError) Unwrap() error { return e.err }
+
+// earlyError says why an operator can't have the token replaced now.
+type earlyError struct {
+	until time.Time
+	cause *fetchError // why the server is left alone; nil: it was asked a moment ago
+}
+
+func (e *earlyError) Error() string {
+	if e.cause == nil {
+		return "a token was requested a moment ago: try again in a second"
+	}
+	wait := max(time.Second, time.Until(e.until).Round(time.Second))
+	if isPermanent(e.cause) {
+		return fmt.Sprintf("the authorization server refused the client: change the secret or key, or try again in %v: %v", wait, e.cause)
+	}
+	return fmt.Sprintf("the authorization server asks to be left alone: try again in %v: %v", wait, e.cause)
+}
 
 // retryDelay returns how long to wait after a failure, and whether this failure
 // makes the later waits longer. failures is how many failures of the same kind

@@ -114,7 +114,7 @@ func TestEventsReachSubscribers(t *testing.T) {
 		},
 	} {
 		auth.script(answer)
-		if _, err := source.FetchNow(t.Context()); err == nil {
+		if _, err := source.rested().FetchNow(t.Context()); err == nil {
 			t.Fatal("got a token, want the error")
 		}
 		log.wait(t, 4+i) // each is told beside the end of its fetch, and might come after the next
@@ -193,7 +193,7 @@ func TestSlowEventHandlersHoldUpNobody(t *testing.T) {
 				<-entered
 				wantAll(t, g.burst(3), http.StatusServiceUnavailable)
 				auth.script(nil)
-				if _, err := sourceOf(t, "orders").FetchNow(t.Context()); err != nil {
+				if _, err := sourceOf(t, "orders").rested().FetchNow(t.Context()); err != nil {
 					t.Fatal(err)
 				}
 				g.get().want(t, http.StatusOK)
@@ -333,8 +333,8 @@ func TestAccessLogTellsHowRequestsGotTheirTokens(t *testing.T) {
 	next(4, logFields{"orders", "stale", 0.0, false, http.StatusOK})
 	eventually(t, func() bool { return len(auth.asked()) == 3 && sourceOf(t, "orders").Peek() != nil }, "the renewal")
 	auth.script(refusing(http.StatusUnauthorized, `{"error":"invalid_client"}`))
-	_, _ = sourceOf(t, "orders").FetchNow(t.Context())
-	sourceOf(t, "orders").Forget()
+	_, _ = sourceOf(t, "orders").rested().FetchNow(t.Context())
+	_ = sourceOf(t, "orders").rested().Forget()
 	g.get().want(t, http.StatusServiceUnavailable)
 	got := g.accesses(5)[4]
 	if got.Client != "orders" || got.Token != "none" || got.Retried != false || got.Status != http.StatusServiceUnavailable {

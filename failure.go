@@ -134,7 +134,12 @@ func retryAfterSeconds(err error) string {
 	if !ok {
 		return ""
 	}
-	return strconv.Itoa(max(1, int(math.Ceil(time.Until(failed.retryAt).Seconds()))))
+	return secondsUntil(failed.retryAt)
+}
+
+// secondsUntil returns how long an instant is away, as Retry-After has it.
+func secondsUntil(t time.Time) string {
+	return strconv.Itoa(max(1, int(math.Ceil(time.Until(t).Seconds()))))
 }
 
 // Interface guards.

@@ -154,7 +154,7 @@ func TestHostileClientsAddNoSeries(t *testing.T) {
 		return refusing(http.StatusBadRequest, fmt.Sprintf(`{"error":"hostile-%s"}`, rand.Text()))(w, r)
 	})
 	source := sourceOf(t, name)
-	if _, err := source.FetchNow(t.Context()); err == nil {
+	if _, err := source.rested().FetchNow(t.Context()); err == nil {
 		t.Fatal("got a token, want the error")
 	}
 	before := g.scrape()
@@ -171,7 +171,7 @@ func TestHostileClientsAddNoSeries(t *testing.T) {
 					return
 				}
 				if i%1000 == 0 {
-					_, _ = source.FetchNow(t.Context()) // another code of the server's making
+					_, _ = source.rested().FetchNow(t.Context()) // another code of the server's making
 				}
 			}
 		})

@@ -154,7 +154,7 @@ func TestMetricsTellHowRequestsGotTheirTokens(t *testing.T) {
 	g.get().want(t, http.StatusOK)
 	eventually(t, func() bool { return g.scrape().of(name)[`token_requests_total{result="ok"}`] == 2 }, "the renewal")
 
-	sourceOf(t, name).Forget()
+	_ = sourceOf(t, name).rested().Forget()
 	auth.script(refusingForLong(http.StatusUnauthorized, `{"error":"invalid_client"}`))
 	wantAll(t, g.burst(4), http.StatusServiceUnavailable)
 
@@ -338,13 +338,13 @@ func TestMetricsTellTheStateOfTheToken(t *testing.T) {
 	wantState(stateStale, series{"token_renewal_timestamp_seconds": float64(renewed.UnixMilli()) / 1000})
 	source.age(spent)
 	wantState(stateExpired, nil)
-	if _, err := source.FetchNow(t.Context()); err != nil {
+	if _, err := source.rested().FetchNow(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	wantState(stateFresh, nil)
 	source.Refuse(source.Peek())
 	wantState(stateExpired, nil)
-	source.Forget()
+	_ = source.rested().Forget()
 	wantState(stateAbsent, series{"token_expiry_timestamp_seconds": 0, "token_renewal_timestamp_seconds": 0})
 
 	// What passes by itself, and what somebody has to change.
@@ -352,7 +352,7 @@ func TestMetricsTellTheStateOfTheToken(t *testing.T) {
 		w.Header().Set("Retry-After", "60") // no other try while this is looked at
 		return refusing(http.StatusServiceUnavailable, "")(w, r)
 	})
-	if _, err := source.FetchNow(t.Context()); err == nil {
+	if _, err := source.rested().FetchNow(t.Context()); err == nil {
 		t.Fatal("got a token, want the error")
 	}
 	retry := g.scrape().of(name)["retry_timestamp_seconds"]
@@ -360,7 +360,7 @@ func TestMetricsTellTheStateOfTheToken(t *testing.T) {
 	auth.script(refusing(http.StatusUnauthorized, `{"error":"invalid_client"}`))
 	for failures := range 2 {
 		before := time.Now()
-		if _, err := source.FetchNow(t.Context()); err == nil {
+		if _, err := source.rested().FetchNow(t.Context()); err == nil {
 			t.Fatal("got a token, want the error")
 		}
 		retry = g.scrape().of(name)["retry_timestamp_seconds"]
@@ -370,7 +370,7 @@ func TestMetricsTellTheStateOfTheToken(t *testing.T) {
 		wantState(stateAbsent, series{"consecutive_failures": float64(failures + 1), "permanent_error": 1, "retry_timestamp_seconds": retry})
 	}
 	auth.script(nil)
-	if _, err := source.FetchNow(t.Context()); err != nil {
+	if _, err := source.rested().FetchNow(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	wantState(stateFresh, nil)

@@ -58,9 +58,9 @@ var errReleased = errors.New("the configuration that asked for the token was unl
 //	Peek         the token  the token          nothing
 //	PeekOrFetch  the token  the token; fetch   nothing; fetch
 //	Warm         -          -                  fetch
-//	FetchNow     waits for a fetch, whatever the state
+//	FetchNow     waits for a fetch, whatever the state, unless it is too early
 //	Refuse       the token becomes refused     -
-//	Forget       the token becomes absent
+//	Forget       the token becomes absent, unless it is too early
 //	timer        -          fetch, if the token is wanted or if the last fetch failed
 //
 // A fetch that nobody waits for does not start within a back-off. After the last
@@ -84,6 +84,8 @@ type tokenSource struct {
 	refused  bool // an upstream has refused current; it is used only if there is no other token
 	inflight *fetch
 	timer    *time.Timer // starts the next fetch of a source in use
+
+	requested time.Time // when the last token request ended
 
 	// Whether a caller has asked for a token since the last fetch ended. The
 	// token of a source that nobody asks is not renewed.
@@ -238,11 +240,18 @@ func (s *tokenSource) PeekOrFetch() *token {
 }
 
 // FetchNow fetches a new token and waits for it, as Token does. It does so even
-// if the current token is good, or if the last fetch failed a moment ago.
+// if the current token is good, or if the last fetch failed a moment ago. If
+// nobody may ask the server now, it returns an *earlyError.
 func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
-	for {
+	for looked := false; ; looked = true {
 		s.mu.Lock()
-		f := s.start(false)
+		now := time.Now()
+		early := s.early(now)
+		if early != nil && s.inflight == nil && (looked || early.cause == nil || !s.checkDue(now)) {
+			s.mu.Unlock()
+			return nil, early
+		}
+		f := s.start(early != nil)
 		s.join(ctx, f)
 		s.mu.Unlock()
 		select {
@@ -258,11 +267,38 @@ func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
 	}
 }
 
-// Forget takes the current token out of use, even as the last resort.
-func (s *tokenSource) Forget() {
+// early returns why nobody may force a token request now, and nil if somebody may.
+// The back-off after a fault that passes stops nobody: an operator knows when the
+// fault has passed. But the server may have asked for the time, and a server that
+// refuses the client may lock it out. mu is held.
+func (s *tokenSource) early(now time.Time) *earlyError {
+	if until := s.requested.Add(forcedInterval); now.Before(until) {
+		return &earlyError{until: until}
+	}
+	if s.lastErr == nil {
+		return nil
+	}
+	until := s.lastErr.retryAt
+	if !isPermanent(s.lastErr) {
+		until = s.requested.Add(min(retryAfter(s.lastErr), maxRetryAfter))
+	}
+	if now.Before(until) {
+		return &earlyError{until, s.lastErr}
+	}
+	return nil
+}
+
+// Forget takes the current token out of use, even as the last resort. If a token
+// was requested only a moment ago, it returns an *earlyError: the next request
+// would make the gateway fetch another one.
+func (s *tokenSource) Forget() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if early := s.early(time.Now()); s.current != nil && early != nil && early.cause == nil {
+		return early
+	}
 	s.current = nil
+	return nil
 }
 
 // Refuse takes t out of use, because an upstream has refused it. If another
@@ -440,6 +476,9 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, a fetchStart) {
 	}
 
 	s.mu.Lock()
+	if !f.unchanged {
+		s.requested = now
+	}
 	var failed *fetchError
 	switch {
 	case f.unchanged:

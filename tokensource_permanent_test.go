@@ -109,24 +109,33 @@ func TestCallersShareTheLookAtTheSecret(t *testing.T) {
 	}
 }
 
-// A fetch that only looks for another secret is not what was asked for.
+// A fetch that only looks for another secret is not what was asked for. If there is
+// none, it is too early for the one that was.
 func TestRenewalDuringALookAtTheSecret(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		cause := &scriptedError{permanent: true}
-		r := &scriptedRequester{lifetime: time.Hour, fail: during(0, 2*time.Second, cause)}
-		r.secret = func() string {
-			time.Sleep(time.Second) // a slow disk
-			return "secret"
-		}
-		s := newTestSource(t, r)
-		expectError(t, s, cause)
-		time.Sleep(secretCheckInterval)
-		go func() { _, _, _ = s.Token(t.Context()) }()
-		time.Sleep(secretCheckInterval)
-		if tok, err := s.FetchNow(t.Context()); err != nil || tok.value != "t2" {
-			t.Errorf("FetchNow() = %v, %v, want the token of a second request", tok, err)
-		}
-	})
+	for _, changed := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			start := time.Now()
+			cause := &scriptedError{permanent: true}
+			r := &scriptedRequester{lifetime: time.Hour, fail: during(0, 2*time.Second, cause)}
+			r.secret = func() string {
+				secret := fmt.Sprint(changed && time.Since(start) > 3*time.Second)
+				time.Sleep(time.Second) // a slow disk
+				return secret
+			}
+			s := newTestSource(t, r)
+			expectError(t, s, cause)
+			time.Sleep(2500 * time.Millisecond)
+			go func() { _, _, _ = s.Token(t.Context()) }()
+			time.Sleep(secretCheckInterval)
+			tok, err := s.FetchNow(t.Context())
+			if _, early := errors.AsType[*earlyError](err); changed == early || (changed && tok.value != "t2") {
+				t.Errorf("changed %v: FetchNow() = %v, %v, want a token, or that it is too early", changed, tok, err)
+			}
+			if waited := time.Since(start); waited > 6*time.Second {
+				t.Errorf("changed %v: FetchNow() took until %v, want that it looks once", changed, waited)
+			}
+		})
+	}
 }
 
 func TestChangedSecretThatIsWrongBacksOff(t *testing.T) {

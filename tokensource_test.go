@@ -105,6 +105,18 @@ func newTestSource(tb testing.TB, r requester) *tokenSource {
 	return s
 }
 
+// rested returns s as if its last token request was long ago, and the back-off that
+// it began had passed: then nothing keeps an operator from the next.
+func (s *tokenSource) rested() *tokenSource {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.requested = time.Time{}
+	if s.lastErr != nil {
+		s.lastErr = &fetchError{err: s.lastErr.err}
+	}
+	return s
+}
+
 // answer is what a caller of Token got, and when.
 type answer struct {
 	value  string

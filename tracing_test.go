@@ -249,7 +249,7 @@ func TestTokenRequestsAreTraced(t *testing.T) {
 	}
 
 	// The renewal is a span, too, and nothing of the credentials is in any.
-	if _, err := transport.fallback.source.FetchNow(t.Context()); err != nil {
+	if _, err := transport.fallback.source.rested().FetchNow(t.Context()); err != nil {
 		t.Fatal(err)
 	}
 	if got := len(tracers.fetches()); got != 2 {
