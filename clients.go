@@ -107,6 +107,7 @@ func (cs *clients) provision(ctx caddy.Context, c *Credentials) (tokenTransport,
 	// A dial may outlive its request. Then net/http would keep the connection,
 	// and the next request would go out with an old certificate.
 	h.Transport.DisableKeepAlives = true
+	watchDestinations(h.Transport)
 	if c.ClientCertificate != nil {
 		if err := presentCertificates(h); err != nil {
 			return tokenTransport{}, fmt.Errorf("client_certificate: %w", err)

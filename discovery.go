@@ -120,6 +120,8 @@ func tellsMore(second, first *tokenError) bool {
 
 // metadataAt looks the metadata up at one place.
 func (d *discovery) metadataAt(ctx context.Context, u *url.URL) (*metadata, *tokenError) {
+	var at destination
+	ctx = at.to(ctx)
 	a, err := exchange(ctx, d.transport, newServerRequest(ctx, http.MethodGet, u, http.Header{}, ""))
 	if err != nil {
 		failure := networkError(ctx, u.Host, err)
@@ -159,9 +161,10 @@ func (d *discovery) metadataAt(ctx context.Context, u *url.URL) (*metadata, *tok
 		failure.Description = fmt.Sprintf("the metadata is that of another issuer, %q", redact.Clean(m.issuer, maxShownValue))
 		failure.Hint = "set issuer to exactly that, if it is the one that is meant"
 	default:
+		m.fromHere = at.here.Load() || namesThisMachine(u.Hostname())
 		// Broken metadata must not replace good metadata. But each client decides
 		// later whether it permits the endpoint.
-		if _, err := d.parseEndpoint(cmp.Or(m.tokenEndpoint, m.mtlsTokenEndpoint)); err != nil {
+		if _, err := d.parseEndpoint(m, cmp.Or(m.tokenEndpoint, m.mtlsTokenEndpoint)); err != nil {
 			failure.Description = endpointFault(err)
 			break
 		}
@@ -176,17 +179,25 @@ func (d *discovery) endpointIn(m *metadata) (*url.URL, error) {
 	if (d.credentials.ClientCertificate != nil || d.credentials.presentsOther()) && m.mtlsTokenEndpoint != "" {
 		raw = m.mtlsTokenEndpoint
 	}
-	u, err := d.parseEndpoint(raw)
+	u, err := d.parseEndpoint(m, raw)
 	if err == nil {
 		err = d.permit(u)
 	}
 	if err != nil {
-		return nil, &tokenError{
-			Endpoint: d.issuer.Host, Status: http.StatusOK, Code: codeInvalidResponse,
-			Description: endpointFault(err), Hint: metadataHint,
-		}
+		return nil, d.unusable(err)
 	}
 	return u, nil
+}
+
+// destination returns where requests to the token endpoint may lead.
+func (d *discovery) destination() *destination { return &destination{elsewhere: !d.isFromHere()} }
+
+// unusable returns the error of a token endpoint that is of no use.
+func (d *discovery) unusable(err error) *tokenError {
+	return &tokenError{
+		Endpoint: d.issuer.Host, Status: http.StatusOK, Code: codeInvalidResponse,
+		Description: endpointFault(err), Hint: metadataHint,
+	}
 }
 
 // metadataHint says what to change if the metadata can't be used.
@@ -197,23 +208,24 @@ func endpointFault(err error) string {
 }
 
 // parseEndpoint parses a token endpoint of the metadata.
-func (d *discovery) parseEndpoint(raw string) (*url.URL, error) {
+func (d *discovery) parseEndpoint(m *metadata, raw string) (*url.URL, error) {
 	u, err := parseTokenURL(raw)
 	if err != nil {
 		return nil, err
 	}
-	return u, d.keepOut(u)
+	return u, d.keepOut(m, u)
 }
 
 // keepOut refuses token endpoints that an issuer somewhere else has no reason to
 // name. Otherwise the secrets would go unencrypted, or requests would go to a
-// service of this machine, such as Caddy's admin API.
-func (d *discovery) keepOut(u *url.URL) error {
+// service of this machine, such as Caddy's admin API. A name that leads to this
+// machine is found when it is dialed.
+func (d *discovery) keepOut(m *metadata, u *url.URL) error {
 	switch {
 	case d.issuer.Scheme == "https" && u.Scheme != "https":
 		return errors.New("is not encrypted, though the issuer is")
-	case isThisMachine(u.Hostname()) && !isThisMachine(d.issuer.Hostname()):
-		return errors.New("is on this machine, though the issuer is not")
+	case namesThisMachine(u.Hostname()) && !m.fromHere:
+		return errThisMachine
 	}
 	return nil
 }

@@ -127,13 +127,31 @@ func TestFirstPlaceThatHangs(t *testing.T) {
 
 // Names of this machine are not for issuers elsewhere to give.
 func TestIssuerCannotLeadToThisMachine(t *testing.T) {
-	for _, host := range []string{"localhost", "LOCALHOST.", "api.localhost", "127.0.0.1", "127.9.9.9", "[::1]", "0.0.0.0", "[::]", "[::ffff:127.0.0.1]"} {
-		p := newPublisher(document(testIssuer, "https://"+host+":2019/stop"))
-		cl, _ := discovering(t, issuerSecret, p)
-		_, err := cl.endpoint.request(t.Context())
-		if got := wantTokenError(t, err, codeInvalidResponse, false); !strings.Contains(got.Description, "on this machine") {
-			t.Errorf("%s: got %v, want that it is on this machine", host, err)
-		}
+	for _, host := range []string{
+		"localhost", "LOCALHOST.", "api.localhost", "127.0.0.1", "127.9.9.9", "127.0.0.1.", "[::1]", "0.0.0.0", "[::]", "[::ffff:127.0.0.1]",
+		"127.1", "2130706433", "0x7f000001", "0X7F.1", "0177.0.0.1", "017700000001", "0", // as inet_aton reads them
+		"169.254.169.254", "[fe80::1]", "[fe80::1%25eth0]", "[::ffff:169.254.1.1]",
+	} {
+		t.Run(host, func(t *testing.T) { // clients that are there at the same time share the metadata
+			p := newPublisher(document(testIssuer, "https://"+host+":2019/stop"))
+			cl, _ := discovering(t, issuerSecret, p)
+			_, err := cl.endpoint.request(t.Context())
+			if got := wantTokenError(t, err, codeInvalidResponse, false); !strings.Contains(got.Description, "on this machine") {
+				t.Errorf("got %v, want that it is on this machine", err)
+			}
+			p.wantAsked(t, "GET "+oauthPlace, "GET "+openidPlace)
+		})
+	}
+	for _, host := range []string{"10.0.0.1", "1.example.com", "localhost.example.com", "127.0.0.1.example.com", "as.example.com5", "[2001:db8::1]", "xn--p1ai"} {
+		t.Run(host, func(t *testing.T) {
+			endpoint := "https://" + host + "/token"
+			p := newPublisher(document(testIssuer, endpoint))
+			p.publish(endpoint, page(http.StatusOK, goodAnswer))
+			cl, _ := discovering(t, issuerSecret, p)
+			if _, err := cl.endpoint.request(t.Context()); err != nil {
+				t.Errorf("got %v, want a token", err)
+			}
+		})
 	}
 }
 

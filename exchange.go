@@ -4,10 +4,13 @@ package outboundauth
 
 import (
 	"context"
+	"errors"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"strings"
+	"sync/atomic"
 
 	"github.com/caddyserver/caddy/v2"
 )
@@ -20,6 +23,64 @@ type tokenTransport struct {
 	config  []byte
 	proxied bool // connections go through a proxy, see usesProxy
 }
+
+// A destination says where a request to the authorization server may lead, and where
+// it has led. The context of the request holds it.
+type destination struct {
+	elsewhere bool        // it must not lead to this machine
+	proxied   atomic.Bool // a proxy makes the connection: nobody here sees where it leads
+	here      atomic.Bool // it has led to this machine
+}
+
+type destinationKey struct{}
+
+var errThisMachine = errors.New("is on this machine, though the issuer is not")
+
+// to returns a context whose requests have this destination.
+func (d *destination) to(ctx context.Context) context.Context {
+	return context.WithValue(ctx, destinationKey{}, d)
+}
+
+// watchDestinations makes a transport check the destinations of its requests. Only
+// the address that is dialed shows where a name leads.
+func watchDestinations(h *http.Transport) {
+	if proxy := h.Proxy; proxy != nil {
+		h.Proxy = func(req *http.Request) (*url.URL, error) {
+			through, err := proxy(req)
+			if d, ok := req.Context().Value(destinationKey{}).(*destination); ok && through != nil {
+				d.proxied.Store(true)
+			}
+			return through, err
+		}
+	}
+	h.DialContext = watched(h.DialContext)
+	if h.DialTLSContext != nil {
+		h.DialTLSContext = watched(h.DialTLSContext)
+	}
+}
+
+// watched returns a dial function that also checks the address of the connection. If
+// the request must not lead there, it closes the connection, and nothing of the
+// request is sent.
+func watched(dial dialFunc) dialFunc {
+	return func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := dial(ctx, network, address)
+		d, ok := ctx.Value(destinationKey{}).(*destination)
+		if err != nil || !ok || d.proxied.Load() {
+			return conn, err
+		}
+		if peer, ok := conn.RemoteAddr().(*net.TCPAddr); ok && isThisMachine(peer.AddrPort().Addr()) {
+			d.here.Store(true)
+			if d.elsewhere {
+				_ = conn.Close()
+				return nil, errThisMachine
+			}
+		}
+		return conn, nil
+	}
+}
+
+type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)
 
 // newServerRequest makes a request to the authorization server. If body is
 // empty, the request has no body.

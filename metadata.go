@@ -40,6 +40,7 @@ type metadata struct {
 	issuer            string
 	tokenEndpoint     string
 	mtlsTokenEndpoint string // for clients that present a certificate; may be empty
+	fromHere          bool   // this machine has published it
 
 	// token_endpoint_auth_methods_supported and
 	// token_endpoint_auth_signing_alg_values_supported. Both may be empty.
@@ -208,6 +209,13 @@ func (i *issuerMetadata) finish(l *metadataLookUp) (older bool) {
 	}
 	close(l.done)
 	return older
+}
+
+// isFromHere reports whether the metadata that is known was published on this machine.
+func (i *issuerMetadata) isFromHere() bool {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.current != nil && i.current.fromHere
 }
 
 // expire makes the next token request look the metadata up again, unless the

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/netip"
 	"net/url"
+	"strconv"
 	"strings"
 
 	"github.com/caddyserver/caddy/v2"
@@ -43,12 +44,25 @@ func staysOnMachine(network, host string, proxied bool) bool {
 	return err == nil && addr.Unmap().IsLoopback()
 }
 
-// isThisMachine reports whether a host may be a name of this machine. It knows
-// more names than staysOnMachine: here, one name too many does no harm.
-func isThisMachine(host string) bool {
+// namesThisMachine reports whether a host may be a name of this machine. It knows
+// more names than staysOnMachine: here, one name too many does no harm. It does not
+// know the names that only a resolver knows; see isThisMachine.
+func namesThisMachine(host string) bool {
 	host = strings.ToLower(strings.TrimSuffix(host, "."))
-	addr, err := netip.ParseAddr(host)
-	return staysOnMachine("tcp", host, false) || strings.HasSuffix(host, ".localhost") || (err == nil && addr.IsUnspecified())
+	if addr, err := netip.ParseAddr(host); err == nil {
+		return isThisMachine(addr)
+	}
+	// Some resolvers take numbers for parts of an IPv4 address: 127.1, 0x7f000001.
+	_, err := strconv.ParseUint(host[strings.LastIndexByte(host, '.')+1:], 0, 64)
+	return err == nil || staysOnMachine("tcp", host, false) || strings.HasSuffix(host, ".localhost")
+}
+
+// isThisMachine reports whether an address is that of this machine, or of what may be
+// reached from here only: on the link, clouds have services that tell this machine its
+// secrets.
+func isThisMachine(addr netip.Addr) bool {
+	addr = addr.Unmap()
+	return addr.IsLoopback() || addr.IsUnspecified() || addr.IsLinkLocalUnicast()
 }
 
 // usesProxy reports whether connections are made through a proxy. The proxy may

@@ -178,8 +178,14 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 		secrets.AddQuery(e.urlTemplate, u)
 	}
 	ctx, presented := clientcert.With(ctx, r.certificate)
+	if e.discovery != nil {
+		ctx = e.discovery.destination().to(ctx)
+	}
 	sent := time.Now()
 	a, err := exchange(ctx, e.transport, newServerRequest(ctx, http.MethodPost, u, header, form.Encode()))
+	if errors.Is(err, errThisMachine) {
+		return grant{}, e.discovery.unusable(errThisMachine)
+	}
 	if err != nil {
 		return grant{}, networkError(ctx, u.Host, err)
 	}
