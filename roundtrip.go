@@ -9,7 +9,6 @@ import (
 	"io"
 	"maps"
 	"net/http"
-	"strings"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
@@ -25,7 +24,8 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	t.SetScheme(req)
 	ctx := req.Context()
 	if isHealthCheck(ctx) {
-		return t.sendHealthCheck(req)
+		res, err := t.sendHealthCheck(req)
+		return t.keepFromLog(req, res, err)
 	}
 	r, err := t.routeOf(req)
 	if err != nil {
@@ -33,7 +33,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	}
 	if r.off {
 		forgetUse(ctx) // the proxy may have tried an upstream with a token before
-		return t.send(req, nil, nil)
+		return t.send(withOwnBody(req), nil, nil)
 	}
 	tok, got, err := r.source.Token(ctx)
 	r.endpoint.metrics.requested(ctx, got)
@@ -91,7 +91,7 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 		b.source.places.unheard(dialAddressOf(req.Context()))
 	}
 	if err != nil {
-		return nil, conceal(err, tok)
+		return nil, err
 	}
 
 	next := tok
@@ -124,7 +124,7 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 		b.settle(req.Context(), res, err)
 	}
 	if err != nil {
-		return nil, conceal(sentBefore(err, body), next)
+		return nil, sentBefore(err, body)
 	}
 	return res, nil
 }
@@ -157,7 +157,8 @@ func (t *Transport) record(out, req *http.Request, b *block) (body *replay.Body,
 
 // send sends a request upstream with Caddy's own transport. If the block binds
 // its tokens, send uses a connection with the token's certificate. It removes
-// failureField from the upstream's answer. b and tok may be nil.
+// failureField from the upstream's answer. No error repeats what the upstream says. b
+// and tok may be nil.
 func (t *Transport) send(req *http.Request, b *block, tok *token) (res *http.Response, err error) {
 	if b != nil && b.bound != nil {
 		certificate := b.endpoint.certificates.Latest() // for a health check without a token
@@ -168,10 +169,14 @@ func (t *Transport) send(req *http.Request, b *block, tok *token) (res *http.Res
 	} else {
 		res, err = t.HTTPTransport.RoundTrip(req)
 	}
-	if err == nil {
-		delete(res.Header, failureField)
+	if err != nil {
+		return nil, upstreamFailure(req.Context(), err)
 	}
-	return res, err
+	delete(res.Header, failureField)
+	if res.StatusCode != http.StatusSwitchingProtocols && res.Body != http.NoBody { // or it is a connection
+		res.Body = foreignBody{res.Body, req.Context()}
+	}
+	return res, nil
 }
 
 // setBody sets the body and the trailers of out. The trailers have a map of their
@@ -180,7 +185,7 @@ func (t *Transport) send(req *http.Request, b *block, tok *token) (res *http.Res
 func (t *Transport) setBody(out *http.Request, body io.ReadCloser, announced http.Header) {
 	in := out.Trailer
 	out.Trailer = maps.Clone(announced)
-	out.Body = &trailerBody{ReadCloser: body, from: in, to: out.Trailer, reserved: &t.reserved}
+	out.Body = ownBody{&trailerBody{ReadCloser: body, from: in, to: out.Trailer, reserved: &t.reserved}}
 }
 
 // sentBefore returns the error of a second attempt. To the proxy, an error of the
@@ -190,15 +195,6 @@ func (t *Transport) setBody(out *http.Request, body io.ReadCloser, announced htt
 func sentBefore(err error, body *replay.Body) error {
 	if _, ok := errors.AsType[reverseproxy.DialError](err); ok && body != nil {
 		return errors.New(err.Error())
-	}
-	return err
-}
-
-// conceal returns the error of an upstream without the token. If an answer is not
-// HTTP, net/http quotes it. An upstream may repeat the token in such an answer.
-func conceal(err error, t *token) error {
-	if strings.Contains(err.Error(), t.value) {
-		return errors.New("the upstream's answer is not HTTP, and repeats the token")
 	}
 	return err
 }
@@ -255,9 +251,6 @@ func discard(body io.ReadCloser) {
 	_, _ = io.CopyN(io.Discard, body, maxDrain)
 	_ = body.Close()
 }
-
-// hasBody reports whether a request has a body to send.
-func hasBody(req *http.Request) bool { return req.Body != nil && req.Body != http.NoBody }
 
 // closeBody closes the body of a request that is not sent, as RoundTrippers must.
 func closeBody(req *http.Request) {

@@ -4,20 +4,12 @@ package outboundauth
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"slices"
 	"strings"
 	"time"
-
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
-
-	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // Our own short codes, for failures in which the authorization server sent no
@@ -29,14 +21,6 @@ const (
 	codeInvalidResponse = "invalid_response"
 	codeHTTPStatus      = "http_status"
 	codeConfiguration   = "configuration"
-)
-
-// How much we show of a foreign text, in bytes.
-const (
-	maxShownCode        = 64
-	maxShownValue       = 200 // for a value in metadata
-	maxShownList        = 300 // for a list of names, addresses or scopes
-	maxShownDescription = 400
 )
 
 // tokenError says why a token request failed. Every part of it may be logged and
@@ -114,52 +98,23 @@ func (e *tokenError) remedy() string {
 	return "ask who runs the authorization server what it rejects"
 }
 
-// networkError describes a request that got no answer. It quotes an error only
-// if the text is known to come from this machine. The errors of net/http repeat
-// parts of a malformed answer, and there the server may send back what we sent.
+// networkError describes a request that got no answer.
 func networkError(ctx context.Context, endpoint string, err error) *tokenError {
-	e := &tokenError{Endpoint: endpoint, Code: codeNetwork}
-	var (
-		dial      reverseproxy.DialError
-		op        *net.OpError
-		dns       *net.DNSError
-		cert      *tls.CertificateVerificationError
-		hostname  x509.HostnameError
-		authority x509.UnknownAuthorityError
-		record    tls.RecordHeaderError
-		alert     tls.AlertError
-		timeout   interface{ Timeout() bool }
-	)
-	switch {
 	// net/http has its own error for a context that has ended, so ask the context.
-	case errors.Is(ctx.Err(), context.DeadlineExceeded), errors.As(err, &timeout) && timeout.Timeout():
-		e.Code = codeTimeout
-		e.Description = "no answer in time"
-		e.Hint = "raise token_timeout if the server is just slow"
-	case errors.As(err, &dial): // from Caddy's dialer; it hides the error that it wraps
-		e.Description = dial.Error()
-	case errors.As(err, &dns):
-		e.Description = dns.Error()
-	case errors.As(err, &hostname):
-		e.Description = hostname.Error()
-	case errors.As(err, &authority):
-		e.Description = authority.Error()
-		e.Hint = "name its CA with tls_trust_pool in token_transport"
-	case errors.As(err, &cert):
-		e.Description = "the server's certificate is not valid: " + cert.Err.Error()
-	case errors.As(err, &record):
-		e.Description = "the server does not speak TLS there"
-		e.Hint = "check the scheme and port of token_url"
-	case errors.As(err, &alert):
-		e.Description = alert.Error()
-	case errors.As(err, &op):
-		e.Description = op.Error()
-	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
-		e.Description = "the server closed the connection before its answer was complete"
-	default:
-		e.Description = "the connection broke, or the answer is not HTTP"
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) || timedOut(err) {
+		return &tokenError{
+			Endpoint: endpoint, Code: codeTimeout, Description: errNoAnswer.Error(),
+			Hint: "raise token_timeout if the server is just slow",
+		}
 	}
-	e.Description = redact.Clean(e.Description, maxShownList) // the names in a certificate come from outside
+	reason := networkReason(err)
+	e := &tokenError{Endpoint: endpoint, Code: codeNetwork, Description: reason.Error()}
+	switch {
+	case errors.Is(reason, errUnknownAuthority):
+		e.Hint = "name its CA with tls_trust_pool in token_transport"
+	case errors.Is(reason, errNoTLS):
+		e.Hint = "check the scheme and port of token_url"
+	}
 	return e
 }
 

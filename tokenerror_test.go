@@ -319,9 +319,10 @@ func TestTLSFailureSaysWhatToChange(t *testing.T) {
 		{"plain port", nil, "127.0.0.1", codeNetwork, "does not speak TLS there (check the scheme and port of token_url)"},
 		{"unknown CA", &tls.Config{Certificates: []tls.Certificate{selfSigned(t, later)}}, "127.0.0.1", codeNetwork, "unknown authority (name its CA with tls_trust_pool in token_transport)"},
 		{"expired", &tls.Config{Certificates: []tls.Certificate{selfSigned(t, time.Now().Add(-time.Hour))}}, "127.0.0.1", codeNetwork, "expired"},
-		{"another name", &tls.Config{Certificates: []tls.Certificate{selfSigned(t, later, "other.example")}}, "localhost", codeNetwork, "is valid for other.example, not localhost"},
-		{"names that would break a log line", &tls.Config{Certificates: []tls.Certificate{selfSigned(t, later, "a\r\nb\x1b[31m")}}, "localhost", codeNetwork, "not localhost"},
-		{"names without end", &tls.Config{Certificates: []tls.Certificate{selfSigned(t, later, longNames...)}}, "localhost", codeNetwork, "is valid for xxx"},
+		{"another name", &tls.Config{Certificates: []tls.Certificate{selfSigned(t, later, "other.example")}}, "localhost", codeNetwork, "the server's certificate is not valid for localhost"},
+		{"names that would break a log line", &tls.Config{Certificates: []tls.Certificate{selfSigned(t, later, "a\r\nb\x1b[31m")}}, "localhost", codeNetwork, "not valid for localhost"},
+		{"names without end", &tls.Config{Certificates: []tls.Certificate{selfSigned(t, later, longNames...)}}, "localhost", codeNetwork, "not valid for localhost"},
+		{"a name that is the secret", &tls.Config{Certificates: []tls.Certificate{selfSigned(t, later, canarySecret)}}, "localhost", codeNetwork, "not valid for localhost"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			server := httptest.NewUnstartedServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
