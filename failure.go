@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -66,7 +67,20 @@ func (failureHandler) ServeHTTP(w http.ResponseWriter, r *http.Request, next cad
 	if seconds := retryAfterSeconds(err); seconds != "" {
 		w.Header().Set("Retry-After", seconds)
 	}
+	if errors.Is(err, errTrace) {
+		w.Header().Set("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
+	}
 	return err
+}
+
+// errTrace refuses a request whose answer would hand the token to the client.
+var errTrace = errors.New("TRACE and TRACK are refused: an upstream answers them with what it was sent, the token included; use another method")
+
+// tracesRequest reports whether the answer to a method is the request itself
+// (RFC 9110 §9.3.8). TRACK is what another server calls it, and some take a method
+// in any case.
+func tracesRequest(method string) bool {
+	return strings.EqualFold(method, http.MethodTrace) || strings.EqualFold(method, "TRACK")
 }
 
 // installFailureRoute adds the response route for failures to the handler. The
@@ -121,6 +135,8 @@ func setFailurePlaceholders(repl *caddy.Replacer, err error) {
 		code = codeTimeout
 	} else if _, ok := errors.AsType[*fetchError](err); ok {
 		code = codeInvalidResponse // the server has granted a token that can't be used
+	} else if errors.Is(err, errTrace) {
+		code = codeMethod
 	}
 	repl.Set(phError, code)
 	repl.Set(phDescription, description)

@@ -106,6 +106,52 @@ func TestMissingTokenGoesThroughHandleErrors(t *testing.T) {
 	}
 }
 
+// Whoever answers TRACE sends back what it got (RFC 9110 §9.3.8), the token too.
+func TestTraceIsRefused(t *testing.T) {
+	auth := newAuthServer(t)
+	up, off := newUpstream(t, auth), newUpstream(t, nil)
+	g := startGateway(t, expand(`handle /off {
+		reverse_proxy $OFF {
+			transport oauth2 {
+				upstream $OFF off
+			}
+		}
+	}
+	handle {
+		reverse_proxy $UP {
+			fail_duration 1m
+			lb_retries 2
+			transport oauth2 {
+				token_url $AUTH/token
+				client_id gateway
+				client_secret s
+			}
+		}
+	}`, "$UP", up.addr, "$OFF", off.addr, "$AUTH", auth.URL)+strings.Replace(handleErrors, "respond \"", "respond \"{http.oauth2.error} ", 1))
+	for _, method := range []string{http.MethodTrace, "TRACK", "trace", "Track"} {
+		r := g.send(method, "/", nil).want(t, http.StatusMethodNotAllowed)
+		if r.header.Get("X-Handled") != "yes" || !strings.HasPrefix(r.body, "method 405 ") || !strings.Contains(r.body, "token") {
+			t.Errorf("%s: got %q, want the reason, through handle_errors", method, r.body)
+		}
+		if allow := r.header.Get("Allow"); !strings.Contains(allow, "GET, ") || strings.Contains(strings.ToUpper(allow), "TRA") {
+			t.Errorf("%s: got Allow: %q, want the other methods", method, allow)
+		}
+		if r.header.Get("Retry-After") != "" || r.header.Get("Proxy-Authorization") != "" {
+			t.Errorf("%s: got %v, want neither Retry-After nor a mark", method, r.header)
+		}
+		g.send(method, "/off", nil).want(t, http.StatusOK)
+	}
+	if got := len(up.got()); got != 0 {
+		t.Errorf("got %d requests at the upstream, want none", got)
+	}
+	if got := off.got(); len(got) != 4 || got[2].method != "trace" {
+		t.Errorf("got %v at the upstream that is off, want all as they were sent", got)
+	}
+	for _, method := range []string{http.MethodGet, http.MethodOptions, "TRACES", "PROPFIND"} {
+		g.send(method, "/", nil).want(t, http.StatusOK) // and the upstream is healthy
+	}
+}
+
 // What the transport adds to the response routes is provisioned with them, so
 // they must come after the transport, and there must be a parent to add it to.
 func TestResponseRoutesAreProvisionedAfterTheTransport(t *testing.T) {

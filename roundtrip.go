@@ -35,6 +35,9 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		forgetUse(ctx) // the proxy may have tried an upstream with a token before
 		return t.send(withOwnBody(req), nil, nil)
 	}
+	if tracesRequest(req.Method) {
+		return t.fail(req, http.StatusMethodNotAllowed, errTrace)
+	}
 	tok, got, err := r.source.Token(ctx)
 	r.endpoint.metrics.requested(ctx, got)
 	if err != nil {

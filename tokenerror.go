@@ -21,6 +21,7 @@ const (
 	codeInvalidResponse = "invalid_response"
 	codeHTTPStatus      = "http_status"
 	codeConfiguration   = "configuration"
+	codeMethod          = "method" // that the client uses
 )
 
 // tokenError says why a token request failed. Every part of it may be logged and
