@@ -8,8 +8,10 @@ import (
 	"net/url"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"unicode"
+	"unicode/utf16"
 )
 
 // Clean makes a text from outside fit for a log line: printable, no line
@@ -98,24 +100,77 @@ func (s Secrets) In(text string) bool {
 	return false
 }
 
-// escape matches one escaped character of a URL. Other percent signs in the text
-// do not matter.
-var escape = regexp.MustCompile(`%[[:xdigit:]]{2}`)
+// decoders undo the escapes of URLs, of forms, of HTML, and of quoted texts.
+var decoders = []func(string) string{unescapeURL, unescapeForm, html.UnescapeString, unquote}
+
+// maxEscaped is how many layers of escapes are undone, one after the other. A server
+// may quote a text that already quotes what the server got.
+const maxEscaped = 2
 
 // readings returns all that a text may be meant to say, in lower case.
 func readings(text string) []string {
-	unescaped := text
-	for range 2 {
-		unescaped = escape.ReplaceAllStringFunc(unescaped, func(e string) string {
-			character, _ := url.PathUnescape(e)
-			return character
-		})
+	readings := []string{text}
+	add := func(reading string) {
+		if !slices.Contains(readings, reading) {
+			readings = append(readings, reading)
+		}
 	}
-	readings := []string{text, unescaped, html.UnescapeString(text), joined(text)}
+	for from, level := 0, 0; level < maxEscaped; level++ {
+		last := readings[from:]
+		from = len(readings)
+		for _, reading := range last {
+			for _, decode := range decoders {
+				add(decode(reading))
+			}
+		}
+	}
+	for _, reading := range readings {
+		add(joined(reading))
+	}
 	for i := range readings {
 		readings[i] = strings.ToLower(readings[i])
 	}
 	return readings
+}
+
+// urlEscape is a character in a URL. Other percent signs in the text do not matter.
+var urlEscape = regexp.MustCompile(`%[[:xdigit:]]{2}`)
+
+func unescapeURL(text string) string {
+	return urlEscape.ReplaceAllStringFunc(text, func(escape string) string {
+		character, _ := url.PathUnescape(escape)
+		return character
+	})
+}
+
+func unescapeForm(text string) string { return unescapeURL(strings.ReplaceAll(text, "+", " ")) }
+
+// quotedEscape is a character in a string of JSON or of a program. JSON writes
+// characters beyond the first plane as two halves.
+var quotedEscape = regexp.MustCompile(`\\(?:u[dD][89abAB][[:xdigit:]]{2}\\u[dD][c-fC-F][[:xdigit:]]{2}|` +
+	`u[[:xdigit:]]{4}|U[[:xdigit:]]{8}|x[[:xdigit:]]{2}|[0-7]{3}|["'\\/abfnrtv])`)
+
+func unquote(text string) string {
+	return quotedEscape.ReplaceAllStringFunc(text, func(escape string) string {
+		switch len(escape) {
+		case len(`\ud800\udc00`):
+			high, _ := strconv.ParseUint(escape[2:6], 16, 16)
+			low, _ := strconv.ParseUint(escape[8:], 16, 16)
+			return string(utf16.DecodeRune(rune(high), rune(low)))
+		case len(`\/`):
+			if strings.ContainsAny(escape[1:], `"'/`) {
+				return escape[1:]
+			}
+		}
+		character, multibyte, _, err := strconv.UnquoteChar(escape, 0)
+		switch {
+		case err != nil: // there is no such character
+			return escape
+		case multibyte:
+			return string(character)
+		}
+		return string([]byte{byte(character)})
+	})
 }
 
 // joined returns the text without what may stand between its characters, as in

@@ -3,11 +3,14 @@ package redact
 import (
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
 	"fmt"
+	"html"
 	"net/url"
 	"slices"
 	"strings"
 	"testing"
+	"unicode/utf16"
 )
 
 func TestOutsideTextIsCleaned(t *testing.T) {
@@ -74,6 +77,7 @@ func TestSecretIsFoundInDisguise(t *testing.T) {
 			}
 		}
 	}
+	echoes["split by zero-width spaces, quoted"] = inQuotes("%+q", between(secret, "\u200b", 1))
 	echoes["hexadecimal with hyphens"] = between(hexadecimal, "-", 2)
 	secrets := Secrets{secret}
 	for name, echo := range echoes {
@@ -99,4 +103,87 @@ func TestSecretIsFoundInDisguise(t *testing.T) {
 			t.Errorf("%q may not be shown, want that it may", harmless)
 		}
 	}
+}
+
+// inJSON returns a text as it stands between the quotes of JSON.
+func inJSON(s string) string {
+	encoded, _ := json.Marshal(s)
+	return string(encoded[1 : len(encoded)-1])
+}
+
+// inQuotes returns a text as it stands between the quotes of %q or %+q.
+func inQuotes(format, s string) string {
+	quoted := fmt.Sprintf(format, s)
+	return quoted[1 : len(quoted)-1]
+}
+
+// escapes write a text in ways that servers have.
+var escapes = map[string]func(string) string{
+	"JSON":         inJSON,
+	"JSON in JSON": func(s string) string { return inJSON(inJSON(s)) },
+	"JSON, every character": func(s string) string {
+		var b strings.Builder
+		for _, unit := range utf16.Encode([]rune(s)) {
+			fmt.Fprintf(&b, `\u%04X`, unit)
+		}
+		return b.String()
+	},
+	"JSON with slashes": func(s string) string { return strings.ReplaceAll(inJSON(s), "/", `\/`) },
+	"%q":                func(s string) string { return inQuotes("%q", s) },
+	"%+q":               func(s string) string { return inQuotes("%+q", s) },
+	"%q in %q":          func(s string) string { return inQuotes("%q", inQuotes("%q", s)) },
+	"%q in JSON":        func(s string) string { return inJSON(inQuotes("%q", s)) },
+	"single quotes":     func(s string) string { return strings.NewReplacer(`\`, `\\`, `'`, `\'`).Replace(s) },
+	"JSON in a URL":     func(s string) string { return url.QueryEscape(inJSON(s)) },
+	"JSON in HTML":      func(s string) string { return html.EscapeString(inJSON(s)) },
+	"a URL in JSON":     func(s string) string { return inJSON(url.PathEscape(s)) },
+	"hexadecimal bytes": func(s string) string { return bytewise(`\x%02x`, s) },
+	"octal bytes":       func(s string) string { return bytewise(`\%03o`, s) },
+}
+
+func bytewise(format, s string) string {
+	var b strings.Builder
+	for _, c := range []byte(s) {
+		fmt.Fprintf(&b, format, c)
+	}
+	return b.String()
+}
+
+// In these secrets, fewer than eight characters in a row stand for themselves.
+func TestSecretIsFoundBehindEscapes(t *testing.T) {
+	for _, secret := range []string{`a"b\c"d\e"f`, `s3"cr\3t/ü/"'"<x>`, "🔑\"🗝\"🔒", `\"\"\"\"\"\"`, "tab\tand\nline", `'a"b'c"d'`} {
+		for name, escape := range escapes {
+			if echo := escape(secret); !(Secrets{secret}).In("not good: \"" + echo + `" (sic)`) {
+				t.Errorf("%s: %q may be shown, want not: it tells the secret %q", name, echo, secret)
+			}
+		}
+	}
+	for _, harmless := range []string{`C:\users\new\table`, `the scope "a\b" is not known`, `\u`, `\u12`, `\x`, `\ud800\u`, `\400`, `\U99999999`} {
+		if (Secrets{"canary-secret"}).In(harmless) {
+			t.Errorf("%q may not be shown, want that it may", harmless)
+		}
+	}
+}
+
+// Whatever a secret is, and whatever stands around it.
+func FuzzSecretIsFound(f *testing.F) {
+	f.Add("a\"b\\c\"d", "not good: ", "!")
+	f.Add("süßes öl%41", "%5", "\\u")
+	f.Add("\xff\xfe\xfd\xfc", `\`, "")
+	f.Fuzz(func(t *testing.T, secret, before, after string) {
+		Clean(secret, len(before))
+		var secrets Secrets
+		secrets.Add(secret)
+		if len(secrets) == 0 {
+			return
+		}
+		for name, escape := range escapes {
+			if name == "hexadecimal bytes" || name == "octal bytes" || strings.ToValidUTF8(secret, "") == secret {
+				// What comes before may begin an escape that takes of the secret.
+				if echo := before + " " + escape(secrets[0]) + " " + after; !secrets.In(echo) {
+					t.Errorf("%s: %q may be shown, want not: it tells the secret %q", name, echo, secret)
+				}
+			}
+		}
+	})
 }
