@@ -6,7 +6,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"fmt"
 	"net/http"
 	"net/url"
 	"slices"
@@ -16,6 +15,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -31,6 +31,7 @@ type discovery struct {
 	*issuerMetadata
 
 	found  atomic.Pointer[url.URL] // the URL that was found last
+	shown  atomic.Pointer[string]  // what may be shown of found
 	warned atomic.Pointer[string]  // what warnUnsupported last found
 }
 
@@ -68,6 +69,24 @@ func (d *discovery) tokenEndpoint(ctx context.Context) (*url.URL, error) {
 	d.found.Store(u)
 	d.warnUnsupported(m)
 	return u, nil
+}
+
+// show notes what may be shown of the token endpoint. It returns the host that errors
+// name: the issuer's host, if the endpoint repeats one of the secrets.
+func (d *discovery) show(u *url.URL, secrets redact.Secrets) (host string) {
+	shown, host := redact.Clean(withoutQuery(u), maxShownDescription), u.Host
+	if secrets.In(shown) {
+		shown, host = withheld, d.issuer.Host
+	}
+	d.shown.Store(&shown)
+	return host
+}
+
+// withoutQuery returns a URL without its query, which may hold a key.
+func withoutQuery(u *url.URL) string {
+	shown := *u
+	shown.RawQuery = ""
+	return shown.String()
 }
 
 // wellKnown returns where the metadata may be. RFC 8414 §3.1 puts the well-known
@@ -158,8 +177,14 @@ func (d *discovery) metadataAt(ctx context.Context, u *url.URL) (*metadata, *tok
 		// RFC 8414 §3.3 demands this check. Otherwise one issuer could publish
 		// metadata in the name of another.
 		failure.Code, failure.permanent = codeConfiguration, true
-		failure.Description = fmt.Sprintf("the metadata is that of another issuer, %q", redact.Clean(m.issuer, maxShownValue))
-		failure.Hint = "set issuer to exactly that, if it is the one that is meant"
+		failure.Description = "the metadata is that of another issuer"
+		switch d.credentials.Issuer {
+		case m.issuer + "/":
+			failure.Description += ": it does not end with a /"
+		case strings.TrimSuffix(m.issuer, "/"):
+			failure.Description += ": it ends with a /"
+		}
+		failure.Hint = "set issuer to exactly what stands there as `issuer`, if that is the one that is meant: " + redact.Clean(u.String(), maxShownValue)
 	default:
 		m.fromHere = at.here.Load() || namesThisMachine(u.Hostname())
 		// Broken metadata must not replace good metadata. But each client decides
@@ -204,7 +229,7 @@ func (d *discovery) unusable(err error) *tokenError {
 const metadataHint = "check issuer, or set token_url instead"
 
 func endpointFault(err error) string {
-	return "the token_endpoint in the issuer's metadata: " + redact.Clean(err.Error(), maxShownValue)
+	return "the token_endpoint in the issuer's metadata: " + err.Error()
 }
 
 // parseEndpoint parses a token endpoint of the metadata.
@@ -243,7 +268,9 @@ func (d *discovery) warnUnsupported(m *metadata) {
 		len(m.signingAlgs) > 0 && !slices.Contains(m.signingAlgs, d.credentials.SigningAlg):
 		setting, supported = "signing_alg", m.signingAlgs
 	}
-	names := redact.Clean(strings.Join(supported, " "), maxShownList)
+	// The server may list anything, so only what is known here is shown.
+	known := slices.Concat(authMethods, []string{authTLSSelfSigned}, jwt.Algorithms)
+	names := strings.Join(slices.DeleteFunc(known, func(name string) bool { return !slices.Contains(supported, name) }), " ")
 	now := setting + " " + names
 	before := d.warned.Swap(&now)
 	if setting == "" || (before != nil && *before == now) {
@@ -254,8 +281,12 @@ func (d *discovery) warnUnsupported(m *metadata) {
 		zap.String("auth_method", method), zap.String("supported", names))
 }
 
+// authTLSSelfSigned is the name of authTLS in metadata if the certificate is
+// self-signed (RFC 8705 §2.2).
+const authTLSSelfSigned = "self_signed_tls_client_auth"
+
 // supports reports whether a list of methods has this method. Self-signed
 // certificates have a name of their own there (RFC 8705 §2.2).
 func supports(methods []string, method string) bool {
-	return slices.Contains(methods, method) || (method == authTLS && slices.Contains(methods, "self_signed_tls_client_auth"))
+	return slices.Contains(methods, method) || (method == authTLS && slices.Contains(methods, authTLSSelfSigned))
 }

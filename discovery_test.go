@@ -195,10 +195,11 @@ func TestUnusableMetadata(t *testing.T) {
 			_, _ = io.WriteString(w, good+strings.Repeat(" ", 8<<20))
 		}, nil, codeInvalidResponse, false, unreadable},
 
-		{"another issuer", page(200, document("https://evil.example", tokenPlace)), nil, codeConfiguration, true, other + `, "https://evil.example"`},
+		{"another issuer", page(200, document("https://evil.example", tokenPlace)), nil, codeConfiguration, true, other},
+		{"an issuer that is the secret", page(200, document("https://"+canarySecret+".example/Y2FuYXJ5", tokenPlace)), nil, codeConfiguration, true, other},
 		{"another issuer at the first place only", page(200, document("https://evil.example", movedPlace)), page(200, good), "", false, ""},
 		{"another issuer at the second place only", nil, page(200, document("https://evil.example", movedPlace)), codeConfiguration, true, other},
-		{"the issuer with a slash", page(200, document(testIssuer+"/", tokenPlace)), nil, codeConfiguration, true, other},
+		{"the issuer with a slash", page(200, document(testIssuer+"/", tokenPlace)), nil, codeConfiguration, true, other + ": it ends with a /"},
 		{"the issuer in capitals", page(200, document("https://AS.example.com", tokenPlace)), nil, codeConfiguration, true, other},
 		{"the issuer with its port", page(200, document(testIssuer+":443", tokenPlace)), nil, codeConfiguration, true, other},
 		{"an issuer below", page(200, document(testIssuer+"/tenant", tokenPlace)), nil, codeConfiguration, true, other},
@@ -316,6 +317,8 @@ func TestWhatTheServerDoesNotListIsWarnedOfOnce(t *testing.T) {
 		{"tls_client_auth listed as self-signed", certificate, []string{methods("self_signed_tls_client_auth")}, "", ""},
 		{"tls_client_auth not listed", certificate, []string{methods(authBasic)}, "auth_method", authBasic},
 		{"self-signed is no other method", "client_secret s", []string{methods("self_signed_tls_client_auth")}, "auth_method", "self_signed_tls_client_auth"},
+		{"methods that nobody knows", "auth_method client_secret_post\nclient_secret s", []string{methods(canarySecret, authBasic, "a\nb")}, "auth_method", "client_secret_basic"},
+		{"algorithms that nobody knows", key + "signing_alg ES256", []string{algs(canarySecret, "RS256", "none")}, "signing_alg", "RS256"},
 		{"no authentication", "auth_method none", []string{methods(authBasic)}, "", ""},
 		{"authenticated by the grant", key + "grant_type jwt_bearer", []string{methods(authBasic)}, "", ""},
 
@@ -365,6 +368,44 @@ func TestWhatTheServerDoesNotListIsWarnedOfOnce(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A server may name a token endpoint as it likes. It is used, but not shown.
+func TestEndpointThatRepeatsTheSecretIsNotShown(t *testing.T) {
+	for _, endpoint := range []string{testIssuer + "/" + canarySecret, "https://" + strings.ToUpper(canarySecret) + ".example.com/token"} {
+		for name, answer := range map[string]http.HandlerFunc{
+			"a token":       page(http.StatusOK, goodAnswer),
+			"a refusal":     page(http.StatusBadRequest, `{"error":"invalid_scope"}`),
+			"no answer":     page(http.StatusOK, ""),
+			"no connection": refusesConnections,
+		} {
+			t.Run(endpoint+" "+name, func(t *testing.T) {
+				p := newPublisher(document(testIssuer, endpoint))
+				p.publish(endpoint, answer)
+				cl, logs := discovering(t, issuerSecret, p)
+				_, err := cl.endpoint.request(t.Context())
+				p.wantAsked(t, "GET "+oauthPlace, "POST "+endpoint)
+				if (err == nil) != (name == "a token") || (err != nil && !strings.HasPrefix(err.Error(), "token endpoint as.example.com: ")) {
+					t.Errorf("request() = %v, want an error that names the issuer, unless there is a token", err)
+				}
+				wantNoCanary(t, err)
+				wantNoCanaryIn(t, fmt.Sprint(cl.endpoint.describe(), attributes(cl.endpoint.describe()), logs.All()))
+			})
+		}
+	}
+}
+
+// Where secrets would go unencrypted is the server's word, too.
+func TestPlaintextEndpointInMetadataIsNotNamed(t *testing.T) {
+	const issuer = "http://127.0.0.1:8091"
+	p := newPublisher("")
+	p.publish(issuer+"/.well-known/oauth-authorization-server", page(http.StatusOK, document(issuer, "http://"+canaryToken+".example/")))
+	cl, _ := discovering(t, strings.Replace(issuerSecret, testIssuer, issuer, 1), p)
+	_, err := cl.endpoint.request(t.Context())
+	if got := wantTokenError(t, err, codeInvalidResponse, false); !strings.Contains(got.Description, "unencrypted") {
+		t.Errorf("request() = %v, want that the credentials would go unencrypted", err)
+	}
+	wantNoCanary(t, err)
 }
 
 func TestEndpointForClientsWithACertificate(t *testing.T) {
@@ -472,7 +513,7 @@ func TestIssuerIsCheckedAtLoad(t *testing.T) {
 		{testIssuer + "?", "issuer: must have no query"},
 		{`"` + testIssuer + `#` + canarySecret + `"`, "issuer: must have no query and no fragment"},
 		{"https://id:" + canarySecret + "@as.example.com", "issuer: must hold no user and password"},
-		{"http://as.example.com", "issuer: the client's credentials would go to as.example.com unencrypted"},
+		{"http://as.example.com", "issuer: the client's credentials would go to another machine unencrypted"},
 		{testIssuer + "\ntoken_url " + tokenPlace, "issuer: finds the token endpoint that token_url names already; remove one of the two"},
 	} {
 		err := loadError(t, proxyConfig("127.0.0.1:9000", "client_id gateway\nclient_secret secret\nissuer "+test.issuer))

@@ -21,8 +21,8 @@ import (
 // How much of a foreign text is shown, in bytes.
 const (
 	maxShownCode        = 64
-	maxShownValue       = 200 // of a member of metadata
-	maxShownList        = 300 // of names, addresses or scopes
+	maxShownValue       = 200 // of a URL
+	maxShownList        = 300 // of names and addresses
 	maxShownDescription = 400
 )
 

@@ -105,13 +105,12 @@ func parseServerURL(raw, example string) (*url.URL, error) {
 }
 
 // checkPlaintext refuses a token endpoint to which the client's secret would
-// travel unencrypted.
+// travel unencrypted. The error does not name it: it may come from metadata.
 func checkPlaintext(u *url.URL, proxied bool) error {
 	if u.Scheme == "https" || staysOnMachine("tcp", u.Hostname(), proxied) {
 		return nil
 	}
-	return fmt.Errorf("the client's credentials would go to %s unencrypted; use https://, or allow it with `insecure_plaintext %s`",
-		u.Host, plaintextTokenURL)
+	return errors.New("the client's credentials would go to another machine unencrypted; use https://, or allow it with `insecure_plaintext " + plaintextTokenURL + "`")
 }
 
 func plaintextError(address string) error {

@@ -83,7 +83,7 @@ func TestValidate(t *testing.T) {
 		{"a name that begins with localhost", "localhost.example.com:9000", clientSettings, "unencrypted"},
 
 		// The token endpoint in the clear, which shows late with placeholders.
-		{"http from the environment", local, noURL + "token_url {env.TEST_HTTP_URL}", "the client's credentials would go to auth.example.com unencrypted"},
+		{"http from the environment", local, noURL + "token_url {env.TEST_HTTP_URL}", "the client's credentials would go to another machine unencrypted"},
 		{"http from the environment, allowed", local, noURL + "token_url {env.TEST_HTTP_URL}\ninsecure_plaintext token_url", ""},
 		{"http from the environment, something else allowed", local, noURL + "token_url {env.TEST_HTTP_URL}\ninsecure_plaintext upstream", "unencrypted"},
 

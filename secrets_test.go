@@ -283,7 +283,7 @@ func TestHugeAnswerCostsNoMoreToSearch(t *testing.T) {
 		for range 3 {
 			least = min(least, testing.AllocsPerRun(5, func() {
 				a := serverAnswer{status: http.StatusBadRequest, header: http.Header{}, body: body}
-				if _, err := c.readAnswer(mustParse(testTokenURL), a, redact.Secrets{canarySecret}); err == nil {
+				if _, err := c.readAnswer(mustParse(testTokenURL).Host, a, redact.Secrets{canarySecret}); err == nil {
 					t.Errorf("%s: got a token, want an error", member)
 				}
 			}))
@@ -295,6 +295,32 @@ func TestHugeAnswerCostsNoMoreToSearch(t *testing.T) {
 		if large > 2*small {
 			t.Errorf("%s: got %v allocations for 500 KiB, want about the %v for 8 KiB", member, large, small)
 		}
+	}
+}
+
+// The authorization server knows the token that is in use.
+func TestTokenInUseIsNotInAnErrorOfTheServer(t *testing.T) {
+	for _, answer := range []string{
+		`{"error":"slow_down","error_description":"use canary-token-1-of-gateway for now"}`,
+		`{"error":"slow_down","error_description":"use %63anary-token-1"}`,
+		`{"error":"canary-token-1-of-gateway"}`,
+	} {
+		g, auth, up := gateAndFakes(t, "")
+		g.get().want(t, http.StatusOK)
+		auth.script(refusing(http.StatusBadRequest, answer))
+		up.script(func(w http.ResponseWriter, _ *http.Request) bool { refuse(w, http.StatusUnauthorized); return true })
+		g.get().want(t, http.StatusUnauthorized)
+		eventually(t, func() bool { return len(g.logged("obtaining token failed")) > 0 }, "the failure in the log")
+		for _, status := range clientStatuses() {
+			if status.LastError == nil {
+				t.Error("got no error of the client, want one")
+			}
+			wantNothingHidden(t, "the admin API", string(encode(t, status)))
+		}
+		if got := g.logs(); strings.Contains(got, "anary-token") {
+			t.Errorf("got the token in the log: %s", got)
+		}
+		g.stop()
 	}
 }
 

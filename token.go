@@ -4,9 +4,12 @@ package outboundauth
 
 import (
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"time"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // token is an access token, with the times that decide how it is used. A token
@@ -27,11 +30,26 @@ type token struct {
 // Format keeps the token out of everything that prints values.
 func (t *token) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("token")) }
 
+// keptOut returns the error of a token request without the token, if the server
+// repeats it there. t may be nil.
+func (t *token) keptOut(err error) error {
+	failure, ok := errors.AsType[*tokenError](err)
+	if t == nil || !ok || !(redact.Secrets{t.value}).In(failure.Code+"\n"+failure.Description) {
+		return err
+	}
+	shown := *failure
+	shown.Description = "the server's description repeats the token, and is not shown"
+	if (redact.Secrets{t.value}).In(failure.Code) {
+		shown.Code = codeHTTPStatus
+	}
+	return &shown
+}
+
 // grant is what an authorization server issued (RFC 6749 §5.1).
 type grant struct {
 	accessToken string
 	lifetime    time.Duration // 0 if the server named no lifetime
-	scope       string        // "" if the server granted what was asked for
+	scope       string        // what the server says; "" if it granted what was asked for
 
 	// When the token was asked for. Its life did not begin before that.
 	issued time.Time

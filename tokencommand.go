@@ -30,8 +30,8 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
-// maxPrintedScope is how many bytes of the granted scopes are printed at most.
-const maxPrintedScope = 1000
+// maxPrintedClaim is how many bytes of one text in a token are printed at most.
+const maxPrintedClaim = 1000
 
 // exitNoToken is the exit status if the config is good, but a token was not
 // obtained.
@@ -45,8 +45,8 @@ func init() {
 		Long: `
 Loads the config like 'caddy validate', makes one token request for each OAuth
 client in it, exactly as the gateway would, and shows the endpoint, the client,
-the granted scopes and the lifetime, and header and claims of a token that is a
-JWT. If there is no token, it shows why, and what to change.
+which of its scopes were granted, the lifetime, and header and claims of a token
+that is a JWT. If there is no token, it shows why, and what to change.
 
 The config is the Caddyfile of the current directory unless --config names
 another. --upstream picks the client of one upstream, written as in
@@ -226,7 +226,10 @@ type tokenReport struct {
 	TokenEndpoint string   `json:"token_endpoint"` // "" if it was not discovered
 	description
 
-	Granted  string     `json:"granted_scope,omitempty"`
+	// Of the scopes that are configured.
+	Granted    string   `json:"granted_scope,omitempty"`
+	NotGranted []string `json:"not_granted,omitempty"`
+
 	Lifetime float64    `json:"lifetime,omitempty"` // in seconds
 	Expires  *time.Time `json:"expires,omitempty"`
 	Renewal  *time.Time `json:"renewal,omitempty"`
@@ -259,12 +262,58 @@ func (c *upstreamClient) report() tokenReport {
 		r.Error = reportError(err)
 		return r
 	}
-	r.Granted = cmp.Or(redact.Clean(g.scope, maxPrintedScope), strings.Join(r.Scopes, " "))
+	r.NotGranted = c.endpoint.lacking(g.scope)
+	r.Granted = strings.Join(slices.DeleteFunc(slices.Clone(r.Scopes), func(scope string) bool {
+		return slices.Contains(r.NotGranted, scope)
+	}), " ")
 	r.Lifetime = t.expires.Sub(g.issued).Round(time.Second).Seconds()
 	r.Expires, r.Renewal = &t.expires, &t.refreshAt
 	r.Token, r.length = t.value, len(t.value)
-	r.Header, r.Claims, _ = jwt.Decode(t.value)
+	if header, claims, ok := jwt.Decode(t.value); ok {
+		if secrets, err := c.endpoint.secrets(ctx); err == nil { // else a file has changed since
+			r.Header, r.Claims = shownObject(header, secrets), shownObject(claims, secrets)
+		}
+	}
 	return r
+}
+
+// shownObject returns a part of a token as it may be shown: cleaned and cut, and
+// without texts that hold one of the secrets.
+func shownObject(object map[string]any, secrets redact.Secrets) map[string]any {
+	shown := make(map[string]any, len(object))
+	for name, value := range object {
+		shown[shownText(name, secrets)] = shownValue(value, secrets)
+	}
+	return shown
+}
+
+func shownValue(value any, secrets redact.Secrets) any {
+	switch value := value.(type) {
+	case string:
+		return shownText(value, secrets)
+	case float64:
+		if secrets.In(strconv.FormatFloat(value, 'f', -1, 64)) {
+			return withheld
+		}
+	case []any:
+		shown := make([]any, len(value))
+		for i := range value {
+			shown[i] = shownValue(value[i], secrets)
+		}
+		return shown
+	case map[string]any:
+		return shownObject(value, secrets)
+	}
+	return value
+}
+
+func shownText(text string, secrets redact.Secrets) string {
+	clean := redact.Clean(text, maxPrintedClaim)
+	// As for an error, the raw text is searched, too. What is cut off is not.
+	if secrets.In(text[:min(len(text), maxSearchedDescription)] + "\n" + clean) {
+		return withheld
+	}
+	return clean
 }
 
 // writeReports writes the reports as text for people, or as JSON for programs.
@@ -336,6 +385,7 @@ func (r *tokenReport) write(w io.Writer) error {
 		line("what to change", e.Hint)
 	} else {
 		line("granted", r.Granted)
+		line("not granted", strings.Join(r.NotGranted, " "))
 		line("lifetime", fmt.Sprint(time.Duration(r.Lifetime)*time.Second))
 		line("expires", r.Expires.Local().Format(time.RFC3339))
 		line("renewal", r.Renewal.Local().Format(time.RFC3339))

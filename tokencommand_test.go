@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -113,7 +114,7 @@ func TestTokenCommandDecodesJWTs(t *testing.T) {
 		auth.script(issuing(token))
 		site := expand(threeOfTwoClients, "$AUTH", auth.URL)
 		output, _, err := runTokenCommand(t, site, "127.0.0.1:9000", false, false)
-		if err != nil || strings.Contains(output, token) || !strings.Contains(output, "granted          read\n") {
+		if err != nil || strings.Contains(output, token) || !strings.Contains(output, "granted          read\nnot granted      write\n") {
 			t.Errorf("got %v and\n%s\nwant the granted scope, and no token", err, output)
 		}
 		if got := strings.Contains(output, `"aud": "orders"`) && strings.Contains(output, `"kid": "k1"`); got != (token == jwt) {
@@ -121,6 +122,37 @@ func TestTokenCommandDecodesJWTs(t *testing.T) {
 		}
 		if output, _, err = runTokenCommand(t, site, "127.0.0.1:9000", true, false); err != nil || !strings.Contains(output, " "+token+"\n") {
 			t.Errorf("got %v and\n%s\nwant the token", err, output)
+		}
+	}
+}
+
+// The server may write anything into the scopes, and into the token: the client's
+// secret too, or what a terminal takes for a command.
+func TestTokenCommandShowsNoSecretThatTheServerRepeats(t *testing.T) {
+	segment := func(text string) string { return base64.RawURLEncoding.EncodeToString([]byte(text)) }
+	token := segment(`{"alg":"RS256","kid":"id-canary-secret","canary-secret":1,"crit":["canary-secret","exp"]}`) + "." +
+		segment(`{"sub":"first","act":{"secret":"Y2FuYXJ5LXNlY3JldA==","deep":[{"x":"%63anary-secret"}]},"long":"`+
+			strings.Repeat("x", 3000)+`","esc":"a\u001b[31m\u202eb","n":1,"t":true,"nil":null}`) + ".c2lnbmF0dXJl"
+	for _, asJSON := range []bool{false, true} {
+		auth := newAuthServer(t)
+		auth.script(refusing(http.StatusOK, `{"access_token":"`+token+`","token_type":"Bearer","scope":"write canary-secret"}`))
+		output, _, err := runTokenCommand(t, expand(threeOfTwoClients, "$AUTH", auth.URL), "127.0.0.1:9000", false, asJSON)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(output, "anary") || strings.Contains(output, "Y2FuYXJ5") {
+			t.Errorf("got\n%s\nwant no secret", output)
+		}
+		if strings.ContainsAny(output, "\x1b\u202e") || strings.Contains(output, strings.Repeat("x", 1100)) {
+			t.Errorf("got\n%s\nwant it cleaned and cut", output)
+		}
+		for _, want := range []string{`"sub": "first"`, `"alg": "RS256"`, `"n": 1`, `"t": true`, `"nil": null`, `"exp"`, "not shown", "read"} {
+			if !strings.Contains(output, want) {
+				t.Errorf("got\n%s\nwant %s in it", output, want)
+			}
+		}
+		if !asJSON && !strings.Contains(output, "granted          write\nnot granted      read\n") {
+			t.Errorf("got\n%s\nwant what of the configured scopes was granted, and what was not", output)
 		}
 	}
 }
@@ -138,10 +170,10 @@ func TestTokenCommandWritesJSON(t *testing.T) {
 			t.Fatalf("got %d reports, err %v, want 2", len(reports), err)
 		}
 		for field, want := range map[string]any{
-			"client_id": "first", "token_endpoint": auth.URL + "/token", "lifetime": 3600.0, "granted_scope": "read",
+			"client_id": "first", "token_endpoint": auth.URL + "/token", "lifetime": 3600.0, "granted_scope": "read", "not_granted": []any{"write"},
 			"auth_method": "client_secret_basic", "token": map[bool]any{true: "canary-token"}[show],
 		} {
-			if got := reports[0][field]; got != want {
+			if got := reports[0][field]; !reflect.DeepEqual(got, want) {
 				t.Errorf("%s: got %v, want %v", field, got, want)
 			}
 		}

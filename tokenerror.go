@@ -24,6 +24,9 @@ const (
 	codeMethod          = "method" // that the client uses
 )
 
+// withheld stands for a text of the server that repeats a secret.
+const withheld = "(repeats the client's credentials, and is not shown)"
+
 // tokenError says why a token request failed. Every part of it may be logged and
 // shown: no part holds a secret, token, form or body.
 type tokenError struct {

@@ -41,7 +41,7 @@ type endpoint struct {
 	events       *emitter
 	logger       *zap.Logger
 
-	narrowed atomic.Pointer[string] // the granted scopes of the last warning
+	narrowed atomic.Pointer[string] // the scopes of the last warning
 }
 
 // newEndpoint makes the endpoint of c, which is expanded and complete.
@@ -90,18 +90,16 @@ func (e *endpoint) release() error {
 	return e.discovery.release()
 }
 
-// knownURL returns the token endpoint's URL without the query, which may hold a
-// key. It returns "" while the URL has not been discovered.
+// knownURL returns the token endpoint's URL as it may be shown. It returns "" while
+// the URL has not been discovered.
 func (e *endpoint) knownURL() string {
-	u := e.url
-	if e.discovery != nil {
-		if u = e.discovery.found.Load(); u == nil {
-			return ""
-		}
+	if e.discovery == nil {
+		return withoutQuery(e.url)
 	}
-	shown := *u
-	shown.RawQuery = ""
-	return shown.String()
+	if shown := e.discovery.shown.Load(); shown != nil {
+		return *shown
+	}
+	return ""
 }
 
 // fingerprint implements requester.
@@ -174,8 +172,11 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 	if err != nil {
 		return grant{}, &tokenError{Endpoint: u.Host, Code: codeConfiguration, Description: err.Error(), permanent: true}
 	}
+	host := u.Host
 	if e.discovery == nil {
 		secrets.AddQuery(e.urlTemplate, u)
+	} else {
+		host = e.discovery.show(u, secrets)
 	}
 	ctx, presented := clientcert.With(ctx, r.certificate)
 	if e.discovery != nil {
@@ -187,9 +188,13 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 		return grant{}, e.discovery.unusable(errThisMachine)
 	}
 	if err != nil {
-		return grant{}, networkError(ctx, u.Host, err)
+		failure := networkError(ctx, host, err)
+		if host != u.Host { // which the reason may name
+			failure.Description = errBroken.Error()
+		}
+		return grant{}, failure
 	}
-	g, err := e.credentials.readAnswer(u, a, secrets)
+	g, err := e.credentials.readAnswer(host, a, secrets)
 	if err != nil {
 		return grant{}, e.advise(err, r, presented)
 	}
@@ -235,27 +240,41 @@ func (e *endpoint) form(r resolved, audience string) (url.Values, http.Header, r
 	return form, header, secrets, nil
 }
 
-// warnNarrowed warns once if the server has not granted all of the configured
-// scopes (RFC 6749 §5.1). The upstream will refuse requests that need the
-// missing scopes.
-func (e *endpoint) warnNarrowed(granted string) {
-	if granted == "" { // the server has granted all scopes
-		return
+// lacking returns the scopes that the server was asked for and did not grant (RFC
+// 6749 §5.1). granted is what the server says; "" stands for all scopes. It is only
+// compared: a server may write anything there.
+func (e *endpoint) lacking(granted string) []string {
+	if granted == "" {
+		return nil
 	}
 	has := strings.Fields(granted)
-	var lacking []string
-	for _, scope := range e.credentials.Scopes {
-		if !slices.Contains(has, scope) {
-			lacking = append(lacking, scope)
-		}
-	}
-	granted = redact.Clean(granted, maxShownList)
-	if last := e.narrowed.Load(); len(lacking) == 0 || (last != nil && *last == granted) {
+	return slices.DeleteFunc(slices.Clone(e.credentials.Scopes), func(scope string) bool { return slices.Contains(has, scope) })
+}
+
+// warnNarrowed warns, once, of scopes that were not granted: the upstream will
+// refuse what needs them.
+func (e *endpoint) warnNarrowed(granted string) {
+	lacking := e.lacking(granted)
+	names := strings.Join(lacking, " ")
+	if last := e.narrowed.Load(); len(lacking) == 0 || (last != nil && *last == names) {
 		return
 	}
-	e.narrowed.Store(&granted)
+	e.narrowed.Store(&names)
 	e.logger.Warn("the token was granted for less than the scopes that are configured; check scopes, or what the authorization server allows the client",
-		append(e.logFields(), zap.Strings("not_granted", lacking), zap.String("granted", granted))...)
+		append(e.logFields(), zap.Strings("not_granted", lacking))...)
+}
+
+// secrets returns what must not be shown of a token request that is made now.
+func (e *endpoint) secrets(ctx context.Context) (redact.Secrets, error) {
+	r, err := e.credentials.resolve(ctx, &e.certificates)
+	if err != nil {
+		return nil, err
+	}
+	_, _, secrets, err := e.form(r, "")
+	if err == nil && e.discovery == nil {
+		secrets.AddQuery(e.urlTemplate, e.url)
+	}
+	return secrets, err
 }
 
 // advise improves the hint of an error with what only this request knows.

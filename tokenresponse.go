@@ -9,7 +9,6 @@ import (
 	"fmt"
 	"math"
 	"net/http"
-	"net/url"
 	"strconv"
 	"strings"
 	"time"
@@ -31,11 +30,11 @@ const (
 	maxSearchedDescription = 4 << 10
 )
 
-// readAnswer turns the answer of the token endpoint at u into a grant, or into a
+// readAnswer turns the answer of the token endpoint on a host into a grant, or into a
 // *tokenError with a hint at the settings. The error shows no text of the answer
 // that holds one of the secrets.
-func (c *Credentials) readAnswer(u *url.URL, a serverAnswer, secrets redact.Secrets) (grant, error) {
-	failure := &tokenError{Endpoint: u.Host, Status: a.status}
+func (c *Credentials) readAnswer(host string, a serverAnswer, secrets redact.Secrets) (grant, error) {
+	failure := &tokenError{Endpoint: host, Status: a.status}
 	if a.status >= 300 && a.status < 400 {
 		failure.Code = codeHTTPStatus
 		failure.Description = "a redirect, which is not followed because it would take the client's credentials elsewhere"
@@ -156,8 +155,8 @@ func (r members) grant() (grant, error) {
 	if err != nil {
 		return grant{}, err
 	}
-	scope, _ := r.str("scope") // an error does not matter: the scope is only shown
-	return grant{accessToken: accessToken, lifetime: lifetime, scope: redact.Clean(scope, maxAnswer)}, nil
+	scope, _ := r.str("scope") // an error does not matter: the scope is only compared
+	return grant{accessToken: accessToken, lifetime: lifetime, scope: strings.TrimSpace(scope)}, nil
 }
 
 // lifetime reads expires_in, in seconds. The RFC means an integer, but servers

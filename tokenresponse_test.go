@@ -203,12 +203,12 @@ func FuzzTokenResponse(f *testing.F) {
 	for _, refusal := range refusals {
 		f.Add(refusal.status, refusal.header["Retry-After"], []byte(refusal.body))
 	}
-	endpoint := mustParse("https://auth.example.com/token")
+	host := mustParse(testTokenURL).Host
 	sensitive := authenticated(f, authBasic, "id", canarySecret, map[string][]string{}, http.Header{})
 
 	f.Fuzz(func(t *testing.T, status int, header string, body []byte) {
 		a := serverAnswer{status: status, header: http.Header{"Retry-After": {header}}, body: body}
-		got, err := new(Credentials).readAnswer(endpoint, a, sensitive)
+		got, err := new(Credentials).readAnswer(host, a, sensitive)
 		if err != nil {
 			if got != (grant{}) {
 				t.Errorf("readAnswer() = %v beside an error, want none", got)

@@ -416,7 +416,8 @@ type retry struct {
 // fetchStart is what a fetch has to know about the source when it starts.
 type fetchStart struct {
 	requester
-	failures int // how many fetches failed before this one
+	failures int    // how many fetches failed before this one
+	current  *token // the token that it is to replace
 
 	// failedWith may be a fingerprint of secrets. If the secrets still have it,
 	// the fetch ends at once with err, the last error.
@@ -442,7 +443,7 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	f := &fetch{done: make(chan struct{}), cancel: cancel, started: now}
 	s.inflight = f
-	before := fetchStart{requester: s.last, failures: s.failures}
+	before := fetchStart{requester: s.last, failures: s.failures, current: s.current}
 	if onlyIfChanged {
 		before.failedWith, before.err = s.failedWith, s.lastErr
 	}
@@ -465,6 +466,7 @@ func (s *tokenSource) run(ctx context.Context, f *fetch, a fetchStart) {
 	f.unchanged = err == nil && a.failedWith != "" && a.failedWith == fingerprint
 	if err == nil && !f.unchanged {
 		f.t, err = s.requestWithRetries(ctx, f, a)
+		err = a.current.keptOut(err)
 	}
 	now := time.Now()
 	released := err != nil && errors.Is(context.Cause(ctx), errReleased)
