@@ -5,6 +5,7 @@ import (
 	"encoding/pem"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -61,21 +62,10 @@ func TestEachUpstreamGetsItsOwnCredentials(t *testing.T) {
 
 func TestUnixSocketUpstream(t *testing.T) {
 	auth := newAuthServer(t)
-	dir, err := os.MkdirTemp("", "up") // t.TempDir can be too long for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
-	up := newUnstartedUpstream(t, auth)
-	up.Listener.Close()
-	if up.Listener, err = net.Listen("unix", socket); err != nil {
-		t.Fatal(err)
-	}
-	up.start()
+	up := newSocketUpstream(t, auth, (*httptest.Server).Start)
 	g := startGateway(t, expand(`reverse_proxy $A {
 		`+twoClients+`
-	}`, "$A", "unix/"+socket, "$AUTH", auth.URL, "$MORE", ""))
+	}`, "$A", up.addr, "$AUTH", auth.URL, "$MORE", ""))
 	g.get().want(t, http.StatusOK)
 	if client := up.last(t).bearerOf(auth); client != "a" {
 		t.Errorf("got the token of %q, want that of a", client)

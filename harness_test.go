@@ -358,7 +358,12 @@ func (f roundTripFunc) RoundTrip(req *http.Request) (*http.Response, error) { re
 // Caddy's server, which has views of its own on headers.
 func proxyThrough(t *testing.T, rt http.RoundTripper, dial string, req *http.Request) (*httptest.ResponseRecorder, error) {
 	t.Helper()
-	handler := &reverseproxy.Handler{Transport: rt, Upstreams: reverseproxy.UpstreamPool{{Dial: dial}}}
+	return proxyWith(t, &reverseproxy.Handler{Transport: rt, Upstreams: reverseproxy.UpstreamPool{{Dial: dial}}}, req)
+}
+
+// proxyWith is proxyThrough with a handler that is set up further.
+func proxyWith(t *testing.T, handler *reverseproxy.Handler, req *http.Request) (*httptest.ResponseRecorder, error) {
+	t.Helper()
 	ctx, err := caddy.ProvisionContext(&caddy.Config{Admin: &caddy.AdminConfig{Disabled: true}})
 	if err != nil {
 		t.Fatal(err)

@@ -3,11 +3,17 @@
 package outboundauth
 
 import (
+	"cmp"
+	"context"
+	"errors"
+	"math/big"
 	"net/http"
-	"slices"
+	"net/url"
+	"strings"
 
 	"go.uber.org/zap"
 
+	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
@@ -19,18 +25,50 @@ import (
 // upstream that refuses checks without a token would stay down: no request would
 // go there and fetch one.
 func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
-	dial, _ := reverseproxy.GetDialInfo(req.Context())
-	checked := dialAddressOf(req.Context())
-	r, listed := t.routes[checked]
-	switch {
-	case listed:
-	case slices.Contains(t.dials, checked) && !t.listedOnly: // the same route as a request
-		r = t.fallback
-	default:
-		r = t.routeByHost(dial.Host)
+	dial, ok := reverseproxy.GetDialInfo(req.Context())
+	if !ok {
+		return t.fail(req, http.StatusBadGateway, errNotProxied)
 	}
-	if r.block == nil || redirectedElsewhere(req) || t.exposes(req, dial) {
-		return t.send(req, nil, nil)
+	if redirectedElsewhere(req) {
+		return t.fail(req, http.StatusBadGateway, errRedirected)
+	}
+	res, err := t.check(addressed(req, dial), dial)
+	if res != nil {
+		res.Request = req // what a redirect is compared with
+	}
+	return res, err
+}
+
+// errRedirected does not say where to: the proxy logs that beside it.
+var errRedirected = errors.New("health_follow_redirects: the upstream redirects its health check to another host, and nothing is sent there; " +
+	"set health_uri to a path that the upstream answers itself, or remove health_follow_redirects")
+
+// addressed returns a check whose URL has the address that is dialed as its host.
+// net/http keeps connections by that host. The reverse proxy's own URLs would mix
+// them: all Unix sockets are `localhost` there.
+func addressed(req *http.Request, dial reverseproxy.DialInfo) *http.Request {
+	out, to := new(http.Request), new(url.URL)
+	*out, *to = *req, *req.URL
+	out.URL = to
+	out.Host = cmp.Or(req.Host, req.URL.Host) // as it would be without a copy
+	to.Host = dial.Address
+	if caddy.IsUnixNetwork(dial.Network) || caddy.IsFdNetwork(dial.Network) {
+		// A path is no host. Over TLS, the server's name is localhost, as in the
+		// reverse proxy's URL. The port tells one socket from another: it is the path,
+		// read as a number. Nobody dials it.
+		to.Host = "localhost:" + new(big.Int).SetBytes([]byte(dial.Network+"/"+dial.Address)).String()
+	}
+	return out
+}
+
+// check sends a check to the upstream that dial names.
+func (t *Transport) check(req *http.Request, dial reverseproxy.DialInfo) (*http.Response, error) {
+	r, proxy := t.routeOfCheck(dial), t.proxyOf(req)
+	if r.block == nil || t.exposes(req, dial, proxy) {
+		return t.sendCheck(req, nil, nil)
+	}
+	if err := checkProxied(req, dial, proxy); err != nil {
+		return t.fail(req, http.StatusBadGateway, err)
 	}
 	tok := r.source.Peek()
 	if r.started.Load() { // false while Caddy only validates the config: it sends checks even then
@@ -40,7 +78,7 @@ func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 	if err != nil {
 		return t.fail(req, http.StatusBadGateway, err)
 	}
-	res, err := t.send(out, r.block, tok)
+	res, err := t.sendCheck(out, r.block, tok)
 	if err == nil && tok != nil && t.refusesCheck(r.block, res.StatusCode) {
 		r.replaceAfterCheck(req.Context(), tok)
 	}
@@ -72,6 +110,15 @@ func (t *Transport) keepFromLog(req *http.Request, res *http.Response, err error
 	return res, err
 }
 
+// sendCheck sends a check with variables, as a request has them. If net/http connects
+// to a proxy, Caddy notes that in the variables. Without them, Caddy would dial the
+// upstream instead. net/http would keep that connection as one to the proxy, and send
+// the requests for other upstreams over it.
+func (t *Transport) sendCheck(req *http.Request, b *block, tok *token) (*http.Response, error) {
+	ctx := context.WithValue(req.Context(), caddyhttp.VarsCtxKey, make(map[string]any))
+	return t.send(req.WithContext(ctx), b, tok)
+}
+
 // refusesCheck reports whether the answer to a health check says that the
 // upstream does not accept the token. The upstream is then down, and gets no
 // requests. So only a check can have the token replaced. If the check expects
@@ -81,17 +128,18 @@ func (t *Transport) refusesCheck(b *block, status int) bool {
 	return b.refuses(status) && !expected
 }
 
-// routeByHost returns the route of a health check whose address is not that of
-// an upstream. The check may go to another port of an upstream's host
-// (health_port). So routeByHost returns the route that all upstreams on this
-// host have. If they have different routes, or if there are none, it returns the
-// zero route. Without upstream blocks, all checks have the fallback.
-func (t *Transport) routeByHost(host string) route {
-	if len(t.routes) == 0 {
-		return t.fallback
+// routeOfCheck returns the route of a health check. It is the route of a request to the
+// same address. With health_port, the check may go to another port of an upstream's
+// host. Then it is the route that all upstreams on this host have, and the zero route
+// if they have different ones. Any other address is that of health_upstream, which
+// belongs to no upstream.
+func (t *Transport) routeOfCheck(dial reverseproxy.DialInfo) route {
+	checked := dialAddress{dial.Network, dial.Address}
+	if _, named := t.routes[checked]; named || !t.checksOthers {
+		return t.routeTo(checked)
 	}
 	var found route
-	for i, upstream := range t.byHost[host] {
+	for i, upstream := range t.byHost[dial.Host] {
 		if i > 0 && upstream != found {
 			return route{}
 		}
@@ -100,12 +148,21 @@ func (t *Transport) routeByHost(host string) route {
 	return found
 }
 
-// redirectedElsewhere reports whether a health check follows a redirect to
-// another host. That host must not get the upstream's token.
+// redirectedElsewhere reports whether a health check follows a redirect to another host
+// or port, or from http to https. The host is the host of the URL or, as the upstream
+// itself sees it, the host in the field Host.
 func redirectedElsewhere(req *http.Request) bool {
 	first := req
 	for first.Response != nil && first.Response.Request != nil {
 		first = first.Response.Request
 	}
-	return first.URL.Host != req.URL.Host
+	to := origin(req.URL.Scheme, req.URL.Host)
+	return to != origin(first.URL.Scheme, first.URL.Host) && to != origin(first.URL.Scheme, first.Host)
+}
+
+// origin returns a scheme and a host such that two of one origin are equal
+// (RFC 6454 §4).
+func origin(scheme, host string) string {
+	host = strings.TrimSuffix(host, map[string]string{"http": ":80", "https": ":443"}[scheme])
+	return scheme + "://" + strings.ToLower(host)
 }

@@ -8,7 +8,6 @@ package outboundauth
 
 import (
 	"errors"
-	"maps"
 	"net/http"
 	"slices"
 	"sync"
@@ -58,14 +57,14 @@ type Transport struct {
 	*reverseproxy.HTTPTransport
 
 	clients       clients               // all OAuth clients of this transport
-	routes        map[dialAddress]route // the routes to the addresses in Upstreams
-	fallback      route                 // the route to all other addresses
-	byHost        map[string][]route    // the routes to the proxy's static upstreams, by host
-	dials         []dialAddress         // the proxy's static upstreams: their addresses do not depend on requests
+	fallback      route                 // the route by the settings outside of Upstreams
+	routes        map[dialAddress]route // the routes to the addresses that the config names
+	others        route                 // the route to all other addresses
+	named         []upstreamName        // what can be named, in the order of the config
+	byHost        map[string][]route    // the routes to the proxy's static upstreams, by host; only with health_port
 	reserved      fieldSet              // headers that only the transport sets
 	plaintext     bool                  // unencrypted connections to upstreams are allowed
-	proxied       bool                  // connections go through a proxy, see usesProxy
-	listedOnly    bool                  // no request gets the fallback, see checkUpstreams
+	checksOthers  bool                  // health_upstream or health_port: active health checks go to other addresses
 	healthStatus  int                   // the status that active health checks expect; 0: any success
 	marksFailures bool                  // the handler has the response route for failures, see installFailureRoute
 	logger        *zap.Logger
@@ -76,8 +75,15 @@ type Upstream struct {
 	// The dial addresses of the upstreams, written as in the reverse proxy, for
 	// example `api.example.com:443`. Each must be the address of an upstream of
 	// the reverse proxy. Other addresses are an error, unless the reverse proxy
-	// also has dynamic upstreams. Global placeholders are supported and
-	// evaluated when the config is loaded. Required.
+	// also has dynamic upstreams, or addresses with placeholders of requests.
+	//
+	// An address can also name the source of dynamic upstreams: name and port
+	// of the source `a`, or the name of the source `srv`, such as
+	// `_https._tcp.example.com`. Then all addresses that the source yields have
+	// these credentials, unless another block lists them.
+	//
+	// Global placeholders are supported and evaluated when the config is
+	// loaded. Required.
 	Addresses []string `json:"addresses,omitempty"`
 
 	// Proxy to these upstreams as the `http` transport does: send no token,
@@ -113,14 +119,6 @@ func (*Transport) CaddyModule() caddy.ModuleInfo {
 			return &Transport{HTTPTransport: new(reverseproxy.HTTPTransport)}
 		},
 	}
-}
-
-// addresses returns the upstream addresses that are known before any request.
-func (t *Transport) addresses() []dialAddress {
-	if t.marksFailures {
-		return t.dials
-	}
-	return slices.Collect(maps.Keys(t.routes))
 }
 
 // Cleanup releases the tokens. Other configs may go on using them. Caddy also

@@ -108,9 +108,12 @@ func TestTransportRemovesAllAliases(t *testing.T) {
 		client_id gateway
 		client_secret s
 		header X-User someone
+		upstream $UP {
+			bearer_header Authorization
+		}
 		upstream $OTHER {
 			bearer_header X-Api-Token
-		}`, "$AUTH", auth.URL, "$OTHER", other.addr))
+		}`, "$AUTH", auth.URL, "$UP", up.addr, "$OTHER", other.addr))
 	for _, u := range []*upstream{up, other} {
 		req := httptest.NewRequest(http.MethodGet, "http://gateway.test/", nil)
 		for i := 0; i < len(clientsOwn); i += 2 {

@@ -5,6 +5,7 @@ package outboundauth
 import (
 	"errors"
 	"fmt"
+	"net/http"
 	"net/netip"
 	"net/url"
 	"strconv"
@@ -65,10 +66,9 @@ func isThisMachine(addr netip.Addr) bool {
 	return addr.IsLoopback() || addr.IsUnspecified() || addr.IsLinkLocalUnicast()
 }
 
-// usesProxy reports whether connections are made through a proxy. The proxy may
-// be on another machine, and sees everything that is not encrypted. The proxies
-// in the environment do not count, because they are not used for loopback
-// addresses.
+// usesProxy reports whether the config says that connections are made through a
+// proxy. The proxy may be on another machine, and sees everything that is not
+// encrypted.
 func usesProxy(h *reverseproxy.HTTPTransport) bool {
 	return h != nil && (len(h.NetworkProxyRaw) > 0 || h.ForwardProxyURL != "")
 }
@@ -107,7 +107,14 @@ func parseServerURL(raw, example string) (*url.URL, error) {
 // checkPlaintext refuses a token endpoint to which the client's secret would
 // travel unencrypted. The error does not name it: it may come from metadata.
 func checkPlaintext(u *url.URL, proxied bool) error {
-	if u.Scheme == "https" || staysOnMachine("tcp", u.Hostname(), proxied) {
+	if u.Scheme == "https" {
+		return nil
+	}
+	// Those of the environment are asked for LocalHost, though not for localhost.
+	if proxy, err := http.ProxyFromEnvironment(&http.Request{URL: u}); proxy != nil || err != nil {
+		proxied = true
+	}
+	if staysOnMachine("tcp", u.Hostname(), proxied) {
 		return nil
 	}
 	return errors.New("the client's credentials would go to another machine unencrypted; use https://, or allow it with `insecure_plaintext " + plaintextTokenURL + "`")

@@ -59,11 +59,14 @@ func TestPlaintextToAnotherMachineIsRefusedBeforeDialing(t *testing.T) {
 			client_id gateway
 			client_secret s
 			dial_timeout 100ms
+			upstream $UP {
+				tenant acme
+			}
 			$MORE
 		}
 	}`
 	for _, up := range []string{"192.0.2.1:80", "192.0.2.1:443", "upstream.example:80", "0.0.0.0:80", "[2001:db8::1]:80"} {
-		g := startGateway(t, expand(proxied, "$AUTH", auth.URL, "$MORE", "")+handleErrors)
+		g := startGateway(t, expand(proxied, "$AUTH", auth.URL, "$UP", up, "$MORE", "")+handleErrors)
 		r := g.get("X-Up", up).want(t, http.StatusBadGateway)
 		if !strings.Contains(r.body, "unencrypted") || !strings.Contains(r.body, "insecure_plaintext upstream") {
 			t.Errorf("%s: got %q, want that the token would go there unencrypted, and how to allow it", up, r.body)
@@ -71,7 +74,7 @@ func TestPlaintextToAnotherMachineIsRefusedBeforeDialing(t *testing.T) {
 		g.stop()
 
 		// Allowed, it is dialed: the error is another one.
-		g = startGateway(t, expand(proxied, "$AUTH", auth.URL, "$MORE", "insecure_plaintext upstream")+handleErrors)
+		g = startGateway(t, expand(proxied, "$AUTH", auth.URL, "$UP", up, "$MORE", "insecure_plaintext upstream")+handleErrors)
 		if r := g.get("X-Up", up); strings.Contains(r.body, "unencrypted") {
 			t.Errorf("%s: got %q although it is allowed, want that it is dialed", up, r.body)
 		}
@@ -88,6 +91,9 @@ func TestSchemeIsNotTheClients(t *testing.T) {
 			client_id gateway
 			client_secret s
 			dial_timeout 100ms
+			upstream 192.0.2.1:80 {
+				tenant acme
+			}
 		}
 	}`, "$AUTH", auth.URL)+handleErrors)
 	conn, err := net.Dial("tcp", g.addr)

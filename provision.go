@@ -7,6 +7,8 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
+	"net/url"
 	"slices"
 	"strings"
 
@@ -33,10 +35,13 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	if err := registerMetrics(ctx); err != nil {
 		return fmt.Errorf("registering metrics: %w", err)
 	}
-	t.proxied = usesProxy(t.HTTPTransport) // asked now: Provision clears the setting
+	if err := checkWay(t.HTTPTransport); err != nil {
+		return err
+	}
 	if err := t.HTTPTransport.Provision(ctx); err != nil {
 		return err
 	}
+	t.HTTPTransport.Transport.Proxy = exceptSockets(t.HTTPTransport.Transport.Proxy)
 	app, err := ctx.App("events")
 	if err != nil {
 		return fmt.Errorf("getting events app: %w", err)
@@ -112,7 +117,11 @@ func (t *Transport) provisionRoutes(ctx caddy.Context) error {
 				return fmt.Errorf("upstream %s: named twice; each address belongs to one upstream block", address)
 			}
 			t.routes[dial] = r
+			t.named = append(t.named, upstreamName{dialAddress: dial})
 		}
+	}
+	if len(t.Upstreams) == 0 { // beside them, see assignRoutes
+		t.others = t.fallback
 	}
 	if base == nil {
 		return nil
@@ -184,61 +193,54 @@ func parentHandler(ctx caddy.Context) (*reverseproxy.Handler, bool) {
 
 // checkUpstreams compares the upstreams of the handler with the credentials. So
 // mistakes are found at load, and not by a request.
-//
-// If an upstream's address depends on the request, the client may choose how
-// the address is spelled. For us, localhost and 127.0.0.1 are two addresses.
-// So, if there are upstream blocks, such an upstream gets a token only if a
-// block names its address.
 func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 	t.warnHeaderUp(handler)
-	if checks := handler.HealthChecks; checks != nil && checks.Active != nil {
-		t.healthStatus = checks.Active.ExpectStatus
+	all, err := readUpstreams(handler)
+	if err != nil {
+		return err
 	}
-
-	repl := caddy.NewReplacer()
-	static := make(map[dialAddress]string)
-	complete := handler.DynamicUpstreamsRaw == nil
-	for _, u := range handler.Upstreams {
-		if dial, err := parseDialAddress(repl, u.Dial); err == nil {
-			static[dial] = u.Dial
-			t.dials = append(t.dials, dial)
-		} else { // the address depends on the request: routeOf checks it then
-			complete = false
-			t.listedOnly = len(t.routes) > 0
-		}
+	if err := t.assignRoutes(all); err != nil {
+		return err
 	}
-	if complete {
-		for dial := range t.routes {
-			if _, ok := static[dial]; !ok {
-				return fmt.Errorf("upstream %s: reverse_proxy has no such upstream; write it as there", dial.address)
-			}
-		}
-	}
-	fallbackUsed := !complete
-	t.byHost = make(map[string][]route)
-	for dial, address := range static {
-		r, listed := t.routes[dial]
-		if !listed {
-			r = t.fallback
-			fallbackUsed = true
-		}
-		host, _, _ := net.SplitHostPort(dial.address)
-		t.byHost[host] = append(t.byHost[host], r)
+	fallbackUsed := t.others == t.fallback
+	for _, u := range all.static {
+		r := t.routeTo(u.dialAddress)
 		if r.unknown() {
 			missing := "token_url, client_id and client_secret are missing"
 			if t.Credentials != nil {
 				missing = t.Credentials.missing()
 			}
-			return fmt.Errorf("upstream %s has no credentials: %s; or add `upstream %s { … }` or `upstream %s off`", address, missing, address, address)
+			return fmt.Errorf("upstream %s has no credentials: %s; or add `upstream %s { … }` or `upstream %s off`", u.written, missing, u.written, u.written)
 		}
-		if r.block != nil && !t.plaintext && !t.private(dial) {
-			return plaintextError(address)
+		if r.block != nil && !t.plaintext && !t.private(u.dialAddress) {
+			return plaintextError(u.written)
 		}
+		fallbackUsed = fallbackUsed || r == t.fallback
 	}
 	if t.fallback.block != nil && !fallbackUsed {
 		t.fallback.spare = true
 	}
+	t.readHealthChecks(handler, all)
 	return nil
+}
+
+// readHealthChecks notes where active health checks go, and what they expect.
+func (t *Transport) readHealthChecks(handler *reverseproxy.Handler, all configuredUpstreams) {
+	if handler.HealthChecks == nil || handler.HealthChecks.Active == nil {
+		return
+	}
+	checks := handler.HealthChecks.Active
+	t.healthStatus = checks.ExpectStatus
+	t.checksOthers = checks.Upstream != "" || checks.Port != 0
+	if checks.Upstream != "" || checks.Port == 0 {
+		return
+	}
+	t.byHost = make(map[string][]route)
+	for _, u := range all.static {
+		if host, _, err := net.SplitHostPort(u.address); err == nil {
+			t.byHost[host] = append(t.byHost[host], t.routeTo(u.dialAddress))
+		}
+	}
 }
 
 // warnHeaderUp logs a warning for each header_up line that has no effect.
@@ -266,24 +268,9 @@ func (t *Transport) private(dial dialAddress) bool {
 	if t.TLS != nil && !slices.Contains(t.TLS.ExceptPorts, port) {
 		return true
 	}
-	return staysOnMachine(dial.network, host, t.proxied)
-}
-
-// parseDialAddress normalizes an address as the reverse proxy does before it
-// dials. It returns an error if the address depends on the request.
-func parseDialAddress(repl *caddy.Replacer, address string) (dialAddress, error) {
-	address, err := repl.ReplaceOrErr(address, true, true)
-	if err != nil {
-		return dialAddress{}, err
-	}
-	parsed, err := caddy.ParseNetworkAddress(address)
-	if err != nil {
-		return dialAddress{}, err
-	}
-	if parsed.PortRangeSize() != 1 {
-		return dialAddress{}, errors.New("must be a single address")
-	}
-	return dialAddress{parsed.Network, parsed.JoinHostPort(0)}, nil
+	ctx := context.WithValue(context.Background(), caddy.ReplacerCtxKey, caddy.NewReplacer()) // which a proxy's URL may need
+	req := (&http.Request{URL: &url.URL{Scheme: "http", Host: dial.address}}).WithContext(ctx)
+	return staysOnMachine(dial.network, host, t.proxyOf(req) != nil)
 }
 
 // warmUp has the tokens fetched once the config runs, so that the first

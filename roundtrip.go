@@ -9,6 +9,7 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/url"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
@@ -51,30 +52,34 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 }
 
 // routeOf returns the route of a request. It returns an error if the config says
-// nothing about the upstream, or if the token would travel unencrypted.
+// nothing about the upstream, if the token would travel unencrypted, or if a proxy
+// would take it elsewhere.
 func (t *Transport) routeOf(req *http.Request) (route, error) {
 	dial, ok := reverseproxy.GetDialInfo(req.Context())
 	if !ok {
-		return route{}, errors.New("transport oauth2 serves requests of reverse_proxy only")
+		return route{}, errNotProxied
 	}
-	r, listed := t.routes[dialAddress{dial.Network, dial.Address}]
-	if !listed && !t.listedOnly {
-		r = t.fallback
-	}
+	r := t.routeTo(dialAddress{dial.Network, dial.Address})
 	if r.unknown() {
 		return route{}, fmt.Errorf("upstream %s has no credentials: add `upstream %s { … }` or `upstream %s off` to transport oauth2",
 			dial.Address, dial.Address, dial.Address)
 	}
-	if !r.off && t.exposes(req, dial) {
+	if r.off {
+		return r, nil
+	}
+	proxy := t.proxyOf(req)
+	if t.exposes(req, dial, proxy) {
 		return route{}, plaintextError(dial.Address)
 	}
-	return r, nil
+	return r, checkProxied(req, dial, proxy)
 }
 
-// exposes reports whether others could read req on its way, although the config
-// does not allow that.
-func (t *Transport) exposes(req *http.Request, dial reverseproxy.DialInfo) bool {
-	return req.URL.Scheme != "https" && !t.plaintext && !staysOnMachine(dial.Network, dial.Host, t.proxied)
+var errNotProxied = errors.New("transport oauth2 serves requests of reverse_proxy only")
+
+// exposes reports whether others could read req on its way, although the config does
+// not allow that. proxy is the proxy that req goes through, or nil.
+func (t *Transport) exposes(req *http.Request, dial reverseproxy.DialInfo, proxy *url.URL) bool {
+	return req.URL.Scheme != "https" && !t.plaintext && !staysOnMachine(dial.Network, dial.Host, proxy != nil)
 }
 
 // roundTrip sends req with a token. If the upstream refuses the token, roundTrip

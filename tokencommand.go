@@ -159,13 +159,13 @@ func selectClients(transports []*Transport, upstream string) ([]*upstreamClient,
 	known := make(map[string]bool)
 	off := false
 	for _, t := range transports {
-		for _, dial := range t.addresses() {
-			known[dial.address] = true
-			r, listed := t.routes[dial]
-			if !listed {
-				r = t.fallback
+		for _, n := range t.named {
+			r := t.routeTo(n.dialAddress)
+			if r.unknown() {
+				continue // only what it yields has credentials
 			}
-			if upstream != "" && dial != wanted {
+			known[n.address] = true
+			if upstream != "" && !n.is(wanted) {
 				continue
 			}
 			if r.block == nil {
@@ -176,12 +176,12 @@ func selectClients(transports []*Transport, upstream string) ([]*upstreamClient,
 				byKey[r.key] = &upstreamClient{client: r.client}
 				selected = append(selected, byKey[r.key])
 			}
-			if c := byKey[r.key]; !slices.Contains(c.upstreams, dial.address) {
-				c.upstreams = append(c.upstreams, dial.address)
+			if c := byKey[r.key]; !slices.Contains(c.upstreams, n.address) {
+				c.upstreams = append(c.upstreams, n.address)
 			}
 		}
-		// Upstreams that the config does not name get the fallback's token.
-		if r := t.fallback; r.block != nil && !r.spare && upstream == "" && byKey[r.key] == nil {
+		// Upstreams that the config does not name get the token of this one.
+		if r := t.others; r.block != nil && upstream == "" && byKey[r.key] == nil {
 			byKey[r.key] = &upstreamClient{client: r.client}
 			selected = append(selected, byKey[r.key])
 		}
