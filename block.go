@@ -100,10 +100,11 @@ func (b *block) fields(s *fieldSet) {
 // before it gets the body. The question costs a round trip, and not every server
 // understands it. So the upstream is not asked without need.
 func (b *block) announce(out *http.Request, body *replay.Body) *http.Request {
-	if b.replayLimit == 0 && !b.announces {
+	always := b.announces || out.Header.Get("Expect") != "" // or the caller wants it asked
+	if b.replayLimit == 0 && !always {
 		return out // whoever wants nothing kept wants no questions asked either
 	}
-	if !body.MayOutgrow(out) || !b.source.places.wantsAnnouncement(dialAddressOf(out.Context()), b.announces) {
+	if !body.MayOutgrow(out) || !b.source.places.wantsAnnouncement(dialAddressOf(out.Context()), always) {
 		return out
 	}
 	return body.Announce(out)

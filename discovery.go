@@ -260,16 +260,15 @@ func (d *discovery) keepOut(m *metadata, u *url.URL) error {
 // always true.
 func (d *discovery) warnUnsupported(m *metadata) {
 	method, setting := d.credentials.authMethod(), ""
-	var supported []string
+	var supported, known []string
 	switch {
 	case method != authByGrant && method != authNone && len(m.authMethods) > 0 && !supports(m.authMethods, method):
-		setting, supported = "auth_method", m.authMethods
+		setting, supported, known = "auth_method", m.authMethods, append(slices.Clone(authMethods), authTLSSelfSigned)
 	case (method == authKeyJWT || method == authSecretJWT) && d.credentials.SigningAlg != "" &&
 		len(m.signingAlgs) > 0 && !slices.Contains(m.signingAlgs, d.credentials.SigningAlg):
-		setting, supported = "signing_alg", m.signingAlgs
+		setting, supported, known = "signing_alg", m.signingAlgs, slices.Clone(jwt.Algorithms)
 	}
 	// The server may list anything, so only what is known here is shown.
-	known := slices.Concat(authMethods, []string{authTLSSelfSigned}, jwt.Algorithms)
 	names := strings.Join(slices.DeleteFunc(known, func(name string) bool { return !slices.Contains(supported, name) }), " ")
 	now := setting + " " + names
 	before := d.warned.Swap(&now)

@@ -442,6 +442,7 @@ func TestWhoAsksWhetherTheBodyIsWanted(t *testing.T) {
 		{name: "of which nothing is kept", method: "POST", length: 100, settings: "replay_body 0 announce", want: "100-continue"},
 		{name: "of unknown length", method: "PUT", length: -1, settings: announce, want: "100-continue"},
 		{name: "of unknown length, unasked", method: "PUT", length: -1},
+		{name: "short, which the caller announces", method: "POST", length: 100, header: "Expect: 100-continue", want: "100-continue"},
 		{name: "of unknown length, after a refusal", method: "PUT", length: -1, refused: up, want: "100-continue"},
 		{name: "GET over HTTP/3", method: "GET", length: -1, settings: announce},
 		{name: "gRPC", method: "POST", length: -1, header: "Content-Type: application/grpc+proto", settings: announce},
