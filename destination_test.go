@@ -225,8 +225,8 @@ func TestHealthUpstreamThatIsNoUpstream(t *testing.T) {
 		auth := newAuthServer(t)
 		up, checker := newUpstream(t, auth), newUpstream(t, nil)
 		n := checker.checked(http.StatusOK)
-		g := startGateway(t, expand(checkedSite, "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", "health_upstream "+checker.addr,
-			"header X-Static always", "header X-Static always\n"+block))
+		site := strings.Replace(checkedSite, "header X-Static always", "header X-Static always\n"+block, 1)
+		g := startGateway(t, expand(site, "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", "health_upstream "+checker.addr))
 		g.get().want(t, http.StatusOK)
 		seen := n.Load()
 		eventually(t, func() bool { return n.Load() >= seen+3 }, "health checks")
@@ -234,6 +234,7 @@ func TestHealthUpstreamThatIsNoUpstream(t *testing.T) {
 			check.wantHeader(t, "Authorization", "")
 			check.wantHeader(t, "X-Static", "")
 		}
+		g.stop()
 	}
 }
 
