@@ -3,6 +3,8 @@ package outboundauth
 import (
 	"crypto/tls"
 	"errors"
+	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -311,5 +313,46 @@ func TestURLOfProxiedRequests(t *testing.T) {
 				t.Errorf("got the hosts %q, want %q", s.hosts, want)
 			}
 		})
+	}
+}
+
+// `GET http:http://evil.example/` is valid to Go's server, and goes on as it is: a server
+// that takes it believes the URL, not Host, which Caddy sets to the upstream over TLS.
+func TestRequestNamesNoOtherHost(t *testing.T) {
+	for _, block := range []string{"", "upstream $UP off"} {
+		auth := newAuthServer(t)
+		up := newUnstartedUpstream(t, nil)
+		up.Config.ErrorLog = discardLog
+		up.StartTLS()
+		up.addr = up.Listener.Addr().String()
+		site := expand(`reverse_proxy https://$UP {
+			transport oauth2 {
+				token_url $AUTH/token
+				client_id gateway
+				client_secret s
+				versions 1.1
+				tls_insecure_skip_verify
+				`+block+`
+			}
+		}`+handleErrors, "$UP", up.addr, "$AUTH", auth.URL)
+		g := startGateway(t, strings.ReplaceAll(site, "upstream "+up.addr, "upstream https://"+up.addr))
+		for _, target := range []string{"http:http://evil.example/", "http:evil.example/x", "x:y"} {
+			conn, err := net.Dial("tcp", g.addr)
+			if err != nil {
+				t.Fatal(err)
+			}
+			fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: gateway.test\r\nConnection: close\r\n\r\n", target)
+			answer, _ := io.ReadAll(conn)
+			conn.Close()
+			if block == "" && !strings.HasPrefix(string(answer), "HTTP/1.1 400 ") {
+				t.Errorf("%s: got %q, want 400", target, answer)
+			}
+		}
+		g.get().want(t, http.StatusOK)
+		up.wantTokensOf(t, auth, map[string]string{"": "gateway"}[block])
+		if got := up.got(); block == "" && len(got) != 1 {
+			t.Errorf("got %v, want the last request only", got)
+		}
+		g.stop()
 	}
 }

@@ -39,6 +39,9 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if tracesRequest(req.Method) {
 		return t.fail(req, http.StatusMethodNotAllowed, errTrace)
 	}
+	if req.URL.Opaque != "" {
+		return t.fail(req, http.StatusBadRequest, errOpaque)
+	}
 	tok, got, err := r.source.Token(ctx)
 	r.endpoint.metrics.requested(ctx, got)
 	if err != nil {
@@ -73,6 +76,10 @@ func (t *Transport) routeOf(req *http.Request) (route, error) {
 	}
 	return r, checkProxied(req, dial, proxy)
 }
+
+// errOpaque is for `GET http:http://evil.example/`. net/http would repeat it, and an
+// upstream or a proxy would believe it, whatever Host says (RFC 9112 §3.2.2).
+var errOpaque = errors.New("the request target is neither a path nor a URL with a host; send a path")
 
 var errNotProxied = errors.New("transport oauth2 serves requests of reverse_proxy only")
 

@@ -42,8 +42,8 @@ func (t *Transport) proxyOf(req *http.Request) *url.URL {
 
 // checkProxied refuses an unencrypted request that a proxy would take to another host
 // than the upstream. net/http tells an HTTP proxy the host in the field Host, which is
-// the client's unless header_up sets it, or a URL of the client's whole making. A SOCKS
-// proxy is told the address that would be dialed.
+// the client's unless header_up sets it. A SOCKS proxy is told the address that would be
+// dialed.
 func checkProxied(req *http.Request, dial reverseproxy.DialInfo, proxy *url.URL) error {
 	if proxy == nil || (proxy.Scheme != "http" && proxy.Scheme != "https") {
 		return nil
@@ -51,7 +51,7 @@ func checkProxied(req *http.Request, dial reverseproxy.DialInfo, proxy *url.URL)
 	host := cmp.Or(req.Host, req.URL.Host)
 	named := strings.EqualFold(host, dial.Address) ||
 		(dial.Port == "80" && strings.EqualFold(host, strings.TrimSuffix(dial.Address, ":80")))
-	if named && req.URL.Opaque == "" {
+	if named {
 		return nil
 	}
 	return fmt.Errorf("header_up: a proxy takes unencrypted requests to where Host says, and that is not upstream %s; "+
