@@ -15,7 +15,9 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
-// UnmarshalCaddyfile sets up the transport from Caddyfile tokens. Syntax:
+// UnmarshalCaddyfile sets up the transport from Caddyfile tokens. Errors quote no
+// argument of a setting: with {$X}, or in a line that is mistyped, any of them may
+// be a secret or a part of one. Syntax:
 //
 //	transport oauth2 {
 //		# the OAuth client
@@ -73,8 +75,7 @@ import (
 func (t *Transport) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next()
 	if d.CountRemainingArgs() > 0 {
-		d.NextArg()
-		return d.Errf("transport oauth2 takes no argument '%s': write its settings in a block", d.Val())
+		return d.Err("transport oauth2 takes no argument: write its settings in a block")
 	}
 	segment := d.NextSegment()
 	d = caddyfile.NewDispenser(segment)
@@ -114,14 +115,25 @@ func (t *Transport) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	}
 	if len(rest) > 2 {
 		rest = append(rest, segment[len(segment)-1])
-		if err := t.HTTPTransport.UnmarshalCaddyfile(caddyfile.NewDispenser(rest)); err != nil {
-			if strings.HasPrefix(err.Error(), "unrecognized subdirective") {
-				return fmt.Errorf("%w: neither a setting of transport oauth2 nor an option of transport http", err)
-			}
+		err := unmarshalHTTP(t.HTTPTransport, caddyfile.NewDispenser(rest),
+			"a line begins with neither a setting of transport oauth2 nor an option of transport http; check its first word")
+		if err != nil {
 			return err
 		}
 	}
 	return t.checkBlocks(base, blocks)
+}
+
+// unmarshalHTTP parses options of transport http. Where one is not known, the error
+// is what unknown says: Caddy's quotes the word, which may be the second line of a
+// secret.
+func unmarshalHTTP(h *reverseproxy.HTTPTransport, d *caddyfile.Dispenser, unknown string) error {
+	err := h.UnmarshalCaddyfile(d)
+	if err == nil || !strings.HasPrefix(err.Error(), "unrecognized subdirective ") {
+		return err
+	}
+	at := max(0, strings.LastIndex(err.Error(), ", at ")) // file and line end the text
+	return errors.New(unknown + err.Error()[at:])
 }
 
 // unmarshalPlaintext parses insecure_plaintext.
@@ -135,7 +147,7 @@ func (t *Transport) unmarshalPlaintext(d *caddyfile.Dispenser) error {
 	}
 	for _, target := range t.InsecurePlaintext {
 		if !slices.Contains(plaintextTargets, target) {
-			return d.Errf("insecure_plaintext: unknown '%s'; use %s", target, strings.Join(plaintextTargets, " or "))
+			return d.Errf("insecure_plaintext: is for %s only", strings.Join(plaintextTargets, " and "))
 		}
 	}
 	return nil
@@ -239,7 +251,7 @@ func unmarshalUpstream(d *caddyfile.Dispenser) (*Upstream, *credentialsBlock, er
 			return nil, nil, err
 		}
 		if !ours {
-			return nil, nil, d.Errf("upstream: '%s' is not a setting of credentials, and an upstream block takes no others: options of transport http stand beside it", d.Val())
+			return nil, nil, d.Err("upstream: the line does not begin with a setting of credentials, and an upstream block takes no others: options of transport http stand beside it")
 		}
 	}
 	if !off && len(block.seen) == 0 {
@@ -282,7 +294,7 @@ func (b *credentialsBlock) unmarshal(d *caddyfile.Dispenser) (ours bool, err err
 		return true, err
 	}
 	if d.NextArg() {
-		return true, d.Errf("%s: too many arguments, starting with '%s'", setting, d.Val())
+		return true, d.Errf("%s: too many arguments; put a value that has spaces in quotes", setting)
 	}
 	if err := b.check(); err != nil {
 		return true, at.WrapErr(err)
@@ -336,7 +348,8 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 			return d.Err("token_transport takes no arguments: write options of transport http in a block")
 		}
 		c.TokenTransport = new(reverseproxy.HTTPTransport)
-		return c.TokenTransport.UnmarshalCaddyfile(d.NewFromNextSegment())
+		return unmarshalHTTP(c.TokenTransport, d.NewFromNextSegment(),
+			"token_transport: a line does not begin with an option of transport http; check its first word")
 	},
 	"tenant": func(c *Credentials, d *caddyfile.Dispenser) error {
 		c.Tenant = new(Tenant)
@@ -380,7 +393,7 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 		for _, arg := range args {
 			status, err := strconv.Atoi(arg)
 			if err != nil || status < 0 {
-				return d.Errf("retry_on: '%s' is not a status; write statuses such as 401, or off", arg)
+				return d.Err("retry_on: write statuses such as 401, or off")
 			}
 			c.RetryOn = append(c.RetryOn, status)
 		}
@@ -393,7 +406,7 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 		}
 		size, err := parseSize(arg)
 		if err != nil {
-			return d.Errf("replay_body: '%s' is not a size, such as 64KiB", arg)
+			return d.Err("replay_body: is not a size, such as 64KiB")
 		}
 		if size == 0 {
 			size = replayNothing
@@ -401,7 +414,7 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 		c.ReplayBody = &ReplayBody{Size: size}
 		if d.NextArg() {
 			if d.Val() != "announce" {
-				return d.Errf("replay_body: unknown '%s'; write `replay_body <size> [announce]`", d.Val())
+				return d.Err("replay_body: write `replay_body <size> [announce]`")
 			}
 			c.ReplayBody.Announce = true
 		}
@@ -440,7 +453,7 @@ func namedArg(d *caddyfile.Dispenser, values *map[string]string, isField bool) e
 		name = http.CanonicalHeaderKey(name)
 	}
 	if _, ok := (*values)[name]; ok {
-		return d.Errf("%s %s is set twice: keep one", setting, name)
+		return d.Errf("%s: the same name is set twice: keep one", setting)
 	}
 	if *values == nil {
 		*values = make(map[string]string)
@@ -458,7 +471,7 @@ func durationArg(d *caddyfile.Dispenser, value *caddy.Duration) error {
 	}
 	parsed, err := caddy.ParseDuration(arg)
 	if err != nil || parsed <= 0 {
-		return d.Errf("%s: '%s' is not a duration above 0, such as 30s or 5m", setting, arg)
+		return d.Errf("%s: is not a duration above 0, such as 30s or 5m", setting)
 	}
 	*value = caddy.Duration(parsed)
 	return nil

@@ -290,6 +290,45 @@ func TestEverySettingIsReadStrictly(t *testing.T) {
 	}
 }
 
+// With {$X}, a secret may be any number of arguments, and lines. In a line that is
+// mistyped, it may be the argument of any setting. Errors of a config are logged, and
+// told by POST /load.
+func TestNoErrorQuotesAnArgument(t *testing.T) {
+	t.Setenv("TEST_CANARY", "canary s3cret{")
+	t.Setenv("TEST_CANARY_PART", `canary"s3cret\n`)
+	t.Setenv("TEST_CANARY_WORDS", "canary canary canary")
+	t.Setenv("TEST_CANARY_LINES", "canary\ncanary canary")
+	arguments := []string{
+		"canary", "canary canary", "canary canary canary", "x canary y canary canary", `x "" canary`, `"" canary`, `canary ""`, `"canary canary"`,
+		"\"canary\nb\"", "canary: canary", "x \"canary\x01\"", "1s canary", "64KiB canary", "401 canary", "off canary", "http://canary", "https://x/#canary",
+		"https://canary:canary@x", "canary {\ncanary\n}", "{env.TEST_CANARY}", "{env.TEST_CANARY_PART}", "x {env.TEST_CANARY_PART}", "{env.TEST_CANARY} {env.TEST_CANARY}",
+		"x-canary{http.request.uri}", "x x-canary{http.request.uri}", "x canary\nx canary", "name\ncanary canary", "x\n{\ncanary\n}", "x {\n}",
+		"{$TEST_CANARY_WORDS}", "x {$TEST_CANARY_WORDS}", "{$TEST_CANARY_LINES}", "x {$TEST_CANARY_LINES}",
+	}
+	settings := slices.Sorted(maps.Keys(credentialsSettings))
+	for _, setting := range append(settings, "insecure_plaintext", "canary") {
+		for _, argument := range arguments {
+			line := setting + " " + argument + "\n"
+			for _, config := range []string{
+				proxyConfig("127.0.0.1:9000", line+baseWithout(setting)),
+				proxyConfig("127.0.0.1:9000", baseWithout(setting)+line),
+				proxyConfig("127.0.0.1:9000", clientSettings+"upstream 127.0.0.1:9000 {\nscopes a\n"+line+"}"),
+				proxyConfig("127.0.0.1:9000", clientSettings+"token_transport {\n"+line+"}"),
+			} {
+				if err := loadError(t, config); err != nil && strings.Contains(strings.ToLower(err.Error()), "canary") {
+					t.Errorf("%q: got %q, want that it quotes nothing", line, err)
+				}
+			}
+		}
+	}
+	for _, block := range []string{"transport oauth2 canary", "transport oauth2 canary {\n}", "transport oauth2 {\n} canary", "transport oauth2 {\n{\ncanary\n}\n}"} {
+		err := loadError(t, "http://localhost:8080 {\nreverse_proxy 127.0.0.1:9000 {\n"+block+"\n}\n}\n")
+		if err == nil || strings.Contains(err.Error(), "canary") {
+			t.Errorf("%q: got %v, want an error that quotes nothing", block, err)
+		}
+	}
+}
+
 // notInherited returns what an upstream block with this setting needs as well, because
 // it inherits no client authentication.
 func notInherited(setting string) string {

@@ -44,7 +44,8 @@ var requestNamespaces = []string{"{http.", "{vars.", "{tls.", "{err.", "{rp."}
 
 // check returns what is wrong with one of the settings that are present. It
 // accepts values that still have placeholders: they are checked again after the
-// placeholders are replaced.
+// placeholders are replaced. It quotes no value: a mistyped line may
+// hold a secret.
 func (c *Credentials) check() error {
 	if _, err := parseTokenURL(c.TokenURL); err != nil && c.TokenURL != "" && !hasPlaceholder(c.TokenURL) {
 		return fmt.Errorf("token_url: %w", err)
@@ -60,7 +61,7 @@ func (c *Credentials) check() error {
 	}
 	for _, scope := range c.Scopes {
 		if !validScope(scope) && !hasPlaceholder(scope) {
-			return scopeError(scope)
+			return errScope
 		}
 	}
 	if slices.ContainsFunc(c.Audience, blank) {
@@ -68,7 +69,7 @@ func (c *Credentials) check() error {
 	}
 	for _, resource := range c.Resource {
 		if !validResource(resource) && !hasPlaceholder(resource) {
-			return fmt.Errorf("resource: '%s' is not an absolute URI without a fragment (RFC 8707 section 2)", resource)
+			return errors.New("resource: is not an absolute URI without a fragment (RFC 8707 section 2)")
 		}
 	}
 	for _, name := range sortedKeys(c.Params) {
@@ -76,7 +77,7 @@ func (c *Credentials) check() error {
 			return fmt.Errorf("param %s: has a setting of its own: %s", name, hint)
 		}
 		if blank(name) || c.Params[name] == "" {
-			return fmt.Errorf("param %s: name and value must not be empty", name)
+			return errors.New("param: name and value must not be empty")
 		}
 	}
 	for _, field := range sortedKeys(c.TokenRequestHeaders) {
@@ -84,12 +85,12 @@ func (c *Credentials) check() error {
 			return fmt.Errorf("token_request_header: %w", err)
 		}
 		if err := checkHeaderValue(c.TokenRequestHeaders[field]); err != nil {
-			return fmt.Errorf("token_request_header %s: %w", field, err)
+			return fmt.Errorf("token_request_header: %w", err)
 		}
 	}
 	for _, status := range c.RetryOn {
 		if (status < 400 || status > 599) && !c.neverRetries() {
-			return fmt.Errorf("retry_on: %d is not an error status (400 to 599)", status)
+			return errors.New("retry_on: write error statuses (400 to 599)")
 		}
 	}
 	if err := c.checkReplay(); err != nil {
@@ -132,7 +133,7 @@ func (c *Credentials) checkBlank() error {
 	})
 	for _, setting := range sortedKeys(values) {
 		if value := values[setting]; value != "" && blank(value) {
-			return fmt.Errorf("%s: holds nothing but white space; write a value, or remove the setting", setting)
+			return fmt.Errorf("%s: holds nothing but white space; write a value, or remove the setting", withoutName(setting))
 		}
 	}
 	return nil
@@ -142,16 +143,16 @@ func (c *Credentials) checkBlank() error {
 // authentication that are present.
 func (c *Credentials) checkAuth() error {
 	if c.AuthMethod != "" && !slices.Contains(authMethods, c.AuthMethod) {
-		return fmt.Errorf("auth_method: unknown method '%s'; use one of %s", c.AuthMethod, strings.Join(authMethods, ", "))
+		return errors.New("auth_method: unknown method; use one of " + strings.Join(authMethods, ", "))
 	}
 	if c.GrantType != "" && !slices.Contains(grantTypes, c.GrantType) {
-		return fmt.Errorf("grant_type: unknown grant '%s'; use one of %s", c.GrantType, strings.Join(grantTypes, ", "))
+		return errors.New("grant_type: unknown grant; use one of " + strings.Join(grantTypes, ", "))
 	}
 	if c.BasicEncoding != "" && c.BasicEncoding != basicForm && c.BasicEncoding != basicRaw {
-		return fmt.Errorf("basic_encoding: unknown encoding '%s'; use %s or %s", c.BasicEncoding, basicForm, basicRaw)
+		return fmt.Errorf("basic_encoding: unknown encoding; use %s or %s", basicForm, basicRaw)
 	}
 	if c.SigningAlg != "" && !slices.Contains(jwt.Algorithms, c.SigningAlg) {
-		return fmt.Errorf("signing_alg: unknown algorithm '%s'; use one of %s", c.SigningAlg, strings.Join(jwt.Algorithms, ", "))
+		return errors.New("signing_alg: unknown algorithm; use one of " + strings.Join(jwt.Algorithms, ", "))
 	}
 	if c.AssertionLifetime != 0 && time.Duration(c.AssertionLifetime) < minAssertionLifetime {
 		return fmt.Errorf("assertion_lifetime: must be %v at least, as the JWT is dated back by %v", minAssertionLifetime, assertionLeeway)
@@ -164,7 +165,7 @@ func (c *Credentials) checkAuth() error {
 			return fmt.Errorf("claim %s: is set for each JWT; sub is the subject, aud the assertion_audience, exp follows from assertion_lifetime", name)
 		}
 		if blank(name) || c.Claims[name] == "" {
-			return fmt.Errorf("claim %s: name and value must not be empty", name)
+			return errors.New("claim: name and value must not be empty")
 		}
 	}
 	return nil
@@ -186,14 +187,14 @@ func (c *Credentials) checkTogether() error {
 	if c.Tenant != nil {
 		field = c.Tenant.field()
 		if taken.has(field) {
-			return fmt.Errorf("tenant: the header %s carries the token already", field)
+			return errors.New("tenant: its header carries the token already")
 		}
 		taken.add(field)
 	}
 	for _, field := range sortedKeys(c.Headers) {
 		// has also finds other spellings that an upstream may confuse.
 		if taken.has(field) {
-			return fmt.Errorf("header: %s is set already, by bearer_header, tenant or another header", field)
+			return errors.New("header: the field is set already, by bearer_header, tenant or another header")
 		}
 		taken.add(field)
 	}
@@ -269,7 +270,7 @@ func (c *Credentials) checkHeaders() error {
 		return fmt.Errorf("bearer_header: %w", err)
 	}
 	if scheme != "" && !validHeaderField(scheme) {
-		return fmt.Errorf("bearer_header: '%s' is not an authentication scheme", scheme)
+		return errors.New("bearer_header: the scheme is not that of an authentication, such as Bearer")
 	}
 	if c.Tenant != nil {
 		if err := checkHeaderField(c.Tenant.field()); err != nil {
@@ -284,7 +285,7 @@ func (c *Credentials) checkHeaders() error {
 			return fmt.Errorf("header: %w", err)
 		}
 		if err := checkHeaderValue(c.Headers[field]); err != nil {
-			return fmt.Errorf("header %s: %w", field, err)
+			return fmt.Errorf("header: %w", err)
 		}
 	}
 	return nil
@@ -401,13 +402,20 @@ func (c *Credentials) checkTemplates() error {
 	return nil
 }
 
+// withoutName returns the name of a setting that has several names and values,
+// without these names.
+func withoutName(setting string) string {
+	setting, _, _ = strings.Cut(setting, " ")
+	return setting
+}
+
 // checkSecretTemplate refuses placeholders that nobody would replace: they would
 // be sent as text. It allows other braces, because generated secrets contain any
 // character.
 func checkSecretTemplate(setting, template string) error {
 	for _, prefix := range requestNamespaces {
 		if strings.Contains(template, prefix) {
-			return fmt.Errorf("%s: %s*} placeholders have no value in a token request; use {env.*} or {file.*}", setting, prefix)
+			return fmt.Errorf("%s: %s*} placeholders have no value in a token request; use {env.*} or {file.*}", withoutName(setting), prefix)
 		}
 	}
 	return nil
@@ -420,9 +428,7 @@ func validScope(s string) bool {
 	}) < 0
 }
 
-func scopeError(scope string) error {
-	return fmt.Errorf("scopes: '%s' is not a scope (RFC 6749 section 3.3: printable ASCII without spaces, quotes and backslashes)", scope)
-}
+var errScope = errors.New("scopes: one is not a scope (RFC 6749 section 3.3: printable ASCII without spaces, quotes and backslashes); write each as an argument of its own")
 
 // validResource reports whether s may be the value of a resource parameter
 // (RFC 8707 §2).

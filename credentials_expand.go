@@ -3,6 +3,7 @@
 package outboundauth
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -55,7 +56,7 @@ func (c Credentials) expand(repl *caddy.Replacer) (Credentials, error) {
 	}
 	for _, scope := range c.Scopes {
 		if !validScope(scope) { // even if it comes from a placeholder
-			return c, scopeError(scope)
+			return c, errScope
 		}
 	}
 
@@ -73,10 +74,10 @@ func (c Credentials) expand(repl *caddy.Replacer) (Credentials, error) {
 func (c Credentials) canonical() (Credentials, error) {
 	var err error
 	if c.Headers, err = canonicalNames(c.Headers); err != nil {
-		return c, fmt.Errorf("header %w", err)
+		return c, fmt.Errorf("header: %w", err)
 	}
 	if c.TokenRequestHeaders, err = canonicalNames(c.TokenRequestHeaders); err != nil {
-		return c, fmt.Errorf("token_request_header %w", err)
+		return c, fmt.Errorf("token_request_header: %w", err)
 	}
 	return c, nil
 }
@@ -86,7 +87,7 @@ func canonicalNames(headers map[string]string) (map[string]string, error) {
 	for _, field := range sortedKeys(headers) {
 		name := http.CanonicalHeaderKey(field)
 		if _, ok := canonical[name]; ok {
-			return nil, fmt.Errorf("%s is set twice: keep one", name)
+			return nil, errors.New("the same name is set twice: keep one")
 		}
 		canonical[name] = headers[field]
 	}

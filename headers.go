@@ -45,7 +45,7 @@ func (h *headerTemplate) set(ctx context.Context, out http.Header) error {
 		// again, a caller could send `{env.SECRET}`.
 		value := strings.TrimSpace(repl.ReplaceAll(h.template, ""))
 		if !validHeaderValue(value) {
-			return fmt.Errorf("header %s: the value of '%s' holds a control character", h.field, h.template)
+			return fmt.Errorf("header %s: the value holds a control character", h.field)
 		}
 		values = []string{value}
 	}
@@ -179,7 +179,7 @@ var hopHeaders = []string{
 // is in lower case.
 func checkHeaderField(name string, reserved ...string) error {
 	if !validHeaderField(name) {
-		return fmt.Errorf("'%s' is not a header field name", name)
+		return errors.New("the name is not that of a header field")
 	}
 	lower := strings.ToLower(name)
 	if slices.Contains(hopHeaders, lower) || slices.Contains(reserved, lower) {

@@ -25,7 +25,7 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	t.logger = ctx.Logger()
 	for _, target := range t.InsecurePlaintext {
 		if !slices.Contains(plaintextTargets, target) {
-			return fmt.Errorf("insecure_plaintext: '%s' is neither %s nor %s", target, plaintextTokenURL, plaintextUpstream)
+			return fmt.Errorf("insecure_plaintext: is for %s only", strings.Join(plaintextTargets, " and "))
 		}
 	}
 	t.plaintext = slices.Contains(t.InsecurePlaintext, plaintextUpstream)

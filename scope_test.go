@@ -150,19 +150,19 @@ func TestScopeCharacters(t *testing.T) {
 }
 
 func TestBadScopesAreErrorsAtLoad(t *testing.T) {
-	const printable = "is not a scope (RFC 6749 section 3.3: printable ASCII without spaces, quotes and backslashes)"
+	const bad = "scopes: one is not a scope (RFC 6749 section 3.3: printable ASCII without spaces, quotes and backslashes)"
 	t.Setenv("TEST_SCOPE_LIST", "  orders.read\torders.write ")
 	t.Setenv("TEST_SCOPE_BAD", `orders\read`)
 	for _, test := range []struct{ scopes, want string }{
 		{"https://graph.example.com/.default user:read a+b", ""},
 		{"a{b", ""},
 		{"{env.TEST_SCOPE_LIST}", ""},
-		{`"a b"`, "scopes: 'a b' " + printable},
-		{"`a\"b`", "scopes: 'a\"b' " + printable},
-		{`a\b`, `scopes: 'a\b' ` + printable},
-		{"größe", "scopes: 'größe' " + printable},
-		{`""`, "scopes: '' " + printable},
-		{"a {env.TEST_SCOPE_BAD}", `scopes: 'orders\read' ` + printable},
+		{`"a b"`, bad},
+		{"`a\"b`", bad},
+		{`a\b`, bad},
+		{"größe", bad},
+		{`""`, bad},
+		{"a {env.TEST_SCOPE_BAD}", bad},
 	} {
 		wantError(t, loadError(t, proxyConfig("127.0.0.1:9000", clientSettings+"scopes "+test.scopes)), test.want)
 	}
