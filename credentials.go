@@ -44,7 +44,7 @@ type Credentials struct {
 	// when the config is loaded. Default: none.
 	Issuer string `json:"issuer,omitempty"`
 
-	// The client's identifier. Global placeholders are supported and
+	// The client's identifier, in UTF-8. Global placeholders are supported and
 	// evaluated when the config is loaded. Required, except with an
 	// `assertion_file`, which names the client already.
 	ClientID string `json:"client_id,omitempty"`
@@ -54,7 +54,10 @@ type Credentials struct {
 	// read the config would see it. Global placeholders are supported and
 	// evaluated for each token request, so the gateway uses a new secret
 	// without a reload. If a placeholder evaluates to nothing, the token
-	// request fails. Required if the `auth_method` is one of
+	// request fails. A text without a placeholder is sent as it is; in a text
+	// with a placeholder, Caddy takes the backslash out of `\{` and `\}`. A
+	// secret that is not UTF-8 can only stand in a file. Required if the
+	// `auth_method` is one of
 	// `client_secret_*`.
 	ClientSecret string `json:"client_secret,omitempty"`
 
@@ -341,8 +344,8 @@ const (
 	basicRaw  = "raw"
 )
 
-// name returns the client's name. It is valid UTF-8, because labels have to be
-// and a placeholder can hold any bytes.
+// name returns the client's name. It is valid UTF-8, because labels have to be, and
+// the host of a URL can hold any bytes.
 func (c *Credentials) name() string {
 	name := c.ClientID
 	if host := c.host(); host != "" {

@@ -53,7 +53,7 @@ func (c *Credentials) check() error {
 	if _, err := parseIssuer(c.Issuer); err != nil && c.Issuer != "" && !hasPlaceholder(c.Issuer) {
 		return fmt.Errorf("issuer: %w", err)
 	}
-	if err := c.checkBlank(); err != nil {
+	if err := c.checkTexts(); err != nil {
 		return err
 	}
 	if err := c.checkAuth(); err != nil {
@@ -124,8 +124,9 @@ func (c *Credentials) checkReplay() error {
 	return nil
 }
 
-// checkBlank finds a setting that holds only white space.
-func (c *Credentials) checkBlank() error {
+// checkTexts finds a setting that holds only white space, or that Caddy could not read
+// as it was written.
+func (c *Credentials) checkTexts() error {
 	values := c.templates()
 	maps.Copy(values, map[string]string{
 		"name": c.Name, "client_id": c.ClientID, "key_id": c.KeyID,
@@ -134,6 +135,9 @@ func (c *Credentials) checkBlank() error {
 	for _, setting := range sortedKeys(values) {
 		if value := values[setting]; value != "" && blank(value) {
 			return fmt.Errorf("%s: holds nothing but white space; write a value, or remove the setting", withoutName(setting))
+		}
+		if checkUTF8(setting) != nil || checkUTF8(values[setting]) != nil {
+			return fmt.Errorf("%s: is not UTF-8, which is all that a config can hold; a secret of other bytes can stand in a file that {file.*} names", setting)
 		}
 	}
 	return nil

@@ -22,14 +22,18 @@ func (c Credentials) expand(repl *caddy.Replacer) (Credentials, error) {
 		return c, err
 	}
 	replace := func(setting string, value *string) {
-		if err != nil || *value == "" {
+		if err != nil {
 			return
 		}
-		var replaced string
-		if replaced, err = repl.ReplaceOrErr(*value, true, true); err != nil {
-			err = fmt.Errorf("%s: %w (only global placeholders such as {env.*} and {file.*} are known here)", setting, err)
+		if len(placeholdersIn(*value)) > 0 {
+			if *value, err = repl.ReplaceOrErr(*value, true, true); err != nil {
+				err = fmt.Errorf("%s: %w (only global placeholders such as {env.*} and {file.*} are known here)", setting, err)
+				return
+			}
 		}
-		*value = replaced
+		if encoding := checkUTF8(*value); encoding != nil {
+			err = fmt.Errorf("%s: %w", setting, encoding)
+		}
 	}
 	replace("name", &c.Name)
 	replace("token_url", &c.TokenURL)

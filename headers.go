@@ -25,7 +25,7 @@ type headerTemplate struct {
 
 func newHeaderTemplate(field, value string) headerTemplate {
 	h := headerTemplate{field: http.CanonicalHeaderKey(field), template: value}
-	if !strings.ContainsAny(value, "{}") {
+	if len(placeholdersIn(value)) == 0 {
 		h.values = []string{value}
 	}
 	return h
@@ -156,7 +156,7 @@ func checkHeaderValue(v string) error {
 	case !validHeaderValue(v):
 		return errors.New("the value holds a control character")
 	}
-	return nil
+	return checkUTF8(v)
 }
 
 // validHeaderField reports whether a name is a token (RFC 9110 §5.1).

@@ -95,6 +95,9 @@ func TestHeaderTemplate(t *testing.T) {
 		wantErr        bool
 	}{
 		{"literal", "acme", []string{"acme"}, false},
+		{"literal with a backslash", `a\{b\}{`, []string{`a\{b\}{`}, false},
+		{"many braces", strings.Repeat("{", 200), []string{strings.Repeat("{", 200)}, false},
+		{"backslash beside a placeholder", `\{{client.utf8}\}`, []string{"{jürgen}"}, false},
 		{"empty", "", nil, false},
 		{"global placeholder", "{env.OUTBOUNDAUTH_TEST_CANARY}", []string{"canary-env"}, false},
 		{"what a placeholder holds is not expanded", "{client.says}", []string{"{env.OUTBOUNDAUTH_TEST_CANARY}"}, false},

@@ -109,6 +109,14 @@ func (c *Credentials) resolveNow(certificates *clientcert.Cache) (r resolved, er
 			}
 		}
 	}
+	if err := checkUTF8(r.subject); err != nil { // it becomes a part of a JWT
+		return resolved{}, fmt.Errorf("subject: %w", err)
+	}
+	for name, value := range r.claims {
+		if err := checkUTF8(value); err != nil {
+			return resolved{}, fmt.Errorf("claim %s: %w", name, err)
+		}
+	}
 	for name, value := range r.headers {
 		if !validHeaderValue(value) {
 			return resolved{}, fmt.Errorf("token_request_header %s: the value holds a control character", name)
