@@ -178,7 +178,9 @@ func TestRedirectedHealthCheckEnds(t *testing.T) {
 				health_follow_redirects
 				`+twoClients+`
 			}`, "$A", a.addr, "$B", b.addr, "$SCHEME", scheme, "$AUTH", auth.URL, "$MORE", map[string]string{"https": "tls_insecure_skip_verify"}[scheme]))
-			eventually(t, func() bool { return len(g.logged("a health check that the upstream has redirected failed", "health_follow_redirects: ")) > 3 }, "checks that fail")
+			eventually(t, func() bool {
+				return len(g.logged("a health check that the upstream has redirected failed", "health_follow_redirects: ")) > 3
+			}, "checks that fail")
 			for range 20 {
 				g.get().want(t, http.StatusOK) // only b is healthy
 			}
