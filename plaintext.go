@@ -95,7 +95,10 @@ func parseIssuer(raw string) (*url.URL, error) {
 // URL, because it may hold a password or a key.
 func parseServerURL(raw, example string) (*url.URL, error) {
 	u, err := url.Parse(raw)
+	odd := oddEnds(raw)
 	switch {
+	case odd != "":
+		return nil, errors.New(odd + ": must be an absolute URL, such as " + example)
 	case err != nil || (u.Scheme != "https" && u.Scheme != "http") || u.Hostname() == "":
 		return nil, errors.New("must be an absolute URL, such as " + example)
 	case u.User != nil:

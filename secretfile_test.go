@@ -33,8 +33,50 @@ func fileOfSize(tb testing.TB, dir string, size int64) string {
 	return name
 }
 
+// utf16Text is an ASCII text as Windows saves it for those who ask for Unicode.
+func utf16Text(ascii string) []byte {
+	encoded := []byte("\xff\xfe")
+	for _, c := range []byte(ascii) {
+		encoded = append(encoded, c, 0)
+	}
+	return encoded
+}
+
 // onOneLine writes line breaks as in an environment variable.
 func onOneLine(source string) string { return strings.ReplaceAll(source, "\n", `\n`) }
+
+// What somebody has to correct is told, and nothing else of a secret.
+func TestOddEnds(t *testing.T) {
+	for text, want := range map[string]string{
+		"":                        "",
+		"canary":                  "",
+		"ca na\nry\ufeffx":        "", // between the ends, it may well be meant
+		"canary\xff":              "", // bytes that are no text
+		"\xe9canary":              "",
+		"canary\n":                "ends with a line break",
+		"canary\r":                "ends with a line break",
+		"canary\r\n\r\n":          "ends with a line break",
+		"canary ":                 "ends with a blank",
+		" canary":                 "begins with a blank",
+		"\tcanary\t":              "begins with white space and ends with white space",
+		"canary\u00a0":            "ends with white space",
+		"\ufeffcanary":            "begins with a byte order mark (U+FEFF)",
+		"\ufeffcanary\n":          "begins with a byte order mark (U+FEFF) and ends with a line break",
+		"\ufeff":                  "begins with a byte order mark (U+FEFF) and ends with a byte order mark (U+FEFF)",
+		"canary\u200b":            "ends with a character that can't be seen",
+		"canary\x1b":              "ends with a character that can't be seen",
+		"\xff\xfec\x00a\x00":      "is UTF-16",
+		"\xfe\xff\x00c\x00a":      "is UTF-16",
+		"c\x00a\x00n\x00\r\x00\n": "holds zero bytes, as UTF-16 does",
+		"canary\x00":              "holds zero bytes, as UTF-16 does",
+		"c a":                     "",
+		"\u00fccanary\U0001f511":  "",
+	} {
+		if got := oddEnds(text); got != want {
+			t.Errorf("%q: got %q, want %q", text, got, want)
+		}
+	}
+}
 
 func TestReadSource(t *testing.T) {
 	dir := t.TempDir()
@@ -46,6 +88,9 @@ func TestReadSource(t *testing.T) {
 	t.Setenv("TEST_KEY_FILE", file)
 	t.Setenv("TEST_KEY_WITHOUT_FIRST_LINE", "canary"+strings.SplitN(key, "\n", 2)[1])
 	t.Setenv("TEST_KEY_EMPTY", "")
+	t.Setenv("TEST_KEY_BLANK", " \r\n")
+	t.Setenv("TEST_KEY_MARKED", byteOrderMark+key)
+	t.Setenv("TEST_KEY_FILE_BREAK", file+"\n")
 	jwk := string(keytest.JWK(t, keytest.New(t), nil))
 	t.Setenv("TEST_JWK", jwk)
 	t.Setenv("TEST_JWK_CUT", strings.TrimSuffix(strings.Replace(jwk, "{", `{"kid":"canary",`, 1), "}"))
@@ -62,6 +107,12 @@ func TestReadSource(t *testing.T) {
 		{"JWK in the config", jwk, jwk, ""},
 		{"content in the config", key, strings.TrimSpace(key), ""},
 		{"empty", "{env.TEST_KEY_EMPTY}", "", "private_key: evaluated placeholder {env.TEST_KEY_EMPTY} is empty"},
+		{"content with a byte order mark", "{env.TEST_KEY_MARKED}", strings.TrimSpace(key), ""},
+		{"file with a byte order mark", writeFile(t, filepath.Join(dir, "marked"), []byte(byteOrderMark+key+"\r\n\r\n")), key, ""},
+		{"file in UTF-16", writeFile(t, filepath.Join(dir, "utf16"), utf16Text(key)), "", "private_key: the file that it names is UTF-16: save it as UTF-8"},
+		{"content in UTF-16", "{file." + filepath.Join(dir, "utf16") + "}", "", "private_key: is UTF-16: save it as UTF-8"},
+		{"name with a line break", "{env.TEST_KEY_FILE_BREAK}", "", "private_key: reading the file that it names failed: no such file or directory (the name ends with a line break)"},
+		{"white space", "{env.TEST_KEY_BLANK}", "", "private_key holds nothing but white space"},
 		{"unset", "{env.TEST_KEY_UNSET}", "", "private_key: evaluated placeholder {env.TEST_KEY_UNSET} is empty"},
 		{"no such file", filepath.Join(dir, "none"), "", "private_key: reading the file that it names failed: no such file or directory"},
 		{"a directory", dir, "", "private_key: reading the file that it names failed: it is no regular file of up to 1048576 bytes"},

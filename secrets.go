@@ -8,6 +8,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"maps"
 	"strings"
 
 	"github.com/caddyserver/caddy/v2"
@@ -43,6 +44,67 @@ func (r resolved) fingerprint() string {
 	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %q %q %q %q %q %q", // fmt sorts maps
 		r.secret, r.keySource, chain, r.assertion, r.subject, r.claims, r.params, r.headers))
 	return string(sum[:])
+}
+
+// values returns the secrets that are sent, by the names of their settings. The names
+// are those of Credentials.templates.
+func (r resolved) values() map[string]string {
+	values := map[string]string{"client_secret": r.secret, "subject": r.subject}
+	for setting, named := range map[string]map[string]string{
+		"param": r.params, "claim": r.claims, "token_request_header": r.headers,
+	} {
+		for name, value := range named {
+			values[setting+" "+name] = value
+		}
+	}
+	return values
+}
+
+// valuesNow returns the same values while a config is loaded. It leaves out those that
+// can't be read then: a config may be validated on a machine without the secrets.
+func (c *Credentials) valuesNow() map[string]string {
+	repl, values := caddy.NewReplacer(), make(map[string]string)
+	for setting, template := range c.templates() {
+		switch setting {
+		case "private_key", "client_certificate", "assertion_file":
+			continue // their format tells what belongs to them
+		}
+		if template == "" || !canRead(template) {
+			continue
+		}
+		if value, err := resolveSecret(repl, setting, template); err == nil {
+			values[setting] = value
+		}
+	}
+	return values
+}
+
+// oddities names the settings that begin or end with an invisible character, such as
+// the line break that an editor has added. values are the values of settings that are
+// not read at load.
+func (c *Credentials) oddities(values map[string]string) (odd []string) {
+	templates := c.templates()
+	maps.Copy(values, map[string]string{
+		"client_id": c.ClientID, "key_id": c.KeyID, "assertion_audience": c.AssertionAudience, "assertion_typ": c.AssertionTyp,
+	})
+	for setting, list := range map[string][]string{"audience": c.Audience, "resource": c.Resource} {
+		for _, value := range list {
+			if oddEnds(value) != "" {
+				values[setting] = value
+			}
+		}
+	}
+	for _, setting := range sortedKeys(values) {
+		ends := oddEnds(values[setting])
+		if ends == "" {
+			continue
+		}
+		if strings.HasSuffix(ends, "ends with a line break") && strings.Contains(templates[setting], "{"+filePlaceholder) {
+			ends += " beside the final one"
+		}
+		odd = append(odd, setting+" "+ends)
+	}
+	return odd
 }
 
 // resolve replaces the placeholders by their current values. Its replacer knows
@@ -159,8 +221,11 @@ const minInlineJWT = 101
 // readAssertion reads the file with a JWT. A placeholder may also hold the JWT.
 func readAssertion(repl *caddy.Replacer, template string) (string, error) {
 	value, err := resolveSecret(repl, "assertion_file", template)
-	if err != nil || (len(value) >= minInlineJWT && jwt.Is(value)) {
-		return value, err
+	if err != nil {
+		return "", err
+	}
+	if content := trimText(value); len(content) >= minInlineJWT && jwt.Is(content) {
+		return content, nil
 	}
 	content, err := readSecretFile("assertion_file", value)
 	if err != nil {

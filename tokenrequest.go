@@ -78,6 +78,9 @@ func newEndpoint(c Credentials, urlTemplate string, transport tokenTransport, pl
 		return nil, err
 	}
 	e.metrics = metricsOf(c.name())
+	for _, odd := range c.oddities(c.valuesNow()) {
+		logger.Warn(odd+"; it is sent as it is: correct it, unless that is meant", e.logFields()...)
+	}
 	return e, nil
 }
 
@@ -283,17 +286,22 @@ func (e *endpoint) advise(err error, r resolved, p *clientcert.Presented) error 
 	if !ok || failure.Status == 0 || failure.Code == codeConfiguration {
 		return err
 	}
-	rejected := failure.Code == "invalid_client" || failure.Code == "invalid_grant" ||
-		failure.Status == http.StatusUnauthorized || failure.Status == http.StatusForbidden
+	named := failure.Code == "invalid_client" || failure.Code == "invalid_grant"
+	rejected := named || failure.Status == http.StatusUnauthorized || failure.Status == http.StatusForbidden
 	switch {
 	case jwt.Expired(r.assertion): // some servers take that for a fault of their own
 		failure.Hint = "the JWT in assertion_file has expired; see that it is renewed"
 	case !rejected:
 	case e.credentials.authMethod() == authTLS && p.Ignored():
 		failure.Hint = "the server did not ask for the client_certificate: it may do so at another address; set token_url to that"
-	case failure.Hint == "":
-		// Some servers do not say what they reject.
-		failure.Hint = "check " + e.credentials.clientSettings() + ", and scopes"
+	case failure.Hint != "" && !named: // it is not about the client
+	default:
+		if failure.Hint == "" { // some servers do not say what they reject
+			failure.Hint = "check " + e.credentials.clientSettings() + ", and scopes"
+		}
+		if odd := e.credentials.oddities(r.values()); len(odd) > 0 {
+			failure.Hint = strings.Join(odd, ", ") + ": correct that, or " + failure.Hint
+		}
 	}
 	return failure
 }
