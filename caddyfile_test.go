@@ -296,13 +296,13 @@ func TestEverySettingIsReadStrictly(t *testing.T) {
 func TestNoErrorQuotesAnArgument(t *testing.T) {
 	t.Setenv("TEST_CANARY", "canary s3cret{")
 	t.Setenv("TEST_CANARY_PART", `canary"s3cret\n`)
-	t.Setenv("TEST_CANARY_WORDS", "canary canary canary")
-	t.Setenv("TEST_CANARY_LINES", "canary\ncanary canary")
+	t.Setenv("TEST_CANARY_WORDS", "canary canary2 canary3")
+	t.Setenv("TEST_CANARY_LINES", "canary\ncanary2 canary3")
 	arguments := []string{
-		"canary", "canary canary", "canary canary canary", "x canary y canary canary", `x "" canary`, `"" canary`, `canary ""`, `"canary canary"`,
+		"canary", "canary canary2", "canary canary2 canary3", "x canary y canary2 canary3", `x "" canary`, `"" canary`, `canary ""`, `"canary canary2"`,
 		"\"canary\nb\"", "canary: canary", "x \"canary\x01\"", "1s canary", "64KiB canary", "401 canary", "off canary", "http://canary", "https://x/#canary",
 		"https://canary:canary@x", "canary {\ncanary\n}", "{env.TEST_CANARY}", "{env.TEST_CANARY_PART}", "x {env.TEST_CANARY_PART}", "{env.TEST_CANARY} {env.TEST_CANARY}",
-		"x-canary{http.request.uri}", "x x-canary{http.request.uri}", "x canary\nx canary", "name\ncanary canary", "x\n{\ncanary\n}", "x {\n}",
+		"x-canary{http.request.uri}", "x x-canary{http.request.uri}", "x canary\nx canary", "name\ncanary canary2", "x\n{\ncanary\n}", "x {\n}",
 		"{$TEST_CANARY_WORDS}", "x {$TEST_CANARY_WORDS}", "{$TEST_CANARY_LINES}", "x {$TEST_CANARY_LINES}",
 	}
 	settings := slices.Sorted(maps.Keys(credentialsSettings))

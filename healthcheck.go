@@ -85,24 +85,17 @@ func (t *Transport) check(req *http.Request, dial reverseproxy.DialInfo) (*http.
 	return res, err
 }
 
-// maxCheckRedirects is how many redirects a check follows: more lead in a circle.
-const maxCheckRedirects = 9
-
 // keepFromLog returns the result of a check. It makes sure that Caddy logs no address
 // that an upstream has chosen. net/http puts such an address into the error of a
 // redirect that it can't read, and of a redirected check. So a redirected check that
 // fails counts as answered, with a status that no check expects.
 func (t *Transport) keepFromLog(req *http.Request, res *http.Response, err error) (*http.Response, error) {
-	redirects := 0
-	for hop := req; hop.Response != nil && hop.Response.Request != nil; hop = hop.Response.Request {
-		redirects++
-	}
 	switch {
 	case err == nil:
-		if _, err := req.URL.Parse(res.Header.Get("Location")); err != nil || redirects == maxCheckRedirects {
+		if _, err := req.URL.Parse(res.Header.Get("Location")); err != nil {
 			res.Header.Del("Location")
 		}
-	case redirects > 0:
+	case req.Response != nil:
 		t.logger.Info("a health check that the upstream has redirected failed",
 			zap.String("upstream", dialAddressOf(req.Context()).address), zap.Error(err))
 		return &http.Response{Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Body: http.NoBody, Request: req}, nil

@@ -188,7 +188,7 @@ func TestNothingThatAnUpstreamSaysToAHealthCheckIsLogged(t *testing.T) {
 					}
 					return answer(tokens[len(tokens)-1], r.URL.Path)
 				})
-				g := startGateway(t, oddSite(t, addr, "health_uri /health\nhealth_interval 20ms\nhealth_body .\n"+follow))
+				g := startGateway(t, oddSite(t, addr, "health_uri /health\nhealth_interval 20ms\nhealth_timeout 200ms\nhealth_body .\n"+follow))
 				eventually(t, func() bool { return len(g.logged(`reverse_proxy.health_checker.active"`)) >= 3 }, "failed checks in the log")
 				wantNoOddToken(t, "the log", g.logs())
 			})
