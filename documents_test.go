@@ -231,7 +231,7 @@ func TestFragmentsOfCaddyfilesAreCompleted(t *testing.T) {
 		{"reverse_proxy 127.0.0.1:9000 {\ntransport oauth2 {\n" + clientSettings + "}\n}", ""},
 		{":8080 {\n\trespond ok\n}", ""},
 		{"tenant", "tenant: write"}, // a mistake shows
-		{"transport oauth2 {\n\ttoken_uri https://auth.example.com\n}", "token_ur"},
+		{"transport oauth2 {\n\ttoken_uri https://auth.example.com\n}", "a line begins with neither a setting of transport oauth2"},
 	} {
 		t.Run(test.fragment, func(t *testing.T) {
 			_, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(completeCaddyfile(test.fragment)), nil)

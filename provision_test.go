@@ -105,8 +105,8 @@ func TestValidate(t *testing.T) {
 		{"the request in audience", local, clientSettings + "audience {host}", "audience: " + unknown},
 		{"the request in client_secret", local, noSecret + "client_secret {header.X-Secret}", "client_secret: {http.*} placeholders have no value in a token request; use {env.*} or {file.*}"},
 		{"the request in part of client_secret", local, noSecret + "client_secret prefix-{vars.secret}", "client_secret: {http.*} placeholders"},
-		{"the request in param", local, clientSettings + "param organization {host}", "param organization: {http.*} placeholders"},
-		{"the request in token_request_header", local, clientSettings + "token_request_header X-Caller {remote_host}", "token_request_header X-Caller: {http.*} placeholders"},
+		{"the request in param", local, clientSettings + "param organization {host}", "param: {http.*} placeholders"},
+		{"the request in token_request_header", local, clientSettings + "token_request_header X-Caller {remote_host}", "token_request_header: {http.*} placeholders"},
 		{"the request in what the upstream is sent", local, clientSettings + "tenant {header.X-Organization}\nheader X-Caller {remote_host}", ""},
 		{"braces in a secret", local, noSecret + "client_secret `a{b}c}{`", ""},
 
