@@ -152,12 +152,12 @@ func generateClient(rng *rand.Rand, number int, server string) oracleClient {
 var awkward = []string{
 	":", "%", "+", "&", "=", " ", "`", "{", "}", `\`, `"`, "'", ";", "#", "?", "/", "~", "*", "$", "<", ">",
 	"%3A", "%zz", "%2", "&amp;", "{}", "{x", `\{`, `\}`, `\\`, "{$HOME}", "{x.y}", "}{", "a", "Z", "0", "-._~",
-	"ß", "é", "e\u0301", "Ω", "\u00a0", "\u200d", "\u2028", "\ufeff", "\ufffd", "日本", "🔑", "👩\u200d🚀", "\U0010ffff",
+	"ß", "é", "e\u0301", "Ω", "\u00a0", "\u200d", "\u2028", "\ufeff", "日本", "🔑", "👩\u200d🚀", "\U0010ffff",
 }
 
 // generateText returns a text for which RFC 6749 appendix A sets no bounds
 // but printable, with and without what lies beyond ASCII. It is never white space
-// alone, which the gateway refuses when it loads its config.
+// alone, and holds no U+FFFD: the gateway refuses both when it loads its config.
 func generateText(rng *rand.Rand) string {
 	var text strings.Builder
 	switch rng.IntN(4) {
@@ -181,7 +181,7 @@ func generateText(rng *rand.Rand) string {
 	if strings.TrimSpace(text.String()) == "" {
 		text.WriteByte('x')
 	}
-	return text.String()
+	return strings.ReplaceAll(text.String(), "\ufffd", "x")
 }
 
 // generateScope returns a scope-token of RFC 6749 §3.3, which has neither
@@ -238,27 +238,35 @@ func askOracle(t *testing.T, c oracleClient, requests <-chan wireRequest) wireRe
 // fetches their tokens when it has started; nobody dials the upstreams.
 //
 // The config is JSON, for a Caddyfile has no way to quote all of the values.
-// Each method has clients whose values stand there as they are, with their
-// braces escaped, and in the environment.
+// Each method has clients whose values stand there as they are, and such whose values
+// stand in the environment.
 func startOracleGateway(t *testing.T, clients []oracleClient) *process {
 	t.Helper()
 	type object = map[string]any
 	var dials, credentials []object
 	env := os.Environ()
 	for i, c := range clients {
-		id, secret, params := noPlaceholders.Replace(c.id), noPlaceholders.Replace(c.secret), make(map[string]string)
-		for name, value := range c.params {
-			params[name] = noPlaceholders.Replace(value) // names have no placeholders
+		inEnvironment := func(setting, text string) string {
+			env = append(env, fmt.Sprintf("ORACLE_%s_%d=%s", setting, i, text))
+			return fmt.Sprintf("{env.ORACLE_%s_%d}", setting, i)
 		}
-		switch i / 2 % 3 {
-		case 1: // braces around what is no placeholder do no harm in these two
-			secret = sameBackslashes.Replace(c.secret)
-			for name, value := range c.params {
-				params[name] = sameBackslashes.Replace(value)
+		// At load, what looks like a placeholder has to be one.
+		literally := func(setting, text string) string {
+			if strings.Contains(text, "{") && strings.Contains(text, "}") {
+				return inEnvironment(setting, text)
 			}
-		case 2:
-			env = append(env, fmt.Sprintf("ORACLE_ID_%d=%s", i, c.id), fmt.Sprintf("ORACLE_SECRET_%d=%s", i, c.secret))
-			id, secret = fmt.Sprintf("{env.ORACLE_ID_%d}", i), fmt.Sprintf("{env.ORACLE_SECRET_%d}", i)
+			return text
+		}
+		literals := func(setting string, texts []string) []string {
+			var config []string
+			for j, text := range texts {
+				config = append(config, literally(fmt.Sprint(setting, j), text))
+			}
+			return config
+		}
+		id, secret := literally("ID", c.id), c.secret
+		if i/2%2 == 1 {
+			id, secret = inEnvironment("ID", c.id), inEnvironment("SECRET", c.secret)
 		}
 		dial := fmt.Sprintf("127.0.0.1:%d", i+1)
 		dials = append(dials, object{"dial": dial})
@@ -268,9 +276,9 @@ func startOracleGateway(t *testing.T, clients []oracleClient) *process {
 			"client_id":     id,
 			"client_secret": secret,
 			"auth_method":   c.method,
-			"scopes":        withoutPlaceholders(c.scopes),
-			"audience":      withoutPlaceholders(c.audience),
-			"params":        params,
+			"scopes":        literals("SCOPE", c.scopes),
+			"audience":      literals("AUDIENCE", c.audience),
+			"params":        c.params,
 			"token_timeout": oracleTimeout,
 		})
 	}
@@ -298,21 +306,4 @@ func startOracleGateway(t *testing.T, clients []oracleClient) *process {
 	cmd := exec.Command(caddyBinary, "run", "--config", path)
 	cmd.Env = append(env, "XDG_CONFIG_HOME="+dir, "XDG_DATA_HOME="+dir)
 	return startProcess(t, cmd)
-}
-
-// Caddy drops a backslash before a brace, and takes the brace as it is.
-var (
-	// noPlaceholders keeps a text from being read as one that has placeholders.
-	noPlaceholders = strings.NewReplacer("{", `\{`, `\}`, `\\}`)
-
-	// sameBackslashes leaves braces alone, and keeps the backslashes of a text.
-	sameBackslashes = strings.NewReplacer(`\{`, `\\{`, `\}`, `\\}`)
-)
-
-func withoutPlaceholders(texts []string) []string {
-	config := make([]string, len(texts))
-	for i, text := range texts {
-		config[i] = noPlaceholders.Replace(text)
-	}
-	return config
 }
