@@ -13,6 +13,11 @@ import (
 // errSuperseded ends the reads of an attempt when its request is sent again.
 var errSuperseded = errors.New("the request is being sent again")
 
+// errClosed ends the reads of an attempt that has closed its reader. net/http may
+// read on while it closes. But the body may be closed at the same time, and few
+// bodies may be read then.
+var errClosed = errors.New("the body is closed")
+
 // DefaultLimit is how much of a body is kept to send it once more, in bytes.
 const DefaultLimit = 64 << 10
 
@@ -219,6 +224,9 @@ func (a *attemptBody) readOn(p []byte) (int, error) {
 	}
 	if b.err != nil {
 		return 0, b.err
+	}
+	if b.closed {
+		return 0, errClosed
 	}
 	if b.recorded != nil && b.recorded.size < b.limit {
 		p = p[:min(len(p), b.limit-b.recorded.size)]

@@ -262,6 +262,57 @@ func TestReplayClosesTheBodyOnce(t *testing.T) {
 	}
 }
 
+// net/http may close a body while it reads it, and read on. It then reads what is
+// being closed.
+func TestClosedBodyIsNotRead(t *testing.T) {
+	for _, test := range []struct {
+		name  string
+		again bool
+		late  bool // Commit comes after Close
+	}{
+		{"the first attempt", false, false},
+		{"the first attempt, before RoundTrip returns", false, true},
+		{"the second attempt", true, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				source, sink := io.Pipe()
+				watched := &replaytest.Body{Reader: source}
+				b := New(watched, 100)
+				attempt := b.First()
+				if test.again {
+					b.Hold()
+					attempt = b.Again()
+				}
+				if !test.late {
+					b.Commit(t.Context())
+				}
+				var first, second error
+				go func() {
+					_, first = attempt.Read(make([]byte, 3))
+					_, second = attempt.Read(make([]byte, 3))
+				}()
+				synctest.Wait() // it is being read
+				attempt.Close()
+				go func() {
+					_, _ = io.WriteString(sink, "abcdef")
+				}()
+				synctest.Wait()
+				if first != nil || second == nil {
+					t.Errorf("got %v, then %v, want what came during Close, and then an error", first, second)
+				}
+				b.Commit(t.Context())
+				synctest.Wait()
+				if watched.Late.Load() || watched.Closes.Load() != 1 {
+					t.Errorf("got the body closed %d times, read after that: %v, want it closed once, and not read",
+						watched.Closes.Load(), watched.Late.Load())
+				}
+				source.Close()
+			})
+		})
+	}
+}
+
 // A server's body that is closed may wait for the client. Meanwhile, neither
 // RoundTrip nor its answer may.
 func TestSlowCloseHoldsNothingUp(t *testing.T) {
