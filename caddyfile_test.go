@@ -294,19 +294,19 @@ func TestEverySettingIsReadStrictly(t *testing.T) {
 // mistyped, it may be the argument of any setting. Errors of a config are logged, and
 // told by POST /load.
 func TestNoErrorQuotesAnArgument(t *testing.T) {
-	t.Setenv("TEST_CANARY", "canary s3cret{")
-	t.Setenv("TEST_CANARY_PART", `canary"s3cret\n`)
-	t.Setenv("TEST_CANARY_WORDS", "canary canary2 canary3")
-	t.Setenv("TEST_CANARY_LINES", "canary\ncanary2 canary3")
+	t.Setenv("TEST_CANARY", "whisper s3cret{")
+	t.Setenv("TEST_CANARY_PART", `whisper"s3cret\n`)
+	t.Setenv("TEST_CANARY_WORDS", "whisper whisper2 whisper3")
+	t.Setenv("TEST_CANARY_LINES", "whisper\nwhisper2 whisper3")
 	arguments := []string{
-		"canary", "canary canary2", "canary canary2 canary3", "x canary y canary2 canary3", `x "" canary`, `"" canary`, `canary ""`, `"canary canary2"`,
-		"\"canary\nb\"", "canary: canary", "x \"canary\x01\"", "1s canary", "64KiB canary", "401 canary", "off canary", "http://canary", "https://x/#canary",
-		"https://canary:canary@x", "canary {\ncanary\n}", "{env.TEST_CANARY}", "{env.TEST_CANARY_PART}", "x {env.TEST_CANARY_PART}", "{env.TEST_CANARY} {env.TEST_CANARY}",
-		"x-canary{http.request.uri}", "x x-canary{http.request.uri}", "x canary\nx canary", "name\ncanary canary2", "x\n{\ncanary\n}", "x {\n}",
+		"whisper", "whisper whisper2", "whisper whisper2 whisper3", "x whisper y whisper2 whisper3", `x "" whisper`, `"" whisper`, `whisper ""`, `"whisper whisper2"`,
+		"\"whisper\nb\"", "whisper: whisper", "x \"whisper\x01\"", "1s whisper", "64KiB whisper", "401 whisper", "off whisper", "http://whisper", "https://x/#whisper",
+		"https://whisper:whisper@x", "whisper {\nwhisper\n}", "{env.TEST_CANARY}", "{env.TEST_CANARY_PART}", "x {env.TEST_CANARY_PART}", "{env.TEST_CANARY} {env.TEST_CANARY}",
+		"x-whisper{http.request.uri}", "x x-whisper{http.request.uri}", "x whisper\nx whisper", "name\nwhisper whisper2", "x\n{\nwhisper\n}", "x {\n}",
 		"{$TEST_CANARY_WORDS}", "x {$TEST_CANARY_WORDS}", "{$TEST_CANARY_LINES}", "x {$TEST_CANARY_LINES}",
 	}
 	settings := slices.Sorted(maps.Keys(credentialsSettings))
-	for _, setting := range append(settings, "insecure_plaintext", "canary") {
+	for _, setting := range append(settings, "insecure_plaintext", "whisper") {
 		for _, argument := range arguments {
 			line := setting + " " + argument + "\n"
 			for _, config := range []string{
@@ -315,15 +315,15 @@ func TestNoErrorQuotesAnArgument(t *testing.T) {
 				proxyConfig("127.0.0.1:9000", clientSettings+"upstream 127.0.0.1:9000 {\nscopes a\n"+line+"}"),
 				proxyConfig("127.0.0.1:9000", clientSettings+"token_transport {\n"+line+"}"),
 			} {
-				if err := loadError(t, config); err != nil && strings.Contains(strings.ToLower(err.Error()), "canary") {
+				if err := loadError(t, config); err != nil && strings.Contains(strings.ToLower(err.Error()), "whisper") {
 					t.Errorf("%q: got %q, want that it quotes nothing", line, err)
 				}
 			}
 		}
 	}
-	for _, block := range []string{"transport oauth2 canary", "transport oauth2 canary {\n}", "transport oauth2 {\n} canary", "transport oauth2 {\n{\ncanary\n}\n}"} {
+	for _, block := range []string{"transport oauth2 whisper", "transport oauth2 whisper {\n}", "transport oauth2 {\n} whisper", "transport oauth2 {\n{\nwhisper\n}\n}"} {
 		err := loadError(t, "http://localhost:8080 {\nreverse_proxy 127.0.0.1:9000 {\n"+block+"\n}\n}\n")
-		if err == nil || strings.Contains(err.Error(), "canary") {
+		if err == nil || strings.Contains(err.Error(), "whisper") {
 			t.Errorf("%q: got %v, want an error that quotes nothing", block, err)
 		}
 	}
