@@ -320,6 +320,29 @@ func TestURLOfProxiedRequests(t *testing.T) {
 
 // `GET http:http://evil.example/` is valid to Go's server, and goes on as it is: a server
 // that takes it believes the URL, not Host, which Caddy sets to the upstream over TLS.
+// Caddy's rewrites may leave a target that is no path. To a proxy, net/http writes it
+// right behind the host.
+func TestRewriteNamesNoOtherHost(t *testing.T) {
+	g, auth, up := gateAndFakes(t, "")
+	g.load(`uri path_regexp ^/re ""
+	rewrite /query {query.u}
+	` + proxySite(up, auth, "") + handleErrors)
+	for _, target := range []string{"/re@evil.example/x", "/re.evil.example/x", "/re:80/x", "/query?u=@evil.example/", "/query?u=http://evil.example/", "/re%2Fx", "/re*"} {
+		if got := g.send(http.MethodGet, target, nil); got.status == http.StatusOK && len(up.got()) > 0 && !strings.HasPrefix(up.last(t).path, "/") {
+			t.Errorf("%s: got %d, and %q at the upstream, want 400", target, got.status, up.last(t).path)
+		}
+	}
+	for _, target := range []string{"/re@evil.example/x", "/re.evil.example/x"} {
+		g.send(http.MethodGet, target, nil).want(t, http.StatusBadRequest)
+	}
+	before := len(up.got())
+	g.send(http.MethodGet, "/re/x", nil).want(t, http.StatusOK)
+	g.send(http.MethodOptions, "/", nil).want(t, http.StatusOK)
+	if got := len(up.got()); got != before+2 {
+		t.Errorf("got %d requests more, want those that name a path", got-before)
+	}
+}
+
 func TestRequestNamesNoOtherHost(t *testing.T) {
 	for _, block := range []string{"", "upstream $UP off"} {
 		auth := newAuthServer(t)

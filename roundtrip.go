@@ -39,7 +39,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if tracesRequest(req.Method) {
 		return t.fail(req, http.StatusMethodNotAllowed, errTrace)
 	}
-	if req.URL.Opaque != "" {
+	if !targetsPath(req) {
 		return t.fail(req, http.StatusBadRequest, errOpaque)
 	}
 	tok, got, err := r.source.Token(ctx)
@@ -77,8 +77,17 @@ func (t *Transport) routeOf(req *http.Request) (route, error) {
 	return r, checkProxied(req, dial, proxy)
 }
 
-// errOpaque is for `GET http:http://evil.example/`. net/http would repeat it, and an
-// upstream or a proxy would believe it, whatever Host says (RFC 9112 §3.2.2).
+// targetsPath reports whether the target that net/http would write is a path, or the
+// `*` of OPTIONS. A caller may send `GET http:http://evil.example/`, and a rewrite may
+// leave `@evil.example/` of a path: behind the host, in a request to a proxy, that is
+// another host. An upstream or a proxy believes the target, whatever Host says (RFC
+// 9112 §3.2.2).
+func targetsPath(req *http.Request) bool {
+	path := req.URL.EscapedPath()
+	return req.URL.Opaque == "" &&
+		(path == "" || path[0] == '/' || (path == "*" && req.Method == http.MethodOptions))
+}
+
 var errOpaque = errors.New("the request target is neither a path nor a URL with a host; send a path")
 
 var errNotProxied = errors.New("transport oauth2 serves requests of reverse_proxy only")
