@@ -255,7 +255,7 @@ func TestFailuresAreExplained(t *testing.T) {
 				"client_secret {env.E2E_SECRET}",
 			},
 			want: "issuer",
-			says: as.issuer,
+			says: "/.well-known/oauth-authorization-server",
 		},
 	}
 	var routes []route
