@@ -179,10 +179,9 @@ func TestHealthChecksOverTLS(t *testing.T) {
 	}`, "$UP", up.addr, "$AUTH", auth.URL))
 	g.get().want(t, http.StatusOK)
 	seen := n.Load()
-	eventually(t, func() bool { return n.Load() >= seen+2 }, "health checks")
-	if client := up.last(t).bearerOf(auth); client != "gateway" {
-		t.Errorf("got the token of %q, want that of gateway", client)
-	}
+	// On a busy machine, a check from before the token may come last.
+	eventually(t, func() bool { return n.Load() >= seen+2 && up.last(t).bearerOf(auth) == "gateway" },
+		"health checks with the token of gateway")
 }
 
 // An upstream that lets nobody in without a token is down to the proxy when
