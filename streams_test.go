@@ -202,7 +202,7 @@ func TestAnswerBeforeTheEndOfTheBody(t *testing.T) {
 					w.WriteHeader(http.StatusRequestEntityTooLarge)
 					return true
 				})
-				g := startGateway(t, strings.ReplaceAll(proxySite(up, auth, ""), "reverse_proxy ", "reverse_proxy "+protocol+"://"))
+				g := startGateway(t, strings.ReplaceAll(proxySite(up, auth, announce), "reverse_proxy ", "reverse_proxy "+protocol+"://"))
 				eventually(t, func() bool { return cached() == 1 }, "the token of the warm-up")
 				if first != "" {
 					auth.revoke()
