@@ -3,7 +3,10 @@ package outboundauth
 import (
 	"io"
 	"net/http"
+	"net/http/httptest"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 )
 
@@ -105,6 +108,56 @@ func TestUnreachableUpstreamLeavesTheBody(t *testing.T) {
 	if got := b.last(t); got.body != body || got.bodyErr != nil {
 		t.Errorf("got a body of %d bytes, err %v, want all %d", len(got.body), got.bodyErr, len(body))
 	}
+}
+
+// The proxy may go on to the next upstream with a body of which the first has had
+// some, before this body is closed.
+func TestBodyThatWasSentIsNotSentElsewhere(t *testing.T) {
+	for _, settings := range []string{"token_url $AUTH/token\nclient_id gateway\nclient_secret s", "upstream $UP off"} {
+		t.Run(settings, func(t *testing.T) {
+			auth := newAuthServer(t)
+			up := newUpstream(t, auth) // both
+			closing := make(chan struct{})
+			end := sync.OnceFunc(func() { close(closing) })
+			t.Cleanup(end)
+			up.script(func(w http.ResponseWriter, r *http.Request) bool {
+				broken := len(up.got()) == 0 && up.breakConnection(w, r)
+				if !broken {
+					up.record(r)
+					end()
+				}
+				return true
+			})
+			words := []string{"$AUTH", auth.URL, "$UP", up.addr}
+			first := newTransport(t, expand("token_url $AUTH/token\nclient_id gateway\nclient_secret s", words...))
+			second := newTransport(t, expand(settings, words...))
+			_, _ = proxyThrough(t, roundTripFunc(func(req *http.Request) (*http.Response, error) {
+				if _, err := first.RoundTrip(req); err == nil {
+					t.Error("first upstream: got an answer, want a broken connection")
+				}
+				return second.RoundTrip(req)
+			}), up.addr, httptest.NewRequest(http.MethodGet, "/", &closingSlowly{Reader: strings.NewReader("body"), end: closing}))
+			for _, got := range up.got()[1:] {
+				if got.bodyErr == nil {
+					t.Errorf("second upstream: got the body %q, want none that looks whole", got.body)
+				}
+			}
+		})
+	}
+}
+
+// closingSlowly is a body whose first Close takes its time.
+type closingSlowly struct {
+	io.Reader
+	end    chan struct{}
+	closed atomic.Bool
+}
+
+func (c *closingSlowly) Close() error {
+	if !c.closed.Swap(true) {
+		<-c.end
+	}
+	return nil
 }
 
 // A missing token is not the upstream's fault: its health does not suffer,

@@ -28,6 +28,7 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		res, err := t.sendHealthCheck(req)
 		return t.keepFromLog(req, res, err)
 	}
+	req = withoutSpentBody(req)
 	r, err := t.routeOf(req)
 	if err != nil {
 		return t.fail(req, http.StatusBadGateway, err)
@@ -107,7 +108,7 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 	}
 	body, trailer := t.record(out, req, b)
 	if body != nil {
-		defer body.Commit(req.Context())
+		defer spend(req, body)
 		out = b.announce(out, body)
 	}
 	res, err := t.send(out, b, tok)
@@ -152,6 +153,49 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 	}
 	return res, nil
 }
+
+// spend ends the use of the body of req. The proxy may go on to another upstream
+// with it. But some of it was read, and it may be read or closed in another
+// goroutine still.
+func spend(req *http.Request, body *replay.Body) {
+	body.Commit(req.Context())
+	if repl, ok := replacerOf(req.Context()); ok && body.Touched() {
+		repl.Set(phSpent, spentBody{req.Body})
+	}
+}
+
+// withoutSpentBody returns req. If an upstream was sent some of the body before, it
+// returns a copy of req whose body is closed. What is left of the body must not go
+// to another upstream: it would look like all of it.
+func withoutSpentBody(req *http.Request) *http.Request {
+	repl, ok := replacerOf(req.Context())
+	if !ok {
+		return req
+	}
+	value, _ := repl.Get(phSpent)
+	if spent, ok := value.(spentBody); !ok || spent.body != req.Body {
+		return req // if the proxy buffers bodies, each upstream gets one of its own
+	}
+	out := new(http.Request)
+	*out = *req
+	out.Body = closedBody{}
+	return out
+}
+
+// spentBody is the value of phSpent.
+type spentBody struct{ body io.ReadCloser }
+
+// String implements fmt.Stringer: a body is not to be shown.
+func (spentBody) String() string { return "" }
+
+// closedBody is a body that can't be read any more.
+type closedBody struct{}
+
+// Read implements io.Reader.
+func (closedBody) Read([]byte) (int, error) { return 0, http.ErrBodyReadAfterClose }
+
+// Close implements io.Closer.
+func (closedBody) Close() error { return nil }
 
 // outbound returns the request that goes upstream: a shallow copy of req with its
 // own header.
