@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"testing"
@@ -56,6 +58,7 @@ type gateway struct {
 	url   string // of its one site
 	admin string // address of the admin API
 
+	binary  string
 	dir     string
 	options string
 }
@@ -66,6 +69,7 @@ type gatewayConfig struct {
 	options string   // more global options
 	env     []string // more variables of its environment
 	https   bool     // serve the site over TLS, and thereby HTTP/3
+	binary  string   // default: caddyBinary
 }
 
 // startProxy starts a gateway that only proxies.
@@ -90,6 +94,7 @@ func startGateway(t *testing.T, cfg gatewayConfig) *gateway {
 	gw := &gateway{
 		url:     scheme + "://" + addr,
 		admin:   heldAddress(t),
+		binary:  cmp.Or(cfg.binary, caddyBinary),
 		dir:     t.TempDir(),
 		options: options + "\n\t" + cfg.options,
 	}
@@ -98,7 +103,7 @@ func startGateway(t *testing.T, cfg gatewayConfig) *gateway {
 	gw.process = startProcess(t, cmd)
 	t.Cleanup(func() {
 		// To a client, a panic looks like a lost connection.
-		if strings.Contains(gw.output.String(), "panic") {
+		if panicked.MatchString(gw.output.String()) {
 			t.Error("gateway panicked")
 		}
 	})
@@ -125,6 +130,10 @@ func startGateway(t *testing.T, cfg gatewayConfig) *gateway {
 		}
 	}
 }
+
+// panicked finds what Go and Caddy write of a panic. A stack has panic.go in it, without
+// a panic.
+var panicked = regexp.MustCompile(`panic:|panic serving|panicked`)
 
 // dialTLS connects to the site. That succeeds only once there is a certificate,
 // which comes after the listeners, HTTP/3's among them.
@@ -198,7 +207,7 @@ func (gw *gateway) wantGeneration(t *testing.T, n int) {
 
 func (gw *gateway) command(name, config string, args ...string) *exec.Cmd {
 	args = append([]string{name, "--config", config, "--adapter", "caddyfile"}, args...)
-	cmd := exec.Command(caddyBinary, args...)
+	cmd := exec.Command(gw.binary, args...)
 	// Nothing of the user's own Caddy is to be seen, nor touched.
 	cmd.Env = append(os.Environ(),
 		"XDG_CONFIG_HOME="+filepath.Join(gw.dir, "config"),

@@ -74,8 +74,9 @@ func run(m *testing.M) int {
 }
 
 // build compiles a main package of a module.
-func build(to, module, pkg string) error {
-	cmd := exec.Command("go", "build", "-C", module, "-o", to, pkg)
+func build(to, module, pkg string, flags ...string) error {
+	args := append([]string{"build", "-C", module, "-o", to}, flags...)
+	cmd := exec.Command("go", append(args, pkg)...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("building %s: %w\n%s", filepath.Base(to), err, out)
 	}
