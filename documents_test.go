@@ -342,6 +342,43 @@ func anchors(markdown string) []string {
 	return all
 }
 
+// TestPromisesAreProved looks for the tests that SECURITY.md names: each promise has
+// one at least, and each test is there.
+func TestPromisesAreProved(t *testing.T) {
+	declared := make(map[string]bool)
+	for _, pattern := range []string{"*_test.go", "internal/*/*_test.go", "e2e/*_test.go"} {
+		files, err := filepath.Glob(pattern)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, file := range files {
+			for _, match := range regexp.MustCompile(`(?m)^func (Test\w+)\(t `).FindAllStringSubmatch(readFile(t, file), -1) {
+				declared[match[1]] = true
+			}
+		}
+	}
+	promises := 0
+	for line := range strings.Lines(readFile(t, "SECURITY.md")) {
+		row := strings.Split(strings.TrimSpace(line), "|")
+		if len(row) != 4 || strings.TrimSpace(row[1]) == "promise" || strings.HasPrefix(row[1], "---") {
+			continue
+		}
+		promises++
+		tests := strings.Fields(row[2])
+		if len(tests) == 0 {
+			t.Errorf("%s: got no test, want one that proves it", row[1])
+		}
+		for _, test := range tests {
+			if !declared[strings.Trim(test, "`")] {
+				t.Errorf("%s: got %s, want the name of a test there is", row[1], test)
+			}
+		}
+	}
+	if promises < 20 {
+		t.Errorf("got %d promises in SECURITY.md, want them all", promises)
+	}
+}
+
 // TestTroubleshootingQuotesMessages looks for each message that the page
 // explains among those of the program. A part that varies is written as `…`.
 func TestTroubleshootingQuotesMessages(t *testing.T) {
