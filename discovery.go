@@ -214,8 +214,13 @@ func (d *discovery) endpointIn(m *metadata) (*url.URL, error) {
 	return u, nil
 }
 
-// destination returns where requests to the token endpoint may lead.
-func (d *discovery) destination() *destination { return &destination{elsewhere: !d.isFromHere()} }
+// destination returns where a request to the token endpoint u may lead. The issuer's name
+// may lead to several machines, with this one among them. Over TLS, the server proves
+// that it has this name, wherever it is.
+func (d *discovery) destination(u *url.URL) *destination {
+	issuer := u.Scheme == "https" && strings.EqualFold(u.Host, d.issuer.Host)
+	return &destination{elsewhere: !issuer && !d.isFromHere()}
+}
 
 // unusable returns the error of a token endpoint that is of no use.
 func (d *discovery) unusable(err error) *tokenError {

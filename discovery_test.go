@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -127,11 +128,27 @@ func TestFirstPlaceThatHangs(t *testing.T) {
 
 // Names of this machine are not for issuers elsewhere to give.
 func TestIssuerCannotLeadToThisMachine(t *testing.T) {
-	for _, host := range []string{
+	hosts := []string{
 		"localhost", "LOCALHOST.", "api.localhost", "127.0.0.1", "127.9.9.9", "127.0.0.1.", "[::1]", "0.0.0.0", "[::]", "[::ffff:127.0.0.1]",
 		"127.1", "2130706433", "0x7f000001", "0X7F.1", "0177.0.0.1", "017700000001", "0", // as inet_aton reads them
 		"169.254.169.254", "[fe80::1]", "[fe80::1%25eth0]", "[::ffff:169.254.1.1]",
-	} {
+		"[::127.0.0.1]", "[::ffff:0:127.0.0.1]", "[64:ff9b::7f00:1]", "[64:ff9b:1::7f00:1]", "[2002:7f00:1::]", "[2002:7f00:1::1%25eth0]",
+		"[64:ff9b::169.254.169.254]", "[2002:a9fe:a9fe::]", "[64:ff9b::]",
+	}
+	own, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	hosts = append(hosts, own, strings.ToUpper(own)+".")
+	for _, addr := range ownAddresses(t) {
+		b := addr.As16()
+		if addr.Is6() {
+			hosts = append(hosts, "["+addr.String()+"]")
+		} else {
+			hosts = append(hosts, addr.String(), fmt.Sprintf("[::ffff:%v]", addr), fmt.Sprintf("[64:ff9b::%v]", addr), fmt.Sprintf("[2002:%x:%x::1]", b[12:14], b[14:16]))
+		}
+	}
+	for _, host := range hosts {
 		t.Run(host, func(t *testing.T) { // clients that are there at the same time share the metadata
 			p := newPublisher(document(testIssuer, "https://"+host+":2019/stop"))
 			cl, _ := discovering(t, issuerSecret, p)
@@ -142,7 +159,10 @@ func TestIssuerCannotLeadToThisMachine(t *testing.T) {
 			p.wantAsked(t, "GET "+oauthPlace, "GET "+openidPlace)
 		})
 	}
-	for _, host := range []string{"10.0.0.1", "1.example.com", "localhost.example.com", "127.0.0.1.example.com", "as.example.com5", "[2001:db8::1]", "xn--p1ai"} {
+	for _, host := range []string{
+		"10.0.0.1", "1.example.com", "localhost.example.com", "127.0.0.1.example.com", "as.example.com5", "[2001:db8::1]", "xn--p1ai",
+		"[64:ff9b::203.0.113.1]", "[2002:cb00:7101::7f00:1]", "[::2:7f00:1]",
+	} {
 		t.Run(host, func(t *testing.T) {
 			endpoint := "https://" + host + "/token"
 			p := newPublisher(document(testIssuer, endpoint))

@@ -69,7 +69,7 @@ func watched(dial dialFunc) dialFunc {
 		if err != nil || !ok || d.proxied.Load() {
 			return conn, err
 		}
-		if peer, ok := conn.RemoteAddr().(*net.TCPAddr); ok && isThisMachine(peer.AddrPort().Addr()) {
+		if endsHere(conn) {
 			d.here.Store(true)
 			if d.elsewhere {
 				_ = conn.Close()
@@ -78,6 +78,18 @@ func watched(dial dialFunc) dialFunc {
 		}
 		return conn, nil
 	}
+}
+
+// endsHere reports whether a connection leads to this machine. Between two machines, no
+// connection has one address at both ends. This also finds addresses that no interface
+// has: a route may make them this machine's.
+func endsHere(conn net.Conn) bool {
+	peer, ok := conn.RemoteAddr().(*net.TCPAddr)
+	if !ok {
+		return false
+	}
+	local, ok := conn.LocalAddr().(*net.TCPAddr)
+	return (ok && local.IP.Equal(peer.IP)) || isThisMachine(peer.AddrPort().Addr())
 }
 
 type dialFunc = func(ctx context.Context, network, address string) (net.Conn, error)

@@ -1,7 +1,9 @@
 package outboundauth
 
 import (
+	"context"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -49,7 +51,7 @@ func resolve(query []byte, names map[string]string) []byte {
 	kind := binary.BigEndian.Uint16(query[end:])
 	answer := append([]byte(nil), query[:end+4]...)
 	copy(answer[2:], []byte{0x81, 0x80, 0, 1, 0, 0, 0, 0, 0, 0}) // a response with one question
-	addr, err := netip.ParseAddr(names[strings.Join(name, ".")])
+	addr, err := netip.ParseAddr(names[strings.ToLower(strings.Join(name, "."))])
 	if err != nil {
 		answer[3] |= 3 // there is no such name
 		return answer
@@ -60,6 +62,33 @@ func resolve(query []byte, names map[string]string) []byte {
 		answer = append(answer, addr.AsSlice()...)
 	}
 	return answer
+}
+
+// ownAddresses returns the addresses of this machine's interfaces.
+func ownAddresses(t *testing.T) []netip.Addr {
+	t.Helper()
+	prefixes, err := net.InterfaceAddrs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var own []netip.Addr
+	for _, prefix := range prefixes {
+		own = append(own, netip.MustParsePrefix(prefix.String()).Addr())
+	}
+	return own
+}
+
+// ownAddress returns the IPv4 address under which other machines know this one. It is
+// a loopback address if there is none.
+func ownAddress(t *testing.T) string {
+	t.Helper()
+	own := "127.0.0.1"
+	for _, addr := range ownAddresses(t) {
+		if addr.Is4() && !addr.IsLoopback() {
+			own = addr.String()
+		}
+	}
+	return own
 }
 
 // publishing has the issuer of a client know its token endpoint already.
@@ -75,7 +104,7 @@ func publishing(cl *client, tokenEndpoint string, fromHere bool) {
 // What a name means is for the resolver to say. An issuer elsewhere must not lead to
 // this machine by any.
 func TestTokenEndpointThatIsDialedOnThisMachine(t *testing.T) {
-	names := map[string]string{"loopback.example": "127.0.0.1", "other-loopback.example": "127.0.0.2", "unspecified.example": "0.0.0.0"}
+	names := map[string]string{"loopback.example": "127.0.0.1", "other-loopback.example": "127.0.0.2", "unspecified.example": "0.0.0.0", "own.example": ownAddress(t)}
 	resolver := newResolver(t, names)
 	for _, secure := range []bool{false, true} {
 		for name := range names {
@@ -135,25 +164,120 @@ func TestTokenEndpointThatIsDialedOnThisMachine(t *testing.T) {
 	}
 }
 
+// An address of this machine may be on none of its interfaces: a route can make it so.
+// And a sandbox may hide the interfaces.
+func TestConnectionWithOneAddressAtBothEnds(t *testing.T) {
+	for _, test := range []struct {
+		local, peer string
+		here        bool
+	}{
+		{"198.51.100.7:50000", "198.51.100.7:443", true},
+		{"[::ffff:198.51.100.7]:50000", "198.51.100.7:443", true},
+		{"[2001:db8::7]:50000", "[2001:db8::7]:443", true},
+		{"198.51.100.7:50000", "198.51.100.8:50000", false},
+		{"[2001:db8::7]:50000", "[2001:db8::8]:443", false},
+	} {
+		dial := watched(func(context.Context, string, string) (net.Conn, error) {
+			return addressedConn{discarded(t), tcpAddr(test.local), tcpAddr(test.peer)}, nil
+		})
+		for _, elsewhere := range []bool{false, true} {
+			d := &destination{elsewhere: elsewhere}
+			conn, err := dial(d.to(t.Context()), "tcp", "as.example.com:443")
+			if refused := errors.Is(err, errThisMachine); refused != (test.here && elsewhere) || (conn == nil) != refused || d.here.Load() != test.here {
+				t.Errorf("%s to %s, elsewhere %v: got the error %v, and that it is here: %v", test.local, test.peer, elsewhere, err, d.here.Load())
+			}
+		}
+	}
+}
+
+// addressedConn is a connection between other addresses than its own.
+type addressedConn struct {
+	net.Conn
+	local, peer net.Addr
+}
+
+func (c addressedConn) LocalAddr() net.Addr  { return c.local }
+func (c addressedConn) RemoteAddr() net.Addr { return c.peer }
+
+func tcpAddr(addr string) net.Addr { return net.TCPAddrFromAddrPort(netip.MustParseAddrPort(addr)) }
+
+// discarded returns a connection to nobody.
+func discarded(t *testing.T) net.Conn {
+	conn, other := net.Pipe()
+	t.Cleanup(func() { conn.Close(); other.Close() })
+	return conn
+}
+
+// An issuer's own name may lead to several machines, of which this is one. Over TLS,
+// its server proves that it is the issuer's.
+func TestIssuerOnSeveralMachines(t *testing.T) {
+	resolver := newResolver(t, map[string]string{"as.example.com": ownAddress(t), "other.example.com": ownAddress(t)})
+	listener, err := net.Listen("tcp4", "0.0.0.0:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewUnstartedServer(page(http.StatusOK, goodAnswer))
+	server.Listener.Close()
+	server.Listener, server.Config.ErrorLog = listener, discardLog
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	_, port, _ := net.SplitHostPort(listener.Addr().String())
+	for _, test := range []struct {
+		issuer, endpoint string
+		want             bool
+	}{
+		{"https://as.example.com:" + port, "https://as.example.com:" + port + "/token", true},
+		{"https://as.example.com:" + port, "https://AS.example.com:" + port + "/token", true},
+		{"https://as.example.com:" + port, "https://other.example.com:" + port + "/token", false},
+		{"https://as.example.com", "https://as.example.com:" + port + "/token", false}, // another service
+		{"http://as.example.com:" + port, "http://as.example.com:" + port + "/token", false},
+	} {
+		cl := newTransport(t, strings.Replace(issuerSecret, testIssuer, test.issuer, 1)+
+			"insecure_plaintext token_url\ntoken_transport {\ntls_insecure_skip_verify\nresolvers "+resolver+"\n}").fallback.client
+		publishing(cl, test.endpoint, false)
+		if _, err := cl.endpoint.request(t.Context()); (err == nil) != test.want {
+			t.Errorf("%s at %s: got %v, want a token: %v", test.endpoint, test.issuer, err, test.want)
+		}
+	}
+}
+
 // An issuer whose name leads to this machine may name what is there, by any name.
 func TestIssuerOnThisMachineByName(t *testing.T) {
-	resolver := newResolver(t, map[string]string{"as.example.com": "127.0.0.1", "token.example.com": "127.0.0.1"})
-	for _, endpoint := range []string{"http://as.example.com:$PORT/token", "http://token.example.com:$PORT/token", "http://127.0.0.1:$PORT/token"} {
+	own := ownAddress(t)
+	resolver := newResolver(t, map[string]string{"as.example.com": "127.0.0.1", "token.example.com": "127.0.0.1", "own.example.com": own})
+	for _, test := range []struct{ host, endpoint string }{
+		{"as.example.com", "http://as.example.com:$PORT/token"},
+		{"as.example.com", "http://token.example.com:$PORT/token"},
+		{"as.example.com", "http://127.0.0.1:$PORT/token"},
+		{"as.example.com", "http://own.example.com:$PORT/token"},
+		{"own.example.com", "http://own.example.com:$PORT/token"},
+		{"own.example.com", "http://token.example.com:$PORT/token"},
+		{"own.example.com", "http://" + own + ":$PORT/token"},
+		{own, "http://" + own + ":$PORT/token"},
+		{own, "http://own.example.com:$PORT/token"},
+	} {
 		var issuer, tokenEndpoint string
-		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			if r.URL.Path == "/token" {
 				_, _ = io.WriteString(w, goodAnswer)
 				return
 			}
 			_, _ = io.WriteString(w, document(issuer, tokenEndpoint))
 		}))
+		listener, err := net.Listen("tcp4", "0.0.0.0:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		server.Listener.Close()
+		server.Listener = listener
+		server.Start()
 		t.Cleanup(server.Close)
-		port := mustParse(server.URL).Port()
-		issuer, tokenEndpoint = "http://as.example.com:"+port, expand(endpoint, "$PORT", port)
+		_, port, _ := net.SplitHostPort(listener.Addr().String())
+		issuer, tokenEndpoint = "http://"+test.host+":"+port, expand(test.endpoint, "$PORT", port)
 		cl := newTransport(t, strings.Replace(issuerSecret, testIssuer, issuer, 1)+
 			"insecure_plaintext token_url\ntoken_transport {\nresolvers "+resolver+"\n}").fallback.client
 		if _, err := cl.endpoint.request(t.Context()); err != nil {
-			t.Errorf("%s: got %v, want a token", endpoint, err)
+			t.Errorf("%s at %s: got %v, want a token", test.endpoint, test.host, err)
 		}
 	}
 }

@@ -5,9 +5,12 @@ package outboundauth
 import (
 	"errors"
 	"fmt"
+	"net"
 	"net/http"
 	"net/netip"
 	"net/url"
+	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -55,15 +58,47 @@ func namesThisMachine(host string) bool {
 	}
 	// Some resolvers take numbers for parts of an IPv4 address: 127.1, 0x7f000001.
 	_, err := strconv.ParseUint(host[strings.LastIndexByte(host, '.')+1:], 0, 64)
-	return err == nil || staysOnMachine("tcp", host, false) || strings.HasSuffix(host, ".localhost")
+	own, _ := os.Hostname()
+	return err == nil || staysOnMachine("tcp", host, false) || strings.HasSuffix(host, ".localhost") || strings.EqualFold(host, own)
 }
 
 // isThisMachine reports whether an address is that of this machine, or of what may be
 // reached from here only: on the link, clouds have services that tell this machine its
 // secrets.
 func isThisMachine(addr netip.Addr) bool {
-	addr = addr.Unmap()
-	return addr.IsLoopback() || addr.IsUnspecified() || addr.IsLinkLocalUnicast()
+	addr = addr.Unmap().WithZone("")
+	own, _ := net.InterfaceAddrs() // a sandbox may forbid the question; then the rest has to do
+	return slices.ContainsFunc([]netip.Addr{addr, carriedIPv4(addr)}, func(addr netip.Addr) bool {
+		return addr.IsLoopback() || addr.IsUnspecified() || addr.IsLinkLocalUnicast() ||
+			slices.ContainsFunc(own, func(a net.Addr) bool {
+				prefix, ok := a.(*net.IPNet)
+				return ok && prefix.IP.Equal(addr.AsSlice())
+			})
+	})
+}
+
+// ipv4Carriers are the IPv6 addresses that carry an IPv4 address, and where it begins.
+var ipv4Carriers = []struct {
+	prefix netip.Prefix
+	at     int
+}{
+	{netip.MustParsePrefix("::/96"), 12},           // IPv4-compatible (RFC 4291 §2.5.5.1)
+	{netip.MustParsePrefix("::ffff:0:0:0/96"), 12}, // IPv4-translated (RFC 2765 §2.1)
+	{netip.MustParsePrefix("64:ff9b::/96"), 12},    // NAT64 (RFC 6052 §2.1)
+	{netip.MustParsePrefix("64:ff9b:1::/48"), 12},  // NAT64 of a network (RFC 8215)
+	{netip.MustParsePrefix("2002::/16"), 2},        // 6to4 (RFC 3056 §2)
+}
+
+// carriedIPv4 returns the IPv4 address to which a router or a proxy may lead what is
+// sent to an IPv6 address. Any other address it returns as it is.
+func carriedIPv4(addr netip.Addr) netip.Addr {
+	for _, carrier := range ipv4Carriers {
+		if carrier.prefix.Contains(addr) {
+			b := addr.As16()
+			return netip.AddrFrom4([4]byte(b[carrier.at:]))
+		}
+	}
+	return addr
 }
 
 // usesProxy reports whether the config says that connections are made through a

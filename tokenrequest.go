@@ -183,7 +183,7 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 	}
 	ctx, presented := clientcert.With(ctx, r.certificate)
 	if e.discovery != nil {
-		ctx = e.discovery.destination().to(ctx)
+		ctx = e.discovery.destination(u).to(ctx)
 	}
 	sent := time.Now()
 	a, err := exchange(ctx, e.transport, newServerRequest(ctx, http.MethodPost, u, header, form.Encode()))
