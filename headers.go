@@ -120,6 +120,31 @@ func (s *fieldSet) deleteFrom(h http.Header) {
 	}
 }
 
+// keepHTTP removes an upgrade to a protocol that carries HTTP requests. After such an
+// upgrade, the caller would speak with the upstream itself: its next requests would go
+// with an identity of its own, over a connection that this token has opened. Nobody has
+// to upgrade (RFC 9110 §7.8), and the upgrade to h2c is obsolete (RFC 9113 §3.1).
+func keepHTTP(h http.Header) {
+	offers, ok := h["Upgrade"]
+	if ok && slices.ContainsFunc(offers, carriesHTTP) {
+		delete(h, "Upgrade")
+		delete(h, "Connection")
+		delete(h, "Http2-Settings")
+	}
+}
+
+// carriesHTTP reports whether a list of protocols names one that carries HTTP: HTTP/2.0,
+// h2c and its drafts, such as h2c-14, or TLS/1.0, in which HTTP goes on (RFC 2817).
+func carriesHTTP(protocols string) bool {
+	for protocol := range strings.SplitSeq(protocols, ",") {
+		protocol = strings.ToLower(strings.TrimSpace(protocol))
+		if strings.HasPrefix(protocol, "http") || strings.HasPrefix(protocol, "h2") || strings.HasPrefix(protocol, "tls") {
+			return true
+		}
+	}
+	return false
+}
+
 // A trailerBody fills the trailers of an outgoing request when the body ends.
 // Nobody knows them before that, whether they were announced or not. The
 // outgoing request has its own map of trailers, because another attempt may

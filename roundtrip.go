@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net/http"
 	"net/url"
+	"strings"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
@@ -203,6 +204,7 @@ func (t *Transport) outbound(req *http.Request, b *block, tok *token) (*http.Req
 	out := new(http.Request)
 	*out = *req
 	out.Header = t.reserved.without(req.Header)
+	keepHTTP(out.Header)
 	return out, b.dress(out, tok)
 }
 
@@ -241,10 +243,24 @@ func (t *Transport) send(req *http.Request, b *block, tok *token) (res *http.Res
 		return nil, upstreamFailure(req.Context(), err)
 	}
 	delete(res.Header, failureField)
+	if b != nil && res.StatusCode == http.StatusSwitchingProtocols && !switchesAsAsked(req, res) {
+		_ = res.Body.Close()
+		return nil, errSwitched
+	}
 	if res.StatusCode != http.StatusSwitchingProtocols && res.Body != http.NoBody { // or it is a connection
 		res.Body = foreignBody{res.Body, req.Context()}
 	}
 	return res, nil
+}
+
+// errSwitched does not say to which protocol: that is the upstream's word.
+var errSwitched = errors.New("the upstream switches to a protocol that it was not asked for")
+
+// switchesAsAsked reports whether a 101 answers the upgrade in req. The proxy compares it
+// with the upgrade that the caller asked for, but keepHTTP may have removed that.
+func switchesAsAsked(req *http.Request, res *http.Response) bool {
+	asked := req.Header.Get("Upgrade")
+	return asked != "" && strings.EqualFold(asked, res.Header.Get("Upgrade"))
 }
 
 // setBody sets the body and the trailers of out. The trailers have a map of their

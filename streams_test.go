@@ -155,6 +155,109 @@ func TestUpgradePassesThrough(t *testing.T) {
 	got.wantHeader(t, "X-Tenant-Id", "acme")
 }
 
+// After an upgrade to another HTTP, a caller would send the upstream requests with an
+// identity of its own.
+func TestNoUpgradeToAnotherHTTP(t *testing.T) {
+	for _, test := range []struct {
+		upgrade string
+		passes  bool
+	}{
+		{"h2c", false},
+		{"H2C", false},
+		{"h2c-14", false},
+		{"h2", false},
+		{"HTTP/2.0", false},
+		{"http/1.1", false},
+		{"TLS/1.0", false},
+		{"TLS/1.2, HTTP/1.1", false},
+		{"websocket, h2c", false},
+		{"websocket , HTTP/2", false},
+		{",, h2c", false},
+		{"websocket", true},
+		{"echo, x-h2c", true},
+		{"SPDY/3.1", true},
+	} {
+		for _, off := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s/off %v", test.upgrade, off), func(t *testing.T) {
+				auth := newAuthServer(t)
+				up := newUpstream(t, auth)
+				up.script(func(w http.ResponseWriter, r *http.Request) bool {
+					up.record(r)
+					if r.Header.Get("Upgrade") == "" {
+						return false
+					}
+					conn, rw, err := http.NewResponseController(w).Hijack()
+					if err != nil {
+						t.Error(err)
+						return true
+					}
+					defer conn.Close()
+					fmt.Fprintf(rw, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: %s\r\n\r\n", r.Header.Get("Upgrade"))
+					_ = rw.Flush()
+					_, _ = io.Copy(conn, rw)
+					return true
+				})
+				g := startGateway(t, proxySite(up, auth, map[bool]string{true: "upstream " + up.addr + " off"}[off]))
+				conn := g.raw()
+				fmt.Fprintf(conn, "GET / HTTP/1.1\r\nHost: gateway.test\r\nConnection: Upgrade\r\nUpgrade: %s\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n\r\n", test.upgrade)
+				res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+				if err != nil {
+					t.Fatal(err)
+				}
+				want := map[bool]int{true: http.StatusSwitchingProtocols, false: http.StatusOK}[test.passes || off]
+				if res.StatusCode != want {
+					t.Errorf("got %d, want %d", res.StatusCode, want)
+				}
+				if header := up.last(t).header; want == http.StatusOK && (header["Connection"] != nil || header["Http2-Settings"] != nil) {
+					t.Errorf("got %v, want nothing of the upgrade", header)
+				}
+			})
+		}
+	}
+}
+
+// The proxy would open the tunnel: it compares a 101 with what the caller asked for.
+func TestSwitchThatTheUpstreamWasNotAskedFor(t *testing.T) {
+	for _, test := range []struct{ asked, switches string }{
+		{"", "websocket"},
+		{"", "h2c"},
+		{"h2c", "h2c"},
+		{"HTTP/2.0", "http/2.0"},
+		{"websocket", "h2c"},
+		{"websocket", ""},
+	} {
+		t.Run(test.asked+" and "+test.switches, func(t *testing.T) {
+			g, _, up := gateAndFakes(t, "")
+			up.script(func(w http.ResponseWriter, _ *http.Request) bool {
+				conn, rw, err := http.NewResponseController(w).Hijack()
+				if err != nil {
+					t.Error(err)
+					return true
+				}
+				defer conn.Close()
+				fmt.Fprint(rw, "HTTP/1.1 101 Switching Protocols\r\n")
+				if test.switches != "" {
+					fmt.Fprintf(rw, "Connection: Upgrade\r\nUpgrade: %s\r\n", test.switches)
+				}
+				fmt.Fprint(rw, "\r\n")
+				_ = rw.Flush()
+				return true
+			})
+			conn := g.raw()
+			fmt.Fprint(conn, "GET / HTTP/1.1\r\nHost: gateway.test\r\n")
+			if test.asked != "" {
+				fmt.Fprintf(conn, "Connection: Upgrade\r\nUpgrade: %s\r\n", test.asked)
+			}
+			fmt.Fprint(conn, "\r\n")
+			res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil || res.StatusCode != http.StatusBadGateway {
+				t.Fatalf("got %v, err %v, want 502", res, err)
+			}
+			eventually(t, func() bool { return len(g.logged(errSwitched.Error())) > 0 }, "the reason in the log")
+		})
+	}
+}
+
 func TestStreamingResponseIsNotHeldBack(t *testing.T) {
 	g, _, up := gateAndFakes(t, "")
 	next := make(chan struct{})
