@@ -109,7 +109,7 @@ func (cl *client) refuse(ctx context.Context, refused *token) {
 		return
 	}
 	cl.endpoint.metrics.refusedTokens.Inc()
-	upstream := dialAddressOf(ctx).address
+	upstream := dialAddressOf(ctx).String()
 	cl.endpoint.logger.Warn("the upstream refused the token", append(cl.endpoint.logFields(), zap.String("upstream", upstream))...)
 	// The handlers run in their own goroutine: the request must not wait for them.
 	go cl.endpoint.events.emit(eventRefused, map[string]any{"client": cl.endpoint.metrics.name, "upstream": upstream})

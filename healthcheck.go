@@ -97,7 +97,7 @@ func (t *Transport) keepFromLog(req *http.Request, res *http.Response, err error
 		}
 	case req.Response != nil:
 		t.logger.Info("a health check that the upstream has redirected failed",
-			zap.String("upstream", dialAddressOf(req.Context()).address), zap.Error(err))
+			zap.Stringer("upstream", dialAddressOf(req.Context())), zap.Error(err))
 		return &http.Response{Proto: "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1, Body: http.NoBody, Request: req}, nil
 	}
 	return res, err

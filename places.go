@@ -32,6 +32,14 @@ const (
 // the URL for the PROXY protocol.
 type dialAddress struct{ network, address string }
 
+// String returns the address as the config has it. TCP needs no name there.
+func (a dialAddress) String() string {
+	if a.network == "tcp" {
+		return a.address
+	}
+	return a.network + "/" + a.address
+}
+
 // dialAddressOf returns the address that a request is sent to. ctx is the
 // context of the request.
 func dialAddressOf(ctx context.Context) dialAddress {

@@ -51,7 +51,7 @@ func TestValidate(t *testing.T) {
 		{"one address of a range", "127.0.0.1:9000-9002", clientSettings + "upstream 127.0.0.1:9001 off", ""},
 		{"beside an upstream from the request", local + " {header.X-Upstream}", clientSettings + "upstream 127.0.0.1:9009 off", ""},
 		{"a socket", "unix//run/orders.sock", clientSettings + "upstream unix//run/orders.sock {\n tenant acme\n}", ""},
-		{"another socket", "unix//run/orders.sock", clientSettings + "upstream unix//run/order.sock off", "reverse_proxy has no such upstream"},
+		{"another socket", "unix//run/orders.sock", clientSettings + "upstream unix//run/order.sock off", "upstream unix//run/order.sock: reverse_proxy has no such upstream"},
 
 		// An address that belongs to two.
 		{"twice in a block", local, clientSettings + "upstream 127.0.0.1:9000 127.0.0.1:9000 {\n tenant acme\n}", "upstream 127.0.0.1:9000: named twice"},

@@ -64,17 +64,17 @@ func (t *Transport) routeOf(req *http.Request) (route, error) {
 	if !ok {
 		return route{}, errNotProxied
 	}
-	r := t.routeTo(dialAddress{dial.Network, dial.Address})
+	to := dialAddress{dial.Network, dial.Address}
+	r := t.routeTo(to)
 	if r.unknown() {
-		return route{}, fmt.Errorf("upstream %s has no credentials: add `upstream %s { … }` or `upstream %s off` to transport oauth2",
-			dial.Address, dial.Address, dial.Address)
+		return route{}, fmt.Errorf("upstream %s has no credentials: add `upstream %s { … }` or `upstream %s off` to transport oauth2", to, to, to)
 	}
 	if r.off {
 		return r, nil
 	}
 	proxy := t.proxyOf(req)
 	if t.exposes(req, dial, proxy) {
-		return route{}, plaintextError(dial.Address)
+		return route{}, plaintextError(to.String())
 	}
 	return r, checkProxied(req, dial, proxy)
 }

@@ -164,7 +164,7 @@ func selectClients(transports []*Transport, upstream string) ([]*upstreamClient,
 			if r.unknown() {
 				continue // only what it yields has credentials
 			}
-			known[n.address] = true
+			known[n.String()] = true
 			if upstream != "" && !n.is(wanted) {
 				continue
 			}
@@ -176,8 +176,8 @@ func selectClients(transports []*Transport, upstream string) ([]*upstreamClient,
 				byKey[r.key] = &upstreamClient{client: r.client}
 				selected = append(selected, byKey[r.key])
 			}
-			if c := byKey[r.key]; !slices.Contains(c.upstreams, n.address) {
-				c.upstreams = append(c.upstreams, n.address)
+			if c := byKey[r.key]; !slices.Contains(c.upstreams, n.String()) {
+				c.upstreams = append(c.upstreams, n.String())
 			}
 		}
 		// Upstreams that the config does not name get the token of this one.

@@ -232,6 +232,28 @@ func TestTokenCommandPicksAnUpstream(t *testing.T) {
 	}
 }
 
+func TestTokenCommandNamesUpstreamsAsInTheConfig(t *testing.T) {
+	auth := newAuthServer(t)
+	site := expand(`reverse_proxy unix//run/orders.sock tcp4/127.0.0.1:9000 {
+		transport oauth2 {
+			token_url $AUTH/token
+			client_id gateway
+			client_secret s
+		}
+	}`, "$AUTH", auth.URL)
+	output, _, err := runTokenCommand(t, site, "", false, false)
+	wantError(t, err, "")
+	for _, written := range []string{"unix//run/orders.sock", "tcp4/127.0.0.1:9000"} {
+		if !strings.Contains(output, written) {
+			t.Errorf("got\n%s\nwant %s", output, written)
+		}
+		_, _, err := runTokenCommand(t, site, written, false, false)
+		wantError(t, err, "")
+	}
+	_, _, err = runTokenCommand(t, site, "127.0.0.1:9000", false, false)
+	wantError(t, err, "it has tcp4/127.0.0.1:9000, unix//run/orders.sock")
+}
+
 func TestTokenCommandWithoutAClient(t *testing.T) {
 	for _, test := range []struct{ site, want string }{
 		{"respond ok", "no transport oauth2"},

@@ -172,7 +172,7 @@ func (t *Transport) assignRoutes(all configuredUpstreams) error {
 	if !all.dynamic && all.byRequest == "" {
 		for dial := range t.routes {
 			if !slices.ContainsFunc(all.static, func(u staticUpstream) bool { return u.dialAddress == dial }) {
-				return fmt.Errorf("upstream %s: reverse_proxy has no such upstream; write it as there", dial.address)
+				return fmt.Errorf("upstream %s: reverse_proxy has no such upstream; write it as there", dial)
 			}
 		}
 	}
@@ -203,7 +203,7 @@ func (t *Transport) routeOfSources(sources []upstreamName) (route, error) {
 				continue
 			}
 			if own != r && !own.unknown() {
-				return route{}, fmt.Errorf("upstream %s: named twice; dynamic upstreams from SRV records have one upstream block, whatever the port", source.address)
+				return route{}, fmt.Errorf("upstream %s: named twice; dynamic upstreams from SRV records have one upstream block, whatever the port", source)
 			}
 			own = r
 		}

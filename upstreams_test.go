@@ -179,6 +179,28 @@ func TestUpstreamsThatCannotBeServed(t *testing.T) {
 	}
 }
 
+// What an error says of an upstream can be written into the config.
+func TestUpstreamsAreNamedAsInTheConfig(t *testing.T) {
+	g := startGateway(t, `reverse_proxy {header.X-Up} {
+		transport oauth2 {
+			upstream 127.0.0.1:1 tcp4/192.0.2.1:1 {
+				`+clientSettings+`
+			}
+		}
+	}`+handleErrors)
+	for written, want := range map[string]string{
+		"127.0.0.1:2":      "upstream 127.0.0.1:2 has no credentials: add `upstream 127.0.0.1:2 { … }` or `upstream 127.0.0.1:2 off`",
+		"tcp/127.0.0.1:2":  "upstream 127.0.0.1:2 has no credentials",
+		"tcp4/127.0.0.1:2": "upstream tcp4/127.0.0.1:2 has no credentials: add `upstream tcp4/127.0.0.1:2 { … }` or `upstream tcp4/127.0.0.1:2 off`",
+		"unix//run/x.sock": "upstream unix//run/x.sock has no credentials: add `upstream unix//run/x.sock { … }` or `upstream unix//run/x.sock off`",
+		"tcp4/192.0.2.1:1": "the token would go to upstream tcp4/192.0.2.1:1 unencrypted",
+	} {
+		if r := g.get("X-Up", written).want(t, http.StatusBadGateway); !strings.Contains(r.body, want) {
+			t.Errorf("%s: got %q, want %q in it", written, r.body, want)
+		}
+	}
+}
+
 // The client names a host, and must not get the token for it.
 func TestDynamicUpstreamThatTheClientChooses(t *testing.T) {
 	auth := newAuthServer(t)
