@@ -228,7 +228,7 @@ func TestProxyOfTheEnvironment(t *testing.T) {
 	if os.Getenv(inChild) == "" {
 		forward := newForwardProxy(t)
 		child := exec.Command(os.Args[0], "-test.run=^TestProxyOfTheEnvironment$", "-test.v")
-		child.Env = append(os.Environ(), inChild+"=1", "HTTP_PROXY="+forward.URL, "NO_PROXY=", "no_proxy=")
+		child.Env = append(os.Environ(), inChild+"=1", "HTTP_PROXY="+strings.Replace(forward.URL, "//", "//user:"+canarySecret+"@", 1), "NO_PROXY=", "no_proxy=")
 		if output, err := child.CombinedOutput(); err != nil || !strings.Contains(string(output), "--- PASS") {
 			t.Errorf("got %v and\n%s", err, output)
 		}
@@ -272,6 +272,7 @@ func TestProxyOfTheEnvironment(t *testing.T) {
 		t.Errorf("got %q, want what to write", r.body)
 	}
 	g.get("Host", "upstream.invalid") // the proxy does not know it
+	wantNoCanaryIn(t, g.logs())       // not even at debug level
 }
 
 // Who chooses the way chooses the destination.
