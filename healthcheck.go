@@ -127,12 +127,12 @@ func (t *Transport) refusesCheck(b *block, status int) bool {
 // if they have different ones. Any other address is that of health_upstream, which
 // belongs to no upstream.
 func (t *Transport) routeOfCheck(dial reverseproxy.DialInfo) route {
-	checked := dialAddress{dial.Network, dial.Address}
+	checked := dialAddress{dial.Network, dial.Address}.canonical()
 	if _, named := t.routes[checked]; named || !t.checksOthers {
 		return t.routeTo(checked)
 	}
 	var found route
-	for i, upstream := range t.byHost[dial.Host] {
+	for i, upstream := range t.byHost[canonicalHost(dial.Host)] {
 		if i > 0 && upstream != found {
 			return route{}
 		}

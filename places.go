@@ -4,6 +4,9 @@ package outboundauth
 
 import (
 	"context"
+	"net"
+	"net/netip"
+	"strings"
 	"sync"
 	"time"
 
@@ -38,6 +41,25 @@ func (a dialAddress) String() string {
 		return a.address
 	}
 	return a.network + "/" + a.address
+}
+
+// canonical returns the address in the form in which two that name one host and port are
+// equal. The answer of a resolver chooses among the others: names have no case, an SRV
+// record ends them with a dot, and ::1 can be written at length.
+func (a dialAddress) canonical() dialAddress {
+	host, port, err := net.SplitHostPort(a.address)
+	if err != nil { // a socket
+		return a
+	}
+	return dialAddress{a.network, net.JoinHostPort(canonicalHost(host), port)}
+}
+
+// canonicalHost is canonical for a host.
+func canonicalHost(host string) string {
+	if addr, err := netip.ParseAddr(host); err == nil {
+		return addr.Unmap().String()
+	}
+	return strings.ToLower(strings.TrimSuffix(host, "."))
 }
 
 // dialAddressOf returns the address that a request is sent to. ctx is the

@@ -21,6 +21,9 @@ func (t *Transport) routeTo(dial dialAddress) route {
 	if r, ok := t.routes[dial]; ok {
 		return r
 	}
+	if r, ok := t.routes[dial.canonical()]; ok { // looked up last: the config has most addresses in this form
+		return r
+	}
 	return t.others
 }
 
@@ -99,7 +102,7 @@ func (all *configuredUpstreams) readSource(repl *caddy.Replacer, raw json.RawMes
 		var srv reverseproxy.SRVUpstreams
 		_ = json.Unmarshal(raw, &srv)
 		if host, err := repl.ReplaceOrErr(srv.String(), true, true); err == nil {
-			name = upstreamName{dialAddress{"tcp", host}, true}
+			name = upstreamName{dialAddress{"tcp", canonicalHost(host)}, true}
 		}
 	}
 	var config any
@@ -141,7 +144,7 @@ func dependsOnRequest(repl *caddy.Replacer, text string) bool {
 }
 
 // parseDialAddress normalizes an address as the reverse proxy does before it
-// dials. It is an error if the address depends on the request.
+// dials, and makes it canonical. It is an error if the address depends on the request.
 func parseDialAddress(repl *caddy.Replacer, address string) (dialAddress, error) {
 	address, err := repl.ReplaceOrErr(address, true, true)
 	if err != nil {
@@ -154,7 +157,7 @@ func parseDialAddress(repl *caddy.Replacer, address string) (dialAddress, error)
 	if parsed.PortRangeSize() != 1 {
 		return dialAddress{}, errors.New("must be a single address")
 	}
-	return dialAddress{parsed.Network, parsed.JoinHostPort(0)}, nil
+	return dialAddress{parsed.Network, parsed.JoinHostPort(0)}.canonical(), nil
 }
 
 // assignRoutes gives each upstream of the proxy its route. The routes of the upstream

@@ -136,6 +136,41 @@ func TestRoutes(t *testing.T) {
 	}
 }
 
+// A resolver, or a client that chooses the upstream, may spell an address in any way.
+func TestSpellingsOfAnAddressHaveOneRoute(t *testing.T) {
+	const blocks = `
+		upstream _https._tcp.example.com {
+			client_id srv
+		}
+		upstream B.example.com.:443 {
+			client_id b
+		}
+		upstream c.example.com:443 [0:0:0:0:0:0:0:1]:443 127.0.0.2:443 off
+		insecure_plaintext upstream
+	`
+	source := `{"source":"srv","service":"https","proto":"tcp","name":"Example.com."}`
+	transport, _, err := loadProxy(t, withSource(t, source, "", clientSettings+blocks))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for address, want := range map[string]string{
+		"b.example.com:443": "b", "b.example.com.:443": "b", "B.EXAMPLE.com:443": "b",
+		"c.example.com:443": "off", "c.example.com.:443": "off", "C.Example.com.:443": "off",
+		"[::1]:443": "off", "[0:0::1]:443": "off", "127.0.0.2:443": "off", "[::ffff:127.0.0.2]:443": "off", "[::ffff:7f00:2]:443": "off",
+		"d.example.com.:443": "srv", "c.example.com.:8443": "srv", "[::1%lo]:443": "srv",
+	} {
+		dial := dialAddress{"tcp", address} // as the source yields it
+		if got := routeName(transport.routeTo(dial)); got != want {
+			t.Errorf("%s: got the client %q, want %q", address, got, want)
+		}
+		transport.checksOthers = true // health_port
+		if got := routeName(transport.routeOfCheck(reverseproxy.DialInfo{Network: "tcp", Address: address})); got != want && want != "srv" {
+			t.Errorf("%s: got the client %q for a health check, want %q", address, got, want)
+		}
+		transport.checksOthers = false
+	}
+}
+
 func TestUpstreamsThatCannotBeServed(t *testing.T) {
 	t.Setenv("TEST_UNSET", "")
 	const (
