@@ -3,16 +3,27 @@
 package outboundauth
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
+	"slices"
 	"sync"
 	"time"
 )
 
 const (
+	// After a fault that passes. Requests that are refused meanwhile need the token
+	// as soon as it can be had: the wait grows with the outage, to two seconds. If
+	// nobody needs the token, it grows to half a minute.
+	minBackoff                            = 250 * time.Millisecond
+	maxAskedBackoff                       = 2 * time.Second
 	transientBackoff, maxTransientBackoff = 1 * time.Second, 30 * time.Second
-	minRefreshBackoff                     = 250 * time.Millisecond
+
+	// After 429 without Retry-After (RFC 6585 §4).
+	throttledBackoff, maxThrottledBackoff = 1 * time.Second, 30 * time.Second
+
 	permanentBackoff, maxPermanentBackoff = 5 * time.Second, 5 * time.Minute
 	maxRetryAfter                         = 5 * time.Minute
 
@@ -29,6 +40,14 @@ const (
 	// server's instances restarts.
 	quickRetries    = 2
 	quickRetryDelay = 100 * time.Millisecond
+
+	// A server that is silent for a quarter of token_timeout is asked again. So many
+	// requests fit into the time.
+	silenceDivisor = 4
+	maxAttempts    = 4
+
+	// How long a caller waits for a token after a fetch has failed, at least.
+	leastPatience = 1 * time.Second
 )
 
 // permanent is implemented by errors that know whether a repetition can help. It
@@ -49,12 +68,32 @@ type throttled interface {
 // fetchError says why there is no token. Its text may be logged and shown: it
 // holds no secret, token, form or body.
 type fetchError struct {
-	err     error
-	retryAt time.Time // no new fetch starts before this
+	err error
+
+	// No fetch that nobody waits for starts before retryAt, and none at all before
+	// soonest.
+	retryAt, soonest time.Time
 }
 
 func (e *fetchError) Error() string { return e.err.Error() }
 func (e *fetchError) Unwrap() error { return e.err }
+
+// errLate is the error of a caller that has waited long enough, while no fetch has
+// failed.
+var errLate = lateError{}
+
+type lateError struct{}
+
+func (lateError) Error() string {
+	return "the authorization server takes longer than usual to issue a token"
+}
+
+// Is makes a lateError a timeout.
+func (lateError) Is(target error) bool { return target == context.DeadlineExceeded }
+
+// errSilent is why a token is requested again although the request before has not
+// ended.
+var errSilent = &tokenError{Code: codeTimeout, Description: "the authorization server has not answered yet"}
 
 // earlyError says why an operator can't have the token replaced now.
 type earlyError struct {
@@ -73,30 +112,115 @@ func (e *earlyError) Error() string {
 	return fmt.Sprintf("the authorization server asks to be left alone: try again in %v: %v", wait, e.cause)
 }
 
-// retryDelay returns how long to wait after a failure, and whether this failure
-// makes the later waits longer. failures is how many failures of the same kind
-// came before. left is how long a token that is still in use may be used; 0 if
-// there is none.
-func retryDelay(err error, failures int, left time.Duration) (wait time.Duration, prolongs bool) {
-	prolongs = true
-	if isPermanent(err) {
+// failure is what decides when a fetch that has failed is repeated.
+type failure struct {
+	err    error
+	began  time.Time     // when its last token request began
+	ended  time.Time     // when the fetch ended
+	lasted time.Duration // how long there have been failures
+	left   time.Duration // how long the current token is valid; 0 if there is none
+}
+
+// kind tells failures apart whose waits grow on their own.
+type kind int
+
+const (
+	transientFailure kind = iota
+	throttledFailure      // the server limits the rate, and does not say for how long
+	permanentFailure
+)
+
+// streak counts failures of one kind in a row. The zero value is ready to use.
+type streak struct {
+	of    kind
+	count int // how many of them make the next wait longer
+}
+
+// next notes a failure. It returns when a fetch that a caller waits for may be the next
+// one, and when a fetch that nobody waits for.
+func (s *streak) next(f failure) (soonest, retryAt time.Time) {
+	if of := kindOf(f.err); of != s.of {
+		*s = streak{of: of}
+	}
+	switch s.of {
+	case permanentFailure:
 		// Never wait less than the interval: the server could lock out a client
 		// that repeats wrong credentials quickly.
-		wait = backoff(failures, permanentBackoff, maxPermanentBackoff)
+		wait := backoff(s.count, permanentBackoff, maxPermanentBackoff)
 		if wait += rand.N(wait / 2); wait > maxPermanentBackoff {
 			wait = maxPermanentBackoff - rand.N(maxPermanentBackoff/4)
 		}
-	} else {
-		// Full jitter: wait for any time within the interval.
-		wait = rand.N(backoff(failures, transientBackoff, maxTransientBackoff))
-		// If a token is still in use, wait for half of the time that is left:
-		// the server may be back before the token ends. Such a try does not
-		// prolong the back-off that follows.
-		if soon := max(left/2, minRefreshBackoff); left > 0 && soon < wait {
-			wait, prolongs = soon, false
+		s.count++
+		soonest = f.ended.Add(wait)
+		retryAt = soonest
+	case throttledFailure:
+		soonest = f.ended.Add(backoff(s.count, throttledBackoff, maxThrottledBackoff))
+		s.count++
+		retryAt = soonest
+	default:
+		// Up to a quarter less, so that gateways do not all come back at once.
+		asked := min(max(f.lasted, minBackoff), maxAskedBackoff)
+		soonest = f.began.Add(max(asked-rand.N(asked/4), minBackoff))
+		// Full jitter: wait for any time within the interval, but no longer than the
+		// outage has lasted.
+		wait := rand.N(backoff(s.count, transientBackoff, maxTransientBackoff))
+		wait = max(min(wait, f.lasted), minBackoff)
+		// If a token is still valid, wait for half of the time that is left: the
+		// server may be back before the token ends. Such a try does not prolong the
+		// back-off that follows.
+		if soon := max(f.left/2, minBackoff); f.left > 0 && soon < wait {
+			wait = soon
+		} else {
+			s.count++
 		}
+		retryAt = f.ended.Add(wait)
 	}
-	return max(wait, min(retryAfter(err), maxRetryAfter)), prolongs
+	if asks := f.ended.Add(min(retryAfter(f.err), maxRetryAfter)); soonest.Before(asks) {
+		soonest = asks
+	}
+	if retryAt.Before(soonest) {
+		retryAt = soonest
+	}
+	return soonest, retryAt
+}
+
+func kindOf(err error) kind {
+	switch failure, ok := errors.AsType[*tokenError](err); {
+	case isPermanent(err):
+		return permanentFailure
+	case ok && failure.Status == http.StatusTooManyRequests && failure.retryAfter == 0:
+		return throttledFailure
+	}
+	return transientFailure
+}
+
+// leftAlone reports whether the server is to be left alone for a time: it has asked for
+// that, or it has refused the client and may lock it out.
+func leftAlone(err error) bool {
+	return kindOf(err) != transientFailure || retryAfter(err) > 0
+}
+
+// usual knows how long the last token requests that succeeded took.
+type usual struct {
+	took [5]time.Duration // the last ones, in any order
+	n    int              // how many there were
+}
+
+func (u *usual) add(took time.Duration) {
+	u.took[u.n%len(u.took)] = took
+	u.n++
+}
+
+// median is not moved by a request or two that hung until an outage ended. It is 0 if
+// nothing is known.
+func (u *usual) median() time.Duration {
+	if u.n == 0 {
+		return 0
+	}
+	took := u.took // a copy
+	known := took[:min(u.n, len(took))]
+	slices.Sort(known)
+	return known[len(known)/2]
 }
 
 // backoff returns base, doubled for each failure before this one, and limit at

@@ -7,6 +7,7 @@ import (
 	"crypto/sha256"
 	"errors"
 	"sync/atomic"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -30,29 +31,36 @@ type client struct {
 // newClient makes a client of e. transportConfig describes the transport of e. The
 // caller has to release the client, and the client then releases e.
 func newClient(e *endpoint, transportConfig []byte) (*client, error) {
-	life := e.credentials.lifecycle()
-	shape, err := e.credentials.shape(life, transportConfig)
+	shape, err := e.credentials.shape(transportConfig)
 	if err != nil {
 		return nil, err
 	}
 	cl := &client{key: sha256.Sum256(shape), endpoint: e}
 	source, _, err := sources.LoadOrNew(cl.key, func() (caddy.Destructor, error) {
-		return newTokenSource(life), nil
+		return newTokenSource(), nil
 	})
 	if err != nil {
 		return nil, err
 	}
 	cl.source = source.(*tokenSource)
-	cl.source.attach(e)
+	cl.source.attach(e, e.credentials.lifecycle())
 	return cl, nil
 }
+
+// afterlife is how long a source is kept after its last user: somebody may go back to
+// the former config, and in an outage no other token could be had.
+const afterlife = 1 * time.Minute
 
 // release gives the client's share of the source back. Requests that are still on
 // their way can go on using the client.
 func (cl *client) release() error {
-	cl.source.detach(cl.endpoint)
-	_, err := sources.Delete(cl.key)
-	return errors.Join(err, cl.endpoint.release())
+	err := cl.endpoint.release()
+	if cl.source.detach(cl.endpoint) {
+		time.AfterFunc(afterlife, func() { _, _ = sources.Delete(cl.key) })
+		return err
+	}
+	_, deleteErr := sources.Delete(cl.key)
+	return errors.Join(deleteErr, err)
 }
 
 // replace returns a new token for one that an upstream has refused. It returns nil
@@ -81,6 +89,9 @@ func (cl *client) replaceLater(ctx context.Context, refused *token) {
 // retire takes a refused token out of use, unless another has replaced it already.
 // It reports whether the refused token may be replaced now.
 func (cl *client) retire(ctx context.Context, refused *token) bool {
+	if refused.inReserve(time.Now()) {
+		return true // it has expired by the upstream's clock, and its renewal is due
+	}
 	cl.source.places.refused(dialAddressOf(ctx))
 	if current := cl.source.Peek(); current != nil && current != refused {
 		return true
@@ -95,6 +106,9 @@ func (cl *client) retire(ctx context.Context, refused *token) bool {
 // replaceAfterCheck replaces a token after an upstream has refused it in a health
 // check, unless it is too early.
 func (cl *client) replaceAfterCheck(ctx context.Context, refused *token) {
+	if refused.inReserve(time.Now()) {
+		return
+	}
 	cl.source.places.refused(dialAddressOf(ctx))
 	if cl.checks.allow(refused) {
 		cl.refuse(ctx, refused)

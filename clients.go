@@ -86,12 +86,16 @@ func (cs *clients) tokenTransport(ctx caddy.Context, c *Credentials) (tokenTrans
 // provision provisions the token_transport of c, or else the default transport.
 func (cs *clients) provision(ctx caddy.Context, c *Credentials) (tokenTransport, error) {
 	h := new(reverseproxy.HTTPTransport)
-	config, err := json.Marshal(cmp.Or(c.TokenTransport, h)) // before Provision, which adds its defaults to h
+	config, err := json.Marshal(cmp.Or(c.TokenTransport, h))
 	if err != nil {
 		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
 	}
 	// h is a copy: clients that inherit the setting may need a transport each.
 	if err := json.Unmarshal(config, h); err != nil {
+		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
+	}
+	// Before Provision, which adds its defaults to h.
+	if config, err = json.Marshal(identity(*h)); err != nil {
 		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
 	}
 	if len(h.Versions) == 0 {
@@ -114,4 +118,18 @@ func (cs *clients) provision(ctx caddy.Context, c *Credentials) (tokenTransport,
 		}
 	}
 	return tokenTransport{h, config, proxied}, nil
+}
+
+// identity returns a transport without the settings that say only how long to wait, and
+// how connections are used. The others decide which server is reached, and as whom.
+func identity(h reverseproxy.HTTPTransport) reverseproxy.HTTPTransport {
+	h.KeepAlive, h.MaxConnsPerHost, h.Versions = nil, 0, nil
+	h.DialTimeout, h.FallbackDelay, h.ResponseHeaderTimeout, h.ExpectContinueTimeout, h.ReadTimeout, h.WriteTimeout = 0, 0, 0, 0, 0, 0
+	h.MaxResponseHeaderSize, h.WriteBufferSize, h.ReadBufferSize = 0, 0, 0
+	if h.TLS != nil {
+		tls := *h.TLS
+		tls.HandshakeTimeout = 0
+		h.TLS = &tls
+	}
+	return h
 }

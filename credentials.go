@@ -435,20 +435,20 @@ func (c *Credentials) lifecycle() lifecycle {
 	}
 }
 
-// shape returns everything that shapes a token request and the life of its
-// token. These are all settings except those that say what the upstream is
-// sent. A sourceKey is the digest of this.
-func (c Credentials) shape(life lifecycle, transportConfig []byte) ([]byte, error) {
+// shape returns everything that decides which token is granted, and by which server.
+// These are all settings except those that say what the upstream is sent, how long to
+// wait, and when the token is replaced: a change of these is no reason to throw a token
+// away. A sourceKey is the digest of this.
+func (c Credentials) shape(transportConfig []byte) ([]byte, error) {
 	c.AuthMethod, c.GrantType = c.authMethod(), c.grantType()
 	c.BasicEncoding = cmp.Or(c.BasicEncoding, basicForm)
 	c.AssertionLifetime = cmp.Or(c.AssertionLifetime, caddy.Duration(defaultAssertionLifetime))
 	c.TokenTransport, c.TokenTimeout, c.RefreshBefore, c.DefaultLifetime = nil, 0, 0, 0
 	c.Name, c.Tenant, c.Headers, c.BearerHeader, c.RetryOn, c.ReplayBody = "", nil, nil, nil, nil, nil
+	c.Scopes = slices.Compact(slices.Sorted(slices.Values(c.Scopes))) // they have no order (RFC 6749 §3.3)
 	// encoding/json sorts the maps, and keeps values that follow each other
 	// apart.
-	shape, err := json.Marshal([]any{
-		c, json.RawMessage(transportConfig), life.refreshBefore, life.defaultLifetime, life.fetchTimeout,
-	})
+	shape, err := json.Marshal([]any{c, json.RawMessage(transportConfig)})
 	if err != nil {
 		return nil, fmt.Errorf("token_transport: %w", err)
 	}

@@ -603,7 +603,7 @@ func TestCaddyfileAndJSONHaveTheSameDefaults(t *testing.T) {
 			t.Errorf("%s: got %v, %d, want %v, %d", name, got.retryOn, got.replayLimit, want.retryOn, want.replayLimit)
 		}
 	}
-	got := fromCaddyfile.fallback.source.lifecycle
+	got := fromCaddyfile.fallback.source.life
 	if want := (lifecycle{defaultLifetime: 5 * time.Minute, fetchTimeout: 10 * time.Second}); got != want {
 		t.Errorf("got %+v, want %+v", got, want)
 	}

@@ -15,9 +15,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// tokenTransport is a transport to a token endpoint, with its config. The
-// config is a part of the sourceKey: clients with different transports do not
-// share a source.
+// tokenTransport is a transport to a token endpoint, with the part of its config that
+// decides which server it reaches. This is a part of the sourceKey.
 type tokenTransport struct {
 	http.RoundTripper
 	config  []byte

@@ -43,7 +43,7 @@ func (s *tokenSource) when(is func(*tokenSource, time.Time) bool) bool {
 func (s *tokenSource) backOff(by time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lastErr = &fetchError{err: s.lastErr.err, retryAt: s.lastErr.retryAt.Add(by)}
+	s.lastErr = &fetchError{s.lastErr.err, s.lastErr.retryAt.Add(by), s.lastErr.soonest.Add(by)}
 }
 
 // No client notices that a token has been revoked, however busy the gateway.
@@ -290,7 +290,7 @@ func newChaos() *chaos {
 	c.told = func(_ *token, err *fetchError, _ int) {
 		c.noBefore, c.failedWith = time.Time{}, ""
 		if err != nil {
-			c.noBefore = err.retryAt
+			c.noBefore = err.soonest
 		}
 		if err != nil && isPermanent(err) {
 			c.failedWith = c.looked
@@ -338,7 +338,7 @@ func TestSourceSurvivesAnHourOfChaos(t *testing.T) {
 					s.Refuse(tok)
 				}
 			case 1:
-				s.attach(c)
+				s.attach(c, testLife)
 			case 2:
 				s.detach(c)
 			case 3:
@@ -352,8 +352,8 @@ func TestSourceSurvivesAnHourOfChaos(t *testing.T) {
 				defer cancel()
 				start := time.Now()
 				tok, _, err := s.Token(ctx)
-				if waited := time.Since(start); waited > s.fetchTimeout {
-					t.Errorf("got an answer after %v, want it within %v", waited, s.fetchTimeout)
+				if waited := time.Since(start); waited > testLife.fetchTimeout {
+					t.Errorf("got an answer after %v, want it within %v", waited, testLife.fetchTimeout)
 				}
 				switch _, isOurs := errors.AsType[*fetchError](err); {
 				case err == nil:

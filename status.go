@@ -86,7 +86,7 @@ func (s *tokenSource) statusAlone(now time.Time) (sourceStatus, []requester) {
 	if t := s.current; t != nil {
 		status.obtained, status.renewal, status.expires = t.obtained, t.refreshAt, t.expires
 		switch {
-		case s.usable(now) == nil:
+		case s.refused || !s.valid(now):
 			status.state = stateExpired
 		case now.Before(t.refreshAt):
 			status.state = stateFresh
@@ -98,10 +98,10 @@ func (s *tokenSource) statusAlone(now time.Time) (sourceStatus, []requester) {
 		status.err, status.retryAt = s.lastErr, s.lastErr.retryAt
 	}
 
-	requesters := slices.Clone(s.requesters)
-	slices.Reverse(requesters)
-	if s.last != nil && len(requesters) == 0 {
-		requesters = append(requesters, s.last) // it still serves requests that are on their way
+	var requesters []requester
+	for _, sharer := range s.sharers {
+		requesters = append(requesters, sharer.requester)
 	}
+	slices.Reverse(requesters)
 	return status, requesters
 }

@@ -13,12 +13,12 @@ import (
 // A token's state changes by the mere passing of time.
 func TestStatusOfASource(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		source := newTokenSource(lifecycle{defaultLifetime: time.Hour, fetchTimeout: time.Minute})
+		source := newTokenSource()
 		t.Cleanup(func() { _ = source.Destruct() })
 		if got := source.statuses(time.Now()); len(got) > 0 {
 			t.Errorf("got %v, want no status of a source without a client", got)
 		}
-		source.attach(newNamedEndpoint("orders", "one"))
+		source.attach(newNamedEndpoint("orders", "one"), lifecycle{defaultLifetime: time.Hour, fetchTimeout: time.Minute})
 		wantState := func(want string) sourceStatus {
 			t.Helper()
 			statuses := source.statuses(time.Now())
@@ -35,7 +35,7 @@ func TestStatusOfASource(t *testing.T) {
 			t.Errorf("got %+v, want nothing yet", s)
 		}
 
-		fresh, err := source.newToken(grant{accessToken: "canary-token", issued: time.Now()})
+		fresh, err := source.life.newToken(grant{accessToken: "canary-token", issued: time.Now()}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -51,7 +51,7 @@ func TestStatusOfASource(t *testing.T) {
 			{fresh.refreshAt.Add(-time.Second), stateFresh},
 			{fresh.refreshAt, stateStale},
 			{fresh.usableTo.Add(-time.Second), stateStale},
-			{fresh.usableTo, stateExpired},
+			{fresh.usableTo, stateStale}, // the reserve,
 			{fresh.expires, stateExpired},
 		} {
 			time.Sleep(time.Until(step.at)) // of the bubble
@@ -60,7 +60,7 @@ func TestStatusOfASource(t *testing.T) {
 
 		failed := errors.New("no answer")
 		source.mu.Lock()
-		source.fail(failed, "", time.Now())
+		source.fail(&fetch{started: time.Now()}, failed, "", time.Now())
 		source.mu.Unlock()
 		if s := wantState(stateExpired); s.failures != 1 || !errors.Is(s.err, failed) || s.retryAt.IsZero() {
 			t.Errorf("got %d failures, err %v, retry at %v, want one failure", s.failures, s.err, s.retryAt)
@@ -79,8 +79,8 @@ func newNamedEndpoint(name, clientID string) *endpoint {
 
 // Whatever makes the requests: none is left out.
 func TestStatusNeedsNoEndpoint(t *testing.T) {
-	source := newTokenSource(lifecycle{})
-	source.attach(new(scriptedRequester))
+	source := newTokenSource()
+	source.attach(new(scriptedRequester), testLife)
 	if got := source.statuses(time.Now()); len(got) != 1 || got[0].name != "scripted" {
 		t.Errorf("got %v, want the status of the client", got)
 	}
@@ -88,11 +88,11 @@ func TestStatusNeedsNoEndpoint(t *testing.T) {
 
 // Clients that share a token may have different names.
 func TestStatusForEachName(t *testing.T) {
-	source := newTokenSource(lifecycle{})
+	source := newTokenSource()
 	var clients []*endpoint
 	for i, name := range []string{"orders", "billing", "orders"} {
 		clients = append(clients, newNamedEndpoint(name, strconv.Itoa(i)))
-		source.attach(clients[i])
+		source.attach(clients[i], testLife)
 	}
 	check := func(when string, want ...string) {
 		t.Helper()

@@ -19,13 +19,17 @@ type token struct {
 	value string
 
 	// After refreshAt, the token is replaced in the background. After usableTo,
-	// it is not used any more. Both come before expires: the rest of the token's
-	// life is a reserve.
+	// it is used only if no other can be had: the rest of its life is a reserve.
 	refreshAt, usableTo, expires time.Time
 
 	obtained time.Time
 	binding  *tls.Certificate // see grant
+	grant    grant            // of which the token was made
 }
+
+// inReserve reports whether the token is in the last part of its life. If an upstream
+// refuses it then, it has probably expired by the upstream's clock.
+func (t *token) inReserve(now time.Time) bool { return !now.Before(t.usableTo) }
 
 // Format keeps the token out of everything that prints values.
 func (t *token) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("token")) }
@@ -59,13 +63,41 @@ type grant struct {
 	binding *tls.Certificate
 }
 
+// repeats returns the grant with the lifetime that its token has, if the server repeats
+// the current token. The end that the server has named holds: the life of a token
+// begins once. Only if the token has outlived that end, a new lifetime counts.
+func (g grant) repeats(current *token) (grant, error) {
+	if current == nil || g.accessToken != current.value || current.grant.lifetime == 0 {
+		return g, nil
+	}
+	left := current.expires.Sub(g.issued.Round(0))
+	switch {
+	case left <= 0 && g.lifetime == 0:
+		return g, errors.New("the server repeats a token that has expired, and names no new lifetime (expires_in)")
+	case left > 0 && (g.lifetime == 0 || left < g.lifetime):
+		g.lifetime = left
+	}
+	return g, nil
+}
+
 // lifecycle is what the settings say about a token's life: how early the token
 // is replaced, how long it lasts if the server does not say so, and how long a
 // fetch may take.
 type lifecycle struct {
 	refreshBefore   time.Duration // 0 means 26 % of the lifetime
+	orByDefault     bool          // 26 % of the lifetime, if that is longer than refreshBefore
 	defaultLifetime time.Duration
 	fetchTimeout    time.Duration
+}
+
+// strictest returns the settings that suit both who share a token.
+func (l lifecycle) strictest(other lifecycle) lifecycle {
+	return lifecycle{
+		refreshBefore:   max(l.refreshBefore, other.refreshBefore),
+		orByDefault:     l.orByDefault || other.orByDefault || l.refreshBefore == 0 || other.refreshBefore == 0,
+		defaultLifetime: min(l.defaultLifetime, other.defaultLifetime),
+		fetchTimeout:    max(l.fetchTimeout, other.fetchTimeout),
+	}
 }
 
 // The parts of a token's life, as divisors of its length or in percent.
@@ -85,11 +117,25 @@ const (
 	jitterDivisor = 25
 )
 
-// newToken makes a token of a grant. It counts the token's life from when the
-// token was asked for. The real life began later, so the token is never used for
-// too long.
-func (l lifecycle) newToken(g grant) (*token, error) {
+// newToken makes a token of a grant, which may repeat the current token; nil if there
+// is none.
+func (l lifecycle) newToken(g grant, current *token) (*token, error) {
 	now := time.Now()
+	g, err := g.repeats(current)
+	if err != nil {
+		return nil, err
+	}
+	t := l.token(g, now)
+	if t.inReserve(now) {
+		life, age := t.expires.Sub(g.issued.Round(0)), now.Sub(g.issued)
+		return nil, fmt.Errorf("the token lives for %v, but took %v to get: nothing is left of it", life, age.Round(time.Millisecond))
+	}
+	return t, nil
+}
+
+// token returns the token of a grant. It counts the token's life from when the token
+// was asked for. The real life began later, so the token is never used for too long.
+func (l lifecycle) token(g grant, obtained time.Time) *token {
 	life := g.lifetime
 	if life == 0 {
 		life = l.defaultLifetime
@@ -100,17 +146,14 @@ func (l lifecycle) newToken(g grant) (*token, error) {
 		}
 	}
 	usable := life - min(maxReserve, life/reserveDivisor)
-	if age := now.Sub(g.issued); age >= usable {
-		return nil, fmt.Errorf("the token lives for %v, but took %v to get: nothing is left of it", life, age.Round(time.Millisecond))
-	}
 
-	refresh := life - life/100*refreshPercent
-	if l.refreshBefore > 0 {
-		refresh = life - l.refreshBefore
+	before := l.refreshBefore
+	if before == 0 || l.orByDefault {
+		before = max(before, life/100*refreshPercent)
 	}
 	// The server may take as long next time. Start early enough for twice that
 	// time, so that the new token is there before the old one ends.
-	refresh = min(refresh, usable-2*g.took)
+	refresh := min(life-before, usable-2*g.took)
 	// Never replace a token in the first half of its life.
 	refresh = max(refresh-rand.N(life/jitterDivisor+1), life/2)
 
@@ -123,7 +166,8 @@ func (l lifecycle) newToken(g grant) (*token, error) {
 		usableTo:  issued.Add(usable),
 		expires:   issued.Add(life),
 
-		obtained: now,
+		obtained: obtained,
 		binding:  g.binding,
-	}, nil
+		grant:    g,
+	}
 }

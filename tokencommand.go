@@ -246,14 +246,14 @@ type tokenReport struct {
 // report requests a token like the source, but only once, and returns the result.
 func (c *upstreamClient) report() tokenReport {
 	r := tokenReport{Upstreams: c.upstreams}
-	ctx, cancel := context.WithTimeout(context.Background(), c.source.fetchTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), c.endpoint.credentials.lifecycle().fetchTimeout)
 	defer cancel()
 	var (
 		t *token
 		g grant
 	)
 	err := safely(func() (err error) {
-		t, g, err = c.source.requestToken(ctx, c.endpoint)
+		t, g, err = c.endpoint.credentials.lifecycle().requestToken(ctx, c.endpoint, nil)
 		return err
 	})
 	r.description = c.endpoint.describe()

@@ -339,6 +339,11 @@ func (e *endpoint) logFields() []zap.Field {
 	}
 }
 
+// concurrent implements requester. Some servers accept an assertion only once, so one
+// from a file can't be sent twice (RFC 7523 §3). The JWTs that are made here have a
+// `jti` each.
+func (e *endpoint) concurrent() bool { return e.credentials.AssertionFile == "" }
+
 // describe implements requester.
 func (e *endpoint) describe() description {
 	c := &e.credentials

@@ -7,7 +7,6 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -29,6 +28,9 @@ type requester interface {
 	// files.
 	fingerprint(ctx context.Context) string
 
+	// concurrent reports whether several token requests may be under way at once.
+	concurrent() bool
+
 	// describe says who the client is. It does no I/O.
 	describe() description
 
@@ -47,26 +49,25 @@ var errReleased = errors.New("the configuration that asked for the token was unl
 // concurrent use. A fetch belongs to the source and not to a caller: it goes
 // on when the caller leaves, and its result serves everybody.
 //
-// A token is stale when it is due to be replaced. What happens depends on the
-// state of the token:
+// A token is stale when it is due to be replaced. The end of its life is its
+// reserve. What happens depends on the state of the token:
 //
-//	event        fresh      stale              absent, expired or refused
-//	Token        the token  the token; fetch   waits for the fetch in flight, or starts one and waits;
-//	                                           within a back-off, returns the last error at once;
-//	                                           if a refused token is still valid, returns that token
-//	                                           instead of an error
-//	Peek         the token  the token          nothing
-//	PeekOrFetch  the token  the token; fetch   nothing; fetch
-//	Warm         -          -                  fetch
+//	event        fresh      stale              reserve or refused    absent or expired
+//	Token        the token  the token; fetch   waits for a fetch,    waits for a fetch,
+//	                                           see patience; then    see patience; then
+//	                                           the token             the last error
+//	Peek         the token  the token          nothing               nothing
+//	PeekOrFetch  the token  the token; fetch   nothing; fetch        nothing; fetch
+//	Warm         -          -                  fetch                 fetch
 //	FetchNow     waits for a fetch, whatever the state, unless it is too early
-//	Refuse       the token becomes refused     -
+//	Refuse       the token becomes refused     -                     -
 //	Forget       the token becomes absent, unless it is too early
 //	timer        -          fetch, if the token is wanted or if the last fetch failed
 //
-// A fetch that nobody waits for does not start within a back-off. After the last
-// config that uses the source has ended, only Token and FetchNow start a fetch.
+// Within a back-off, no fetch starts. If there is no token that is valid, a request
+// shortens the back-off. If no config uses the source any more, only Token and
+// FetchNow start a fetch.
 type tokenSource struct {
-	lifecycle
 	places places // what is known about the upstreams that the token is sent to
 
 	mu sync.Mutex // guards all fields below; never held during I/O
@@ -75,8 +76,10 @@ type tokenSource struct {
 	// requests, so no request uses the modules of a config that has ended. If
 	// nobody is left, the last one still makes them: Caddy may serve requests
 	// after it has unloaded their config.
-	requesters []requester
-	last       requester
+	sharers []sharer
+	last    requester
+	life    lifecycle // the strictest settings of the sharers; of the last ones if nobody is left
+	unused  bool      // nobody is left
 
 	tracers trace.TracerProvider // the provider of the last traced request; nil if there was none
 
@@ -86,6 +89,7 @@ type tokenSource struct {
 	timer    *time.Timer // starts the next fetch of a source in use
 
 	requested time.Time // when the last token request ended
+	usual     usual     // how long the server takes
 
 	// Whether a caller has asked for a token since the last fetch ended. The
 	// token of a source that nobody asks is not renewed.
@@ -94,14 +98,20 @@ type tokenSource struct {
 	// About the failures since the last success. All are zero if there was no
 	// failure.
 	failures    int
+	failingFrom time.Time // when the first of them began
 	lastErr     *fetchError
+	streak      streak
 	failedWith  string    // the fingerprint of the secrets that failed; "" after a transient error
 	nextCheckAt time.Time // when the fingerprint may be compared again
-
-	released bool
 }
 
-func newTokenSource(l lifecycle) *tokenSource { return &tokenSource{lifecycle: l} }
+// A sharer is one of those who share a source, with its settings.
+type sharer struct {
+	requester
+	life lifecycle
+}
+
+func newTokenSource() *tokenSource { return new(tokenSource) }
 
 // Format keeps the token out of everything that prints values, such as the
 // panics of caddy.UsagePool.
@@ -112,8 +122,8 @@ func (s *tokenSource) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("token
 // that it replaces.
 var sources = caddy.NewUsagePool()
 
-// sourceKey is a digest of everything that shapes a token request and the life
-// of its token. It is a digest because a config may hold a secret as text, and
+// sourceKey is a digest of what decides which token is granted, and by which
+// server. It is a digest because a config may hold a secret as text, and
 // caddy.UsagePool may print its keys.
 type sourceKey [sha256.Size]byte
 
@@ -135,8 +145,8 @@ type acquisition struct {
 }
 
 // Token returns a token that may be used now, and says how the caller got it. It
-// waits for one fetch at most. If ctx ends before the fetch, the error is the
-// error of ctx. Otherwise it is a *fetchError.
+// waits for one fetch at most, and no longer than patience says. If ctx ends before
+// that, the error is the error of ctx. Otherwise it is a *fetchError.
 func (s *tokenSource) Token(ctx context.Context) (*token, acquisition, error) {
 	now := time.Now()
 	s.mu.Lock()
@@ -153,31 +163,47 @@ func (s *tokenSource) Token(ctx context.Context) (*token, acquisition, error) {
 		return t, got, nil
 	}
 	s.noteTracers(ctx)
-	if s.inflight == nil && s.backingOff(now) && !s.checkDue(now) {
-		defer s.mu.Unlock()
-		return s.lastResort(now, now, s.lastErr)
+	early := s.tooEarly(now)
+	if early {
+		s.hasten(now)
 	}
-	f := s.start(s.backingOff(now))
+	if s.inflight == nil && early && !s.checkDue(now) {
+		defer s.mu.Unlock()
+		return s.best(now, now, s.lastErr)
+	}
+	f := s.start(early)
+	patience, limited := s.patience(f, now)
+	if limited && patience == 0 {
+		defer s.mu.Unlock()
+		return s.best(now, now, s.lastErr)
+	}
 	s.join(ctx, f)
 	s.mu.Unlock()
-
 	defer s.leave(f)
+
+	var late <-chan time.Time
+	if limited {
+		timer := time.NewTimer(patience)
+		defer timer.Stop()
+		late = timer.C
+	}
 	select {
 	case <-f.done:
 		linkFrom(ctx, f.span)
-		if f.err != nil {
-			s.mu.Lock()
-			defer s.mu.Unlock()
-			return s.lastResort(now, time.Now(), f.err)
+		if f.err == nil {
+			return f.t, acquisition{tokenWaited, time.Since(now)}, nil
 		}
-		return f.t, acquisition{tokenWaited, time.Since(now)}, nil
+	case <-late:
 	case <-ctx.Done():
 		return nil, acquisition{tokenNone, time.Since(now)}, ctx.Err()
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.best(now, time.Now(), s.whyNot(f))
 }
 
-// usable returns the current token, if it is valid and no upstream has refused
-// it. mu is held.
+// usable returns the current token, if no upstream has refused it, and if it is not
+// in its reserve. mu is held.
 func (s *tokenSource) usable(now time.Time) *token {
 	if s.current != nil && !s.refused && now.Before(s.current.usableTo) {
 		return s.current
@@ -185,17 +211,57 @@ func (s *tokenSource) usable(now time.Time) *token {
 	return nil
 }
 
-// lastResort returns the current token if it is valid, even if an upstream has
-// refused it. Otherwise it returns err. Some upstreams may still accept the
-// refused token, so they go on getting it while there is no other token. mu is
-// held.
-func (s *tokenSource) lastResort(since, now time.Time, err error) (*token, acquisition, error) {
+// valid reports whether there is a token that has not expired. mu is held.
+func (s *tokenSource) valid(now time.Time) bool {
+	return s.current != nil && now.Before(s.current.expires)
+}
+
+// best returns the best token there is, for a caller that has waited long enough: a
+// token to the very end of its life, even one that an upstream has refused. Others may
+// still accept it. Without a token, best returns err. mu is held.
+func (s *tokenSource) best(since, now time.Time, err error) (*token, acquisition, error) {
 	got := acquisition{tokenNone, now.Sub(since)}
-	if s.current != nil && now.Before(s.current.usableTo) {
+	if s.valid(now) {
 		got.use = tokenStale
 		return s.current, got, nil
 	}
 	return nil, got, err
+}
+
+// whyNot returns why a caller that has waited for f gets no token. mu is held.
+func (s *tokenSource) whyNot(f *fetch) error {
+	select {
+	case <-f.done:
+		return f.err
+	default:
+	}
+	if s.lastErr != nil {
+		return s.lastErr
+	}
+	return &fetchError{err: errLate, retryAt: time.Now()}
+}
+
+// patience returns how long a caller without a fresh token may wait for f, if that is
+// limited. Nobody waits long for what has just failed: callers that pile up are an
+// outage of their own. mu is held.
+func (s *tokenSource) patience(f *fetch, now time.Time) (wait time.Duration, limited bool) {
+	valid := s.valid(now)
+	slow := f.started.Add(2 * s.usual.median()) // later, f takes longer than usual
+	switch {
+	case valid && !s.refused && s.lastErr != nil:
+		return 0, true
+	case valid && !s.refused && s.valid(slow):
+		return max(0, slow.Sub(now)), true
+	case s.lastErr != nil, valid && s.refused, f.failing(now, s.patienceAfterFailure()):
+		return s.patienceAfterFailure(), true
+	}
+	return 0, false
+}
+
+// patienceAfterFailure returns how long callers wait once a fetch has failed. mu is
+// held.
+func (s *tokenSource) patienceAfterFailure() time.Duration {
+	return max(leastPatience, 3*s.usual.median())
 }
 
 // due reports whether it is time for a fetch that nobody waits for. It is time
@@ -208,6 +274,27 @@ func (s *tokenSource) due(now time.Time) bool {
 // backingOff reports whether it is too early to fetch again. mu is held.
 func (s *tokenSource) backingOff(now time.Time) bool {
 	return s.lastErr != nil && now.Before(s.lastErr.retryAt)
+}
+
+// tooEarly reports whether it is too early for a fetch that a caller waits for. mu is
+// held.
+func (s *tokenSource) tooEarly(now time.Time) bool {
+	if s.valid(now) {
+		return s.backingOff(now) // the caller gets that token
+	}
+	return s.lastErr != nil && now.Before(s.lastErr.soonest)
+}
+
+// hasten shortens a back-off that was set when nobody asked, for a caller that gets no
+// token now. mu is held.
+func (s *tokenSource) hasten(now time.Time) {
+	if s.inflight != nil || s.valid(now) || !s.lastErr.soonest.Before(s.lastErr.retryAt) {
+		return
+	}
+	sooner := *s.lastErr // a copy: others read the error without a lock
+	sooner.retryAt = sooner.soonest
+	s.lastErr = &sooner
+	s.schedule()
 }
 
 // checkDue reports whether it is time to compare the secrets again after a
@@ -233,7 +320,7 @@ func (s *tokenSource) PeekOrFetch() *token {
 	defer s.mu.Unlock()
 	now := time.Now()
 	s.wanted = true
-	if !s.released && s.due(now) {
+	if !s.unused && s.due(now) {
 		s.start(false)
 	}
 	return s.usable(now)
@@ -275,17 +362,10 @@ func (s *tokenSource) early(now time.Time) *earlyError {
 	if until := s.requested.Add(forcedInterval); now.Before(until) {
 		return &earlyError{until: until}
 	}
-	if s.lastErr == nil {
+	if s.lastErr == nil || !leftAlone(s.lastErr) || !now.Before(s.lastErr.soonest) {
 		return nil
 	}
-	until := s.lastErr.retryAt
-	if !isPermanent(s.lastErr) {
-		until = s.requested.Add(min(retryAfter(s.lastErr), maxRetryAfter))
-	}
-	if now.Before(until) {
-		return &earlyError{until, s.lastErr}
-	}
-	return nil
+	return &earlyError{s.lastErr.soonest, s.lastErr}
 }
 
 // Forget takes the current token out of use, even as the last resort. If a token
@@ -320,259 +400,87 @@ func (s *tokenSource) Warm() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
-	if !s.released && s.usable(now) == nil && s.due(now) {
+	if !s.unused && s.usable(now) == nil && s.due(now) {
 		s.start(false)
 	}
 }
 
 // attach adds a user of the source. From now on, this user makes the token
 // requests.
-func (s *tokenSource) attach(r requester) {
+func (s *tokenSource) attach(r requester, l lifecycle) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.requesters = append(s.requesters, r)
+	s.sharers = append(s.sharers, sharer{r, l})
 	s.last = r
+	s.unused = false
+	s.adapt()
+	s.schedule()
 }
 
-// detach removes a user.
-func (s *tokenSource) detach(r requester) {
+// detach removes a user. It reports whether nobody is left. Then the source fetches
+// nothing more on its own, but it keeps its token.
+func (s *tokenSource) detach(r requester) (unused bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if i := slices.Index(s.requesters, r); i >= 0 {
-		s.requesters = slices.Delete(s.requesters, i, i+1)
+	is := func(other sharer) bool { return other.requester == r }
+	i := slices.IndexFunc(s.sharers, is)
+	if i < 0 {
+		return false
 	}
-	if n := len(s.requesters); n > 0 {
-		s.last = s.requesters[n-1]
+	s.sharers = slices.Delete(s.sharers, i, i+1)
+	if n := len(s.sharers); n > 0 {
+		s.last = s.sharers[n-1].requester
+		s.adapt()
+		s.schedule()
+		return false
 	}
+	s.rest()
+	return true
 }
 
-// Destruct ends what the source has started. caddy.UsagePool calls it. A fetch
-// that somebody waits for goes on until it has ended, or until nobody waits any
-// more.
-func (s *tokenSource) Destruct() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.released = true
+// adapt makes the strictest settings of the sharers those of the source. They hold for
+// the current token, too. mu is held.
+func (s *tokenSource) adapt() {
+	life := s.sharers[0].life
+	for _, other := range s.sharers[1:] {
+		life = life.strictest(other.life)
+	}
+	if s.current != nil && life != s.life {
+		s.current = life.token(s.current.grant, s.current.obtained)
+	}
+	s.life = life
+}
+
+// rest ends what the source does on its own. A fetch that somebody waits for goes on
+// until it has ended, or until nobody waits any more. mu is held.
+func (s *tokenSource) rest() {
+	s.unused = true
 	s.stopTimer()
 	if f := s.inflight; f != nil && f.waiters == 0 {
 		s.abandon(f)
 	}
+}
+
+// Destruct ends what the source has started. caddy.UsagePool calls it.
+func (s *tokenSource) Destruct() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.rest()
 	return nil
 }
 
-// join begins a caller's wait. mu is held.
-func (s *tokenSource) join(ctx context.Context, f *fetch) {
-	f.waiters++
-	f.linkTo(ctx)
-}
-
-// leave ends a caller's wait. If the source has been released, only those who
-// wait still need the fetch: the last one to leave ends it.
-func (s *tokenSource) leave(f *fetch) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	f.waiters--
-	if f.waiters == 0 && s.released {
-		s.abandon(f)
-	}
-}
-
-// abandon cancels a fetch that nobody needs. From now on, nobody joins it: a
-// later caller starts another fetch. mu is held.
-func (s *tokenSource) abandon(f *fetch) {
-	f.cancel(errReleased)
-	if s.inflight == f {
-		s.inflight = nil
-	}
-}
-
-// fetch is one fetch in flight. t, err, span and unchanged may be read once done
-// is closed.
-type fetch struct {
-	done   chan struct{}
-	t      *token
-	err    error
-	span   trace.SpanContext
-	cancel context.CancelCauseFunc
-
-	unchanged bool // the secrets have not changed, so there was no token request
-
-	// Only the goroutine of the fetch uses these:
-	started time.Time
-	retries []retry
-
-	// Guarded by the source's mu:
-	waiters int
-	links   []trace.Link // links to the waiting requests that are traced
-}
-
-// retry is a quick retry of a token request: when it was decided on, and which
-// error was the cause.
-type retry struct {
-	at    time.Time
-	cause error
-}
-
-// fetchStart is what a fetch has to know about the source when it starts.
-type fetchStart struct {
-	requester
-	failures int    // how many fetches failed before this one
-	current  *token // the token that it is to replace
-
-	// failedWith may be a fingerprint of secrets. If the secrets still have it,
-	// the fetch ends at once with err, the last error.
-	failedWith string
-	err        *fetchError
-}
-
-// start returns the fetch in flight, or starts one. With onlyIfChanged, the new
-// fetch ends with the last error unless the secrets have changed since. mu is
-// held.
-func (s *tokenSource) start(onlyIfChanged bool) *fetch {
-	if s.inflight != nil {
-		return s.inflight
-	}
-	s.stopTimer()
-	now := time.Now()
-	s.nextCheckAt = now.Add(secretCheckInterval)
-
-	// The fetch has its own context. With the context of a caller, the fetch
-	// would end when the caller leaves. Such a context also has values that make
-	// Caddy's HTTP transport dial the upstream: the client's secret would go
-	// there.
-	ctx, cancel := context.WithCancelCause(context.Background())
-	f := &fetch{done: make(chan struct{}), cancel: cancel, started: now}
-	s.inflight = f
-	before := fetchStart{requester: s.last, failures: s.failures, current: s.current}
-	if onlyIfChanged {
-		before.failedWith, before.err = s.failedWith, s.lastErr
-	}
-	go s.run(ctx, f, before)
-	return f
-}
-
-// run is the goroutine of one fetch, and ends with it. The fetch ends at its
-// timeout at the latest, and earlier if it is abandoned.
-func (s *tokenSource) run(ctx context.Context, f *fetch, a fetchStart) {
-	defer f.cancel(nil)
-	ctx, cancel := context.WithTimeout(ctx, s.fetchTimeout)
-	defer cancel()
-
-	var fingerprint string
-	err := safely(func() error {
-		fingerprint = a.fingerprint(ctx)
-		return nil
-	})
-	f.unchanged = err == nil && a.failedWith != "" && a.failedWith == fingerprint
-	if err == nil && !f.unchanged {
-		f.t, err = s.requestWithRetries(ctx, f, a)
-		err = a.current.keptOut(err)
-	}
-	now := time.Now()
-	released := err != nil && errors.Is(context.Cause(ctx), errReleased)
-	if !f.unchanged && !released {
-		_ = safely(func() error {
-			s.trace(f, a.requester, err)
-			return nil
-		})
-	}
-
-	s.mu.Lock()
-	if !f.unchanged {
-		s.requested = now
-	}
-	var failed *fetchError
-	switch {
-	case f.unchanged:
-		f.err = a.err
-	case released:
-		f.err = errReleased // this error says nothing about the server
-	case err != nil:
-		failed = s.fail(err, fingerprint, now)
-		f.err = failed
-	default:
-		s.current, s.refused = f.t, false
-		s.failures, s.lastErr, s.failedWith = 0, nil, ""
-	}
-	s.finish(f)
-	s.mu.Unlock()
-
-	if f.t != nil || failed != nil {
-		_ = safely(func() error {
-			a.fetched(f.t, failed, a.failures)
-			return nil
-		})
-	}
-}
-
-// requestToken makes one token request, and a token of the grant. A source and
-// `caddy oauth2-token` get all their tokens from it. If nothing is left of the
-// grant's life, requestToken returns an error together with the grant.
-func (l lifecycle) requestToken(ctx context.Context, r requester) (*token, grant, error) {
-	g, err := r.request(ctx)
-	if err != nil {
-		return nil, grant{}, err
-	}
-	t, err := l.newToken(g)
-	return t, g, err
-}
-
-// requestWithRetries makes the token request. After a transient error it tries
-// again, up to three times in all. It does so only if the fetch before did not
-// fail. A fetch after a failed one is a repetition already, and the waits
-// between repetitions grow. If nothing is left of a grant's life, it does not
-// try again at once: the next grant would be no better.
-func (s *tokenSource) requestWithRetries(ctx context.Context, f *fetch, a fetchStart) (*token, error) {
-	for try := 0; ; try++ {
-		var (
-			t *token
-			g grant
-		)
-		err := safely(func() (err error) {
-			t, g, err = s.requestToken(ctx, a.requester)
-			return err
-		})
-		if err == nil {
-			return t, nil
-		}
-		if cause := context.Cause(ctx); errors.Is(cause, errReleased) {
-			return nil, cause
-		}
-		granted := g.accessToken != ""
-		if ctx.Err() != nil || a.failures > 0 || try == quickRetries || granted || isPermanent(err) || retryAfter(err) > 0 {
-			return nil, err
-		}
-		f.retries = append(f.retries, retry{time.Now(), err})
-		delay := time.NewTimer(rand.N(quickRetryDelay << try))
-		select {
-		case <-delay.C:
-		case <-ctx.Done():
-			delay.Stop()
-			return nil, err
-		}
-	}
-}
-
-// finish publishes the result of f and sets the timer for the next fetch. mu is
-// held.
-func (s *tokenSource) finish(f *fetch) {
-	if s.inflight == f {
-		s.inflight = nil
-	}
-	// Those who wait here use the token. This counts as wanting the next one.
-	s.wanted = f.waiters > 0
-	close(f.done)
-	if s.released {
+// schedule sets the timer for the next fetch of a source in use. mu is held.
+func (s *tokenSource) schedule() {
+	if s.unused || s.inflight != nil {
 		return
 	}
-
 	var at time.Time
 	switch {
 	case s.lastErr != nil:
 		at = s.lastErr.retryAt
 	case s.current != nil:
 		at = s.current.refreshAt
-	default: // the fetch was abandoned
+	default: // a new source, or a fetch that was abandoned
 		return
 	}
 	s.stopTimer()
@@ -592,34 +500,41 @@ func (s *tokenSource) refresh() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
-	// Repeat a failed renewal while the old token may be used, even if nobody
-	// asked for it.
-	refreshing := s.failures > 0 && s.current != nil && now.Before(s.current.usableTo)
+	// Repeat a failed renewal while the old token is valid, even if nobody asked for
+	// it.
+	refreshing := s.failures > 0 && s.valid(now)
 	// When the timer fires, somebody else may have renewed the token already.
 	// Then no fetch is due.
-	if (s.wanted || refreshing) && !s.released && s.due(now) {
+	if (s.wanted || refreshing) && !s.unused && s.due(now) {
 		s.start(false)
 	}
 }
 
-// fail notes a failure and computes when to try again. mu is held.
-func (s *tokenSource) fail(err error, fingerprint string, now time.Time) *fetchError {
-	if isPermanent(err) != (s.failedWith != "") {
-		s.failures = 0 // these were of the other kind, and say nothing about this one
+// fail notes that f has failed, and computes when to try again. mu is held.
+func (s *tokenSource) fail(f *fetch, err error, fingerprint string, now time.Time) *fetchError {
+	if s.failures == 0 {
+		s.failingFrom = f.started
 	}
+	s.failures++
 	s.failedWith = ""
 	if isPermanent(err) {
 		s.failedWith = fingerprint
 	}
-	var left time.Duration // how long the token that is in use may still be used
-	if t := s.current; t != nil {
-		left = max(0, t.usableTo.Sub(now))
+	last := failure{err: err, began: f.tried, ended: now, lasted: now.Sub(s.failingFrom)}
+	if s.current != nil {
+		last.left = max(0, s.current.expires.Sub(now))
 	}
-	wait, prolongs := retryDelay(err, s.failures, left)
-	if !prolongs {
-		s.failures = max(0, s.failures-1)
+	soonest, retryAt := s.streak.next(last)
+	if f.awaited && last.left == 0 {
+		retryAt = soonest // requests are refused meanwhile
 	}
-	s.failures++
-	s.lastErr = &fetchError{err: err, retryAt: now.Add(wait)}
+	s.lastErr = &fetchError{err: err, retryAt: retryAt, soonest: soonest}
 	return s.lastErr
+}
+
+// succeed notes a new token. mu is held.
+func (s *tokenSource) succeed(t *token) {
+	s.current, s.refused = t, false
+	s.usual.add(t.grant.took)
+	s.failures, s.failingFrom, s.lastErr, s.streak, s.failedWith = 0, time.Time{}, nil, streak{}, ""
 }

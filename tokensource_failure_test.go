@@ -395,8 +395,8 @@ func TestServerThatDoesNotAnswer(t *testing.T) {
 		r := &scriptedRequester{lifetime: time.Hour, delay: time.Hour}
 		s := newTestSource(t, r)
 		got := ask(t.Context(), s)
-		if !errors.Is(got.err, context.DeadlineExceeded) || got.waited != s.fetchTimeout {
-			t.Errorf("Token() = %v, want the deadline's error after %v", got, s.fetchTimeout)
+		if !errors.Is(got.err, context.DeadlineExceeded) || got.waited != s.life.fetchTimeout {
+			t.Errorf("Token() = %v, want the deadline's error after %v", got, s.life.fetchTimeout)
 		}
 		expectRequests(t, r, 1) // no time was left for a retry
 		r.setDelay(0)
@@ -412,17 +412,17 @@ func TestTimeoutIncludesTheRetries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &scriptedRequester{delay: 4 * time.Second, fail: during(0, time.Hour, errTransient)}
 		s := newTestSource(t, r)
-		if got := ask(t.Context(), s); got.err == nil || got.waited != s.fetchTimeout {
-			t.Errorf("Token() = %v, want an error after %v", got, s.fetchTimeout)
+		if got := ask(t.Context(), s); got.err == nil || got.waited != s.life.fetchTimeout {
+			t.Errorf("Token() = %v, want an error after %v", got, s.life.fetchTimeout)
 		}
 		expectRequests(t, r, 3)
 	})
 	synctest.Test(t, func(t *testing.T) {
 		r := &scriptedRequester{delay: time.Second, fail: during(0, time.Hour, errTransient)}
 		s := newTestSource(t, r)
-		s.fetchTimeout = time.Second + 1 // ends between the tries
-		if got := ask(t.Context(), s); !errors.Is(got.err, errTransient) || got.waited > s.fetchTimeout {
-			t.Errorf("Token() = %v, want %v within %v", got, errTransient, s.fetchTimeout)
+		s.life.fetchTimeout = time.Second + 1 // ends between the tries
+		if got := ask(t.Context(), s); !errors.Is(got.err, errTransient) || got.waited > s.life.fetchTimeout {
+			t.Errorf("Token() = %v, want %v within %v", got, errTransient, s.life.fetchTimeout)
 		}
 	})
 }

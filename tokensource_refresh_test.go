@@ -36,11 +36,11 @@ func TestRefreshTime(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			s := newTestSource(t, &scriptedRequester{})
-			s.refreshBefore = tt.refreshBefore
+			s.life.refreshBefore = tt.refreshBefore
 			sent := time.Now()
 			earliest, latest := 100*year, time.Duration(0)
 			for range 2000 {
-				tok, err := s.newToken(grant{accessToken: "t", lifetime: tt.lifetime, issued: sent, took: tt.took})
+				tok, err := s.life.newToken(grant{accessToken: "t", lifetime: tt.lifetime, issued: sent, took: tt.took}, nil)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -66,7 +66,7 @@ func TestRefreshTimeOfAGrantFromBefore(t *testing.T) {
 		const age = 25 * time.Minute
 		issued := time.Now()
 		time.Sleep(age)
-		tok, err := lifecycle{}.newToken(grant{accessToken: "t", lifetime: time.Hour, issued: issued, took: 100 * time.Millisecond})
+		tok, err := lifecycle{}.newToken(grant{accessToken: "t", lifetime: time.Hour, issued: issued, took: 100 * time.Millisecond}, nil)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -205,7 +205,7 @@ func TestTokenWithoutLifetimeExpires(t *testing.T) {
 		r := &scriptedRequester{}
 		s := newTestSource(t, r)
 		s.Warm()
-		time.Sleep(s.defaultLifetime - 10*time.Second)
+		time.Sleep(s.life.defaultLifetime - 10*time.Second)
 		r.setDelay(time.Second)
 		expectToken(t, s, "t2", time.Second)
 	})

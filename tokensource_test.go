@@ -20,6 +20,7 @@ type scriptedRequester struct {
 	fail     func(ctx context.Context, n int) error     // nil: never
 	secret   func() string                              // nil: it never changes
 	told     func(t *token, err *fetchError, after int) // nil: not of interest
+	alone    bool                                       // one request at a time
 
 	mu     sync.Mutex
 	delay  time.Duration // of each answer
@@ -64,6 +65,8 @@ func (r *scriptedRequester) fingerprint(context.Context) string {
 	return r.secret()
 }
 
+func (r *scriptedRequester) concurrent() bool { return !r.alone }
+
 func (r *scriptedRequester) describe() description { return description{name: "scripted"} }
 
 func (r *scriptedRequester) fetched(t *token, err *fetchError, failures int) {
@@ -88,9 +91,12 @@ func (r *scriptedRequester) requests() []time.Time {
 	return slices.Clip(r.sent)
 }
 
+// testLife has the defaults.
+var testLife = lifecycle{defaultLifetime: defaultTokenLifetime, fetchTimeout: defaultTokenTimeout}
+
 func attachedSource(r requester) *tokenSource {
-	s := newTokenSource(lifecycle{defaultLifetime: 5 * time.Minute, fetchTimeout: 10 * time.Second})
-	s.attach(r)
+	s := newTokenSource()
+	s.attach(r, testLife)
 	return s
 }
 
