@@ -59,7 +59,12 @@ func adminGateway(t *testing.T, settings string) (g *gateway, auth *authServer, 
 
 // sourceList returns the sources that are in use.
 func sourceList() (list []*tokenSource) {
-	sources.Range(func(_, source any) bool { list = append(list, source.(*tokenSource)); return true })
+	sources.Range(func(_, source any) bool {
+		if s := source.(*tokenSource); !s.when(func(s *tokenSource, _ time.Time) bool { return s.unused() }) {
+			list = append(list, s)
+		}
+		return true
+	})
 	return list
 }
 

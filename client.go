@@ -5,7 +5,6 @@ package outboundauth
 import (
 	"context"
 	"crypto/sha256"
-	"errors"
 	"sync/atomic"
 	"time"
 
@@ -47,20 +46,12 @@ func newClient(e *endpoint, transportConfig []byte) (*client, error) {
 	return cl, nil
 }
 
-// afterlife is how long a source is kept after its last user: somebody may go back to
-// the former config, and in an outage no other token could be had.
-const afterlife = 1 * time.Minute
-
 // release gives the client's share of the source back. Requests that are still on
 // their way can go on using the client.
 func (cl *client) release() error {
-	err := cl.endpoint.release()
-	if cl.source.detach(cl.endpoint) {
-		time.AfterFunc(afterlife, func() { _, _ = sources.Delete(cl.key) })
-		return err
-	}
-	_, deleteErr := sources.Delete(cl.key)
-	return errors.Join(deleteErr, err)
+	key := cl.key // and not the whole client: the source may be kept for a time
+	cl.source.detach(cl.endpoint, func() { _, _ = sources.Delete(key) })
+	return cl.endpoint.release()
 }
 
 // replace returns a new token for one that an upstream has refused. It returns nil

@@ -63,7 +63,7 @@ func loadProxy(t *testing.T, proxy []byte) (transport *Transport, cleanUp func()
 		t.Fatal(err)
 	}
 	ctx, cancel := caddy.NewContext(base)
-	t.Cleanup(cancel)
+	t.Cleanup(func() { cancel(); endAfterlives() })
 	loaded, err := ctx.LoadModuleByID("http.handlers.reverse_proxy", proxy)
 	if err != nil {
 		return nil, cancel, err

@@ -30,7 +30,7 @@ var generalCredentials = Credentials{
 	Params:              map[string]string{"organization": "acme"},
 	TokenRequestHeaders: map[string]string{"X-Api-Version": "2"},
 	TokenTimeout:        caddy.Duration(5 * time.Second),
-	TokenTransport:      &reverseproxy.HTTPTransport{DialTimeout: caddy.Duration(time.Second)},
+	TokenTransport:      &reverseproxy.HTTPTransport{LocalAddress: "127.0.0.1"},
 	Tenant:              &Tenant{Value: "acme"},
 	Headers:             map[string]string{"X-Region": "eu"},
 	BearerHeader:        &BearerHeader{Field: "X-Access-Token"},
@@ -136,7 +136,7 @@ func settingChanges(t *testing.T) map[string]settingChange {
 		"token_request_header": secret(nil, func(c *Credentials) { c.TokenRequestHeaders = map[string]string{"X-Api-Version": "3"} }),
 		"token_timeout":        secret(nil, func(c *Credentials) { c.TokenTimeout = caddy.Duration(7 * time.Second) }),
 		"token_transport": secret(nil, func(c *Credentials) {
-			c.TokenTransport = &reverseproxy.HTTPTransport{DialTimeout: caddy.Duration(2 * time.Second)}
+			c.TokenTransport = &reverseproxy.HTTPTransport{LocalAddress: "127.0.0.2"}
 		}),
 		"tenant":           secret(nil, func(c *Credentials) { c.Tenant = &Tenant{Field: "X-Organization", Value: "globex"} }),
 		"header":           secret(nil, func(c *Credentials) { c.Headers = map[string]string{"X-Region": "us"} }),
@@ -454,7 +454,10 @@ func loadCredentials(t *testing.T, a, b Credentials) (first, second *client) {
 }
 
 func TestWhatShapesTheTokenRequestTellsSourcesApart(t *testing.T) {
-	onlyForTheUpstream := []string{"name", "tenant", "header", "bearer_header", "retry_on", "replay_body"}
+	onlyForTheUpstream := []string{
+		"name", "tenant", "header", "bearer_header", "retry_on", "replay_body",
+		"token_timeout", "refresh_before", "default_lifetime", // only when and how long
+	}
 	eachSetting(t, func(t *testing.T, _ int, base, _, changed Credentials) {
 		a, b := loadCredentials(t, base, changed)
 		_, setting, _ := strings.Cut(t.Name(), "/")
@@ -483,6 +486,12 @@ func TestDifferentSpellingsOfOneClientShareASource(t *testing.T) {
 		{"private_key_jwt, which a private_key implies", withKey, func(c *Credentials) { withKey(c); c.AuthMethod = authKeyJWT }},
 		{"the default assertion_lifetime", withKey, func(c *Credentials) { withKey(c); c.AssertionLifetime = caddy.Duration(time.Minute) }},
 		{"client_id from the environment", nil, func(c *Credentials) { c.ClientID = "{env.TEST_CLIENT_ID}" }},
+		{"another order of scopes", nil, func(c *Credentials) { c.Scopes = append(slices.Clone(c.Scopes[1:]), c.Scopes[0]) }},
+		{"another dial_timeout", nil, func(c *Credentials) {
+			changed := *c.TokenTransport
+			changed.DialTimeout = caddy.Duration(time.Second)
+			c.TokenTransport = &changed
+		}},
 		{"scopes from the environment", nil, func(c *Credentials) { c.Scopes = []string{"{env.TEST_SCOPES}"} }},
 	} {
 		t.Run(test.name, func(t *testing.T) {
@@ -538,6 +547,7 @@ func TestCleanupReleasesWhatWasAcquired(t *testing.T) {
 		t.Errorf("got %d references after one of two has ended, want 1", got)
 	}
 	cleanUpFirst()
+	endAfterlives()
 	if _, ok := sources.References(cl.key); ok {
 		t.Error("got a source after all have ended, want none")
 	}

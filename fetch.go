@@ -112,7 +112,7 @@ func (s *tokenSource) leave(f *fetch) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	f.waiters--
-	if f.waiters == 0 && s.unused {
+	if f.waiters == 0 && s.unused() {
 		s.abandon(f)
 	}
 }

@@ -342,7 +342,7 @@ func newTransport(t *testing.T, settings string) *Transport {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = transport.Cleanup() })
+	t.Cleanup(func() { _ = transport.Cleanup(); endAfterlives() })
 	if err := transport.Provision(ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -400,10 +400,24 @@ func goroutines() []string {
 	return found
 }
 
-// wantNothingLeft waits until the product holds no source and no goroutine.
+// endAfterlives ends the sources that nobody uses, as if their time had come.
+func endAfterlives() {
+	var all []*tokenSource
+	sources.Range(func(_, value any) bool { all = append(all, value.(*tokenSource)); return true })
+	for _, s := range all {
+		s.mu.Lock()
+		end := s.endOfAfterlife()
+		s.mu.Unlock()
+		end()
+	}
+}
+
+// wantNothingLeft waits until the product holds no source that is in use, and no
+// goroutine.
 func wantNothingLeft(t *testing.T) {
 	t.Helper()
 	eventually(t, func() bool {
+		endAfterlives()
 		left := len(goroutines())
 		sources.Range(func(any, any) bool { left++; return true })
 		return left == 0

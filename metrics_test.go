@@ -121,7 +121,7 @@ func (s *tokenSource) age(change func(*token)) {
 }
 
 func due(t *token)   { t.refreshAt = time.Now().Add(-time.Minute) }
-func spent(t *token) { due(t); t.usableTo = time.Now().Add(-time.Second) }
+func spent(t *token) { due(t); t.usableTo = time.Now().Add(-time.Second); t.expires = t.usableTo }
 
 func TestMetricsTellHowRequestsGotTheirTokens(t *testing.T) {
 	auth := newAuthServer(t)
@@ -358,7 +358,7 @@ func TestMetricsTellTheStateOfTheToken(t *testing.T) {
 	retry := g.scrape().of(name)["retry_timestamp_seconds"]
 	wantState(stateAbsent, series{"consecutive_failures": 1, "retry_timestamp_seconds": retry})
 	auth.script(refusing(http.StatusUnauthorized, `{"error":"invalid_client"}`))
-	for failures := range 2 {
+	for failures := 1; failures < 3; failures++ {
 		before := time.Now()
 		if _, err := source.rested().FetchNow(t.Context()); err == nil {
 			t.Fatal("got a token, want the error")

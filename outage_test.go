@@ -24,8 +24,7 @@ import (
 // theSource is the only token source of the running config.
 func theSource(t *testing.T) *tokenSource {
 	t.Helper()
-	var found []*tokenSource
-	sources.Range(func(_, value any) bool { found = append(found, value.(*tokenSource)); return true })
+	found := sourceList()
 	if len(found) != 1 {
 		t.Fatalf("got %d token sources, want 1", len(found))
 	}
@@ -340,7 +339,9 @@ func TestSourceSurvivesAnHourOfChaos(t *testing.T) {
 			case 1:
 				s.attach(c, testLife)
 			case 2:
-				s.detach(c)
+				if !s.when(func(s *tokenSource, _ time.Time) bool { return s.unused() }) {
+					s.detach(c, func() {})
+				}
 			case 3:
 				s.Warm()
 			case 4:

@@ -155,7 +155,7 @@ func TestAnswersDecideWhatIsAnnounced(t *testing.T) {
 
 func TestRefusedHealthCheckIsARefusal(t *testing.T) {
 	cl := newTransport(t, "token_url https://auth.example.com/token\nclient_id "+newName()+"\nclient_secret s").fallback.client
-	cl.replaceAfterCheck(upstreamContext(t, "127.0.0.1:9000"), new(token))
+	cl.replaceAfterCheck(upstreamContext(t, "127.0.0.1:9000"), testLife.token(grant{accessToken: "t", issued: time.Now()}, time.Now()))
 	if !cl.source.places.wantsAnnouncement(dialAddress{"tcp", "127.0.0.1:9000"}, false) {
 		t.Error("got no announcement after a refused check, want one")
 	}

@@ -14,7 +14,7 @@ import (
 func TestStatusOfASource(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		source := newTokenSource()
-		t.Cleanup(func() { _ = source.Destruct() })
+		t.Cleanup(func() { destruct(t, source) })
 		if got := source.statuses(time.Now()); len(got) > 0 {
 			t.Errorf("got %v, want no status of a source without a client", got)
 		}
@@ -105,10 +105,10 @@ func TestStatusForEachName(t *testing.T) {
 		}
 	}
 	check("all are attached", "2", "1")
-	source.detach(clients[2])
+	source.detach(clients[2], func() {})
 	check("the newest is gone", "1", "0")
-	source.detach(clients[0])
-	source.detach(clients[1])
+	source.detach(clients[0], func() {})
+	source.detach(clients[1], func() {})
 	check("requests are still on their way", "1")
 }
 

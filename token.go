@@ -94,7 +94,7 @@ type lifecycle struct {
 func (l lifecycle) strictest(other lifecycle) lifecycle {
 	return lifecycle{
 		refreshBefore:   max(l.refreshBefore, other.refreshBefore),
-		orByDefault:     l.orByDefault || other.orByDefault || l.refreshBefore == 0 || other.refreshBefore == 0,
+		orByDefault:     l.orByDefault || other.orByDefault || (l.refreshBefore == 0) != (other.refreshBefore == 0),
 		defaultLifetime: min(l.defaultLifetime, other.defaultLifetime),
 		fetchTimeout:    max(l.fetchTimeout, other.fetchTimeout),
 	}

@@ -79,7 +79,7 @@ type tokenSource struct {
 	sharers []sharer
 	last    requester
 	life    lifecycle // the strictest settings of the sharers; of the last ones if nobody is left
-	unused  bool      // nobody is left
+	end     func()    // what timer calls at the end of the afterlife; nil before that
 
 	tracers trace.TracerProvider // the provider of the last traced request; nil if there was none
 
@@ -110,6 +110,10 @@ type sharer struct {
 	requester
 	life lifecycle
 }
+
+// afterlife is how long a source keeps its token after its last user has left. Somebody
+// may go back to the former config, and in an outage no other token could be had.
+const afterlife = 1 * time.Minute
 
 func newTokenSource() *tokenSource { return new(tokenSource) }
 
@@ -320,7 +324,7 @@ func (s *tokenSource) PeekOrFetch() *token {
 	defer s.mu.Unlock()
 	now := time.Now()
 	s.wanted = true
-	if !s.unused && s.due(now) {
+	if !s.unused() && s.due(now) {
 		s.start(false)
 	}
 	return s.usable(now)
@@ -400,7 +404,7 @@ func (s *tokenSource) Warm() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
-	if !s.unused && s.usable(now) == nil && s.due(now) {
+	if !s.unused() && s.usable(now) == nil && s.due(now) {
 		s.start(false)
 	}
 }
@@ -409,33 +413,47 @@ func (s *tokenSource) Warm() {
 // requests.
 func (s *tokenSource) attach(r requester, l lifecycle) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	s.sharers = append(s.sharers, sharer{r, l})
 	s.last = r
-	s.unused = false
 	s.adapt()
+	end := s.endOfAfterlife()
 	s.schedule()
+	s.mu.Unlock()
+	end()
 }
 
-// detach removes a user. It reports whether nobody is left. Then the source fetches
-// nothing more on its own, but it keeps its token.
-func (s *tokenSource) detach(r requester) (unused bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	is := func(other sharer) bool { return other.requester == r }
-	i := slices.IndexFunc(s.sharers, is)
-	if i < 0 {
-		return false
+// endOfAfterlife stops the timer of the afterlife. It returns what is left to do at its
+// end, for which mu must not be held. mu is held.
+func (s *tokenSource) endOfAfterlife() func() {
+	end := s.end
+	if end == nil || !s.timer.Stop() { // or the timer does it
+		end = func() {}
+	} else {
+		s.timer = nil
 	}
+	s.end = nil
+	return end
+}
+
+// detach removes a user, who has attached before. When the source does not need this
+// user's share of the pool any more, it calls release: at once or, if nobody is left,
+// at the end of its afterlife.
+func (s *tokenSource) detach(r requester, release func()) {
+	s.mu.Lock()
+	i := slices.IndexFunc(s.sharers, func(other sharer) bool { return other.requester == r })
 	s.sharers = slices.Delete(s.sharers, i, i+1)
 	if n := len(s.sharers); n > 0 {
 		s.last = s.sharers[n-1].requester
 		s.adapt()
 		s.schedule()
-		return false
+		s.mu.Unlock()
+		release()
+		return
 	}
 	s.rest()
-	return true
+	s.end = release
+	s.timer = time.AfterFunc(afterlife, release)
+	s.mu.Unlock()
 }
 
 // adapt makes the strictest settings of the sharers those of the source. They hold for
@@ -454,7 +472,6 @@ func (s *tokenSource) adapt() {
 // rest ends what the source does on its own. A fetch that somebody waits for goes on
 // until it has ended, or until nobody waits any more. mu is held.
 func (s *tokenSource) rest() {
-	s.unused = true
 	s.stopTimer()
 	if f := s.inflight; f != nil && f.waiters == 0 {
 		s.abandon(f)
@@ -469,9 +486,12 @@ func (s *tokenSource) Destruct() error {
 	return nil
 }
 
+// unused reports whether no config uses the source. mu is held.
+func (s *tokenSource) unused() bool { return len(s.sharers) == 0 }
+
 // schedule sets the timer for the next fetch of a source in use. mu is held.
 func (s *tokenSource) schedule() {
-	if s.unused || s.inflight != nil {
+	if s.unused() || s.inflight != nil {
 		return
 	}
 	var at time.Time
@@ -490,6 +510,7 @@ func (s *tokenSource) schedule() {
 func (s *tokenSource) stopTimer() {
 	if s.timer != nil {
 		s.timer.Stop()
+		s.timer = nil
 	}
 }
 
@@ -505,7 +526,7 @@ func (s *tokenSource) refresh() {
 	refreshing := s.failures > 0 && s.valid(now)
 	// When the timer fires, somebody else may have renewed the token already.
 	// Then no fetch is due.
-	if (s.wanted || refreshing) && !s.unused && s.due(now) {
+	if (s.wanted || refreshing) && !s.unused() && s.due(now) {
 		s.start(false)
 	}
 }

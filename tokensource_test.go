@@ -103,11 +103,7 @@ func attachedSource(r requester) *tokenSource {
 // newTestSource returns a source that is released before its bubble ends.
 func newTestSource(tb testing.TB, r requester) *tokenSource {
 	s := attachedSource(r)
-	tb.Cleanup(func() {
-		if err := s.Destruct(); err != nil {
-			tb.Error(err)
-		}
-	})
+	tb.Cleanup(func() { destruct(tb, s) })
 	return s
 }
 

@@ -25,12 +25,11 @@ func TestWarmUpFetchesTheTokenBeforeTheFirstRequest(t *testing.T) {
 // cached is how many sources have a token.
 func cached() int {
 	n := 0
-	sources.Range(func(_, value any) bool {
-		if value.(*tokenSource).Peek() != nil {
+	for _, s := range sourceList() {
+		if s.Peek() != nil {
 			n++
 		}
-		return true
-	})
+	}
 	return n
 }
 

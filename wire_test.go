@@ -93,7 +93,7 @@ func newLoggingClient(t testing.TB, c Credentials, way http.RoundTripper, logger
 	if err != nil {
 		t.Fatalf("newClient() = %v, want no error", err)
 	}
-	t.Cleanup(func() { _ = cl.release() })
+	t.Cleanup(func() { _ = cl.release(); endAfterlives() })
 	return cl
 }
 
