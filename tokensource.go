@@ -79,7 +79,6 @@ type tokenSource struct {
 	sharers []sharer
 	last    requester
 	life    lifecycle // the strictest settings of the sharers; of the last ones if nobody is left
-	end     func()    // what timer calls at the end of the afterlife; nil before that
 
 	tracers trace.TracerProvider // the provider of the last traced request; nil if there was none
 
@@ -87,6 +86,11 @@ type tokenSource struct {
 	refused  bool // an upstream has refused current; it is used only if there is no other token
 	inflight *fetch
 	timer    *time.Timer // starts the next fetch of a source in use
+
+	// Of a source that nobody uses: what is left to do at the end of its afterlife,
+	// and the timer that does it.
+	end   func()
+	ender *time.Timer
 
 	requested time.Time // when the last token request ended
 	usual     usual     // how long the server takes
@@ -426,12 +430,10 @@ func (s *tokenSource) attach(r requester, l lifecycle) {
 // end, for which mu must not be held. mu is held.
 func (s *tokenSource) endOfAfterlife() func() {
 	end := s.end
-	if end == nil || !s.timer.Stop() { // or the timer does it
+	if end == nil || !s.ender.Stop() { // or the timer does it
 		end = func() {}
-	} else {
-		s.timer = nil
 	}
-	s.end = nil
+	s.end, s.ender = nil, nil
 	return end
 }
 
@@ -451,8 +453,7 @@ func (s *tokenSource) detach(r requester, release func()) {
 		return
 	}
 	s.rest()
-	s.end = release
-	s.timer = time.AfterFunc(afterlife, release)
+	s.end, s.ender = release, time.AfterFunc(afterlife, release)
 	s.mu.Unlock()
 }
 
