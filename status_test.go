@@ -109,7 +109,7 @@ func TestStatusForEachName(t *testing.T) {
 	check("the newest is gone", "1", "0")
 	source.detach(clients[0], func() {})
 	source.detach(clients[1], func() {})
-	check("requests are still on their way", "1")
+	check("nobody is left")
 }
 
 func TestWorseStatus(t *testing.T) {

@@ -131,9 +131,6 @@ func TestFirstFetchAfterASuccessRetriesQuickly(t *testing.T) {
 
 func TestBackoffGrowsToItsLimit(t *testing.T) {
 	const rounds = 12
-	transient := func(i int) (from, to time.Duration) {
-		return 0, min(time.Second<<i, 30*time.Second)
-	}
 	permanent := func(i int) (from, to time.Duration) {
 		interval := 5 * time.Second << i
 		if interval >= 5*time.Minute {
@@ -146,7 +143,6 @@ func TestBackoffGrowsToItsLimit(t *testing.T) {
 		err    error
 		bounds func(i int) (from, to time.Duration) // after i failures before
 	}{
-		{"transient", errTransient, transient},
 		{"permanent", &scriptedError{permanent: true}, permanent},
 		{"permanent, wrapped", fmt.Errorf("token: %w", &scriptedError{permanent: true}), permanent},
 	} {
@@ -257,7 +253,7 @@ func TestShortOutageWithShortTokens(t *testing.T) {
 				if got.waited > 0 && at < 18*time.Second {
 					t.Fatalf("at %v: Token() = %v, want a token at once", at, got)
 				}
-				if got.err != nil && (at < 18*time.Second || at > to+30*time.Second) {
+				if got.err != nil && (at < 20*time.Second || at > to+2*time.Second) {
 					t.Fatalf("at %v: Token() = %v, want a token", at, got)
 				}
 			}
@@ -267,8 +263,8 @@ func TestShortOutageWithShortTokens(t *testing.T) {
 					inOutage++
 				}
 			}
-			if inOutage < 4 || inOutage > 20 {
-				t.Errorf("%d token requests in 29s of outage, want 4 to 20", inOutage)
+			if inOutage < 4 || inOutage > 25 {
+				t.Errorf("%d token requests in 29s of outage, want 4 to 25", inOutage)
 			}
 		})
 	}
@@ -344,7 +340,7 @@ func TestValidTokenIsServedThroughoutAFailure(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				r := &scriptedRequester{lifetime: time.Hour, fail: during(time.Minute, 24*time.Hour, cause)}
 				s := newTestSource(t, r)
-				for _, got := range load(t.Context(), s, 10*time.Second, 59*time.Minute+50*time.Second) {
+				for _, got := range load(t.Context(), s, 10*time.Second, time.Hour) {
 					if want := (answer{value: "t1"}); got != want {
 						t.Fatalf("Token() = %v, want %v", got, want)
 					}
@@ -398,9 +394,9 @@ func TestServerThatDoesNotAnswer(t *testing.T) {
 		if !errors.Is(got.err, context.DeadlineExceeded) || got.waited != s.life.fetchTimeout {
 			t.Errorf("Token() = %v, want the deadline's error after %v", got, s.life.fetchTimeout)
 		}
-		expectRequests(t, r, 1) // no time was left for a retry
+		expectRequests(t, r, 5) // side by side, and once more for the one who asked
 		r.setDelay(0)
-		time.Sleep(time.Second)
+		time.Sleep(10 * time.Second)
 		if got := ask(t.Context(), s); got.err != nil {
 			t.Errorf("Token() = %v, want a token", got)
 		}
@@ -410,7 +406,7 @@ func TestServerThatDoesNotAnswer(t *testing.T) {
 // The deadline is the fetch's: quick retries don't prolong it.
 func TestTimeoutIncludesTheRetries(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := &scriptedRequester{delay: 4 * time.Second, fail: during(0, time.Hour, errTransient)}
+		r := &scriptedRequester{delay: 4 * time.Second, fail: during(0, time.Hour, errTransient), alone: true}
 		s := newTestSource(t, r)
 		if got := ask(t.Context(), s); got.err == nil || got.waited != s.life.fetchTimeout {
 			t.Errorf("Token() = %v, want an error after %v", got, s.life.fetchTimeout)

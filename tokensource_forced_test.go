@@ -103,6 +103,9 @@ func TestForcedRequestsDuringABackOff(t *testing.T) {
 					t.Fatalf("FetchNow() = %v, want %v", err, test.cause)
 				}
 				s.lastErr.retryAt = s.lastErr.retryAt.Add(long)
+				if isPermanent(test.cause) {
+					s.lastErr.soonest = s.lastErr.retryAt
+				}
 				_, err := s.FetchNow(t.Context())
 				wantEarly(t, err, s.requested.Add(forcedInterval))
 				until := test.until(s)

@@ -205,7 +205,7 @@ func TestTokenWithoutLifetimeExpires(t *testing.T) {
 		r := &scriptedRequester{}
 		s := newTestSource(t, r)
 		s.Warm()
-		time.Sleep(s.life.defaultLifetime - 10*time.Second)
+		time.Sleep(s.life.defaultLifetime)
 		r.setDelay(time.Second)
 		expectToken(t, s, "t2", time.Second)
 	})
@@ -223,7 +223,7 @@ func TestTokenThatExpiredOnItsWayIsAnError(t *testing.T) {
 		expectCached(t, s, nil)
 
 		r.setDelay(899 * time.Millisecond)
-		time.Sleep(time.Second) // past the back-off
+		time.Sleep(10 * time.Second) // past the back-off
 		if got := ask(t.Context(), s); got.err != nil {
 			t.Errorf("Token() = %v, want a token", got)
 		}
@@ -233,7 +233,7 @@ func TestTokenThatExpiredOnItsWayIsAnError(t *testing.T) {
 // token was granted to a later one.
 func TestLifeCountsFromTheRequestThatWasGranted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := &scriptedRequester{lifetime: 5 * time.Second, delay: 5 * time.Second}
+		r := &scriptedRequester{lifetime: 5 * time.Second, delay: 5 * time.Second, alone: true}
 		r.fail = func(_ context.Context, n int) error {
 			if n == 1 { // a gateway in front of the server gave up; its next answer is quick
 				r.setDelay(0)
