@@ -84,15 +84,15 @@ func TestDestructCancelsTheWaitForARetry(t *testing.T) {
 
 func TestDestructLeavesAFetchThatIsWaitedFor(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		r := &scriptedRequester{lifetime: time.Hour, delay: 5 * time.Second}
+		r := &scriptedRequester{lifetime: time.Hour, delay: 2 * time.Second}
 		s := attachedSource(r)
 		s.Warm()
 		var wg sync.WaitGroup
-		wg.Go(func() { expectToken(t, s, "t1", 5*time.Second) })
+		wg.Go(func() { expectToken(t, s, "t1", 2*time.Second) })
 		wg.Go(func() { // leaves early, which must not matter to the other
-			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), 1500*time.Millisecond)
 			defer cancel()
-			want := answer{err: context.DeadlineExceeded, waited: 2 * time.Second}
+			want := answer{err: context.DeadlineExceeded, waited: 1500 * time.Millisecond}
 			if got := ask(ctx, s); got != want {
 				t.Errorf("Token() = %v, want %v", got, want)
 			}

@@ -263,7 +263,7 @@ func TestExpiredTokenIsNotServed(t *testing.T) {
 				s.Warm()
 				// The life counts from the request, not from its answer.
 				time.Sleep(tt.usable - 1)
-				r.setDelay(100 * time.Millisecond)
+				r.setDelay(90 * time.Millisecond)
 				expectToken(t, s, "t1", 0)
 				if s.Peek() == nil {
 					t.Error("Peek() = nil, want the token")
@@ -271,7 +271,7 @@ func TestExpiredTokenIsNotServed(t *testing.T) {
 				time.Sleep(time.Nanosecond)
 				expectCached(t, s, nil)
 				// The fetch that the last caller started is waited for.
-				expectToken(t, s, "t2", 100*time.Millisecond-1)
+				expectToken(t, s, "t2", 90*time.Millisecond-1)
 				expectRequests(t, r, 2)
 			})
 		})
