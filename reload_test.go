@@ -120,6 +120,47 @@ func TestNothingIsLeftOfAConfigThatIsGone(t *testing.T) {
 }
 
 // With new credentials, the next request has a token of theirs.
+// In an outage, another token can't be had. So a reload that leaves the client and the
+// server as they are keeps the token, and one that is taken back finds it again.
+func TestReloadInAnOutageKeepsTheToken(t *testing.T) {
+	for name, settings := range map[string]string{
+		"token_timeout":    "token_timeout 30s",
+		"refresh_before":   "refresh_before 5m",
+		"default_lifetime": "default_lifetime 10m",
+		"token_transport":  "token_transport {\nresponse_header_timeout 20s\nmax_conns_per_host 3\nversions 1.1 2\n}",
+		"order of scopes":  "scopes b a",
+	} {
+		t.Run(name, func(t *testing.T) {
+			auth := newAuthServer(t)
+			up := newUpstream(t, auth)
+			site := func(settings string) string { return proxySite(up, auth, settings) }
+			before := ""
+			if name == "order of scopes" {
+				before = "scopes a b"
+			}
+			g := startGateway(t, site(before))
+			g.get().want(t, http.StatusOK)
+			auth.script(refusing(http.StatusServiceUnavailable, ""))
+			g.load(site(settings))
+			g.get().want(t, http.StatusOK)
+			g.load(site(before))
+			g.get().want(t, http.StatusOK)
+			auth.wantAsked(t, 1)
+		})
+	}
+	t.Run("taken back", func(t *testing.T) {
+		auth := newAuthServer(t)
+		up := newUpstream(t, auth)
+		g := startGateway(t, proxySite(up, auth, ""))
+		g.get().want(t, http.StatusOK)
+		auth.script(refusing(http.StatusServiceUnavailable, ""))
+		g.load(proxySite(up, auth, "scopes other"))
+		g.get().want(t, http.StatusServiceUnavailable)
+		g.load(proxySite(up, auth, ""))
+		g.get().want(t, http.StatusOK)
+	})
+}
+
 func TestReloadWithOtherCredentials(t *testing.T) {
 	auth := newAuthServer(t)
 	up := newUpstream(t, auth)

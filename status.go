@@ -98,7 +98,7 @@ func (s *tokenSource) statusAlone(now time.Time) (sourceStatus, []requester) {
 		status.err, status.retryAt = s.lastErr, s.lastErr.retryAt
 	}
 
-	var requesters []requester
+	requesters := make([]requester, 0, len(s.sharers))
 	for _, sharer := range s.sharers {
 		requesters = append(requesters, sharer.requester)
 	}

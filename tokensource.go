@@ -16,35 +16,6 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// A requester makes the token requests of a source. All configs that need the
-// same token share one source. Each of these configs brings its own requester.
-type requester interface {
-	// request makes one token request. The grant says when the request began,
-	// and how long it took.
-	request(ctx context.Context) (grant, error)
-
-	// fingerprint returns a text that changes when the client's secrets change,
-	// and that does not hold them. It may do I/O, because placeholders can name
-	// files.
-	fingerprint(ctx context.Context) string
-
-	// concurrent reports whether several token requests may be under way at once.
-	concurrent() bool
-
-	// describe says who the client is. It does no I/O.
-	describe() description
-
-	// fetched is called when a fetch has ended, with a token or with err.
-	// failures is how many fetches failed before this one. A call may begin
-	// while another one is under way.
-	fetched(t *token, err *fetchError, failures int)
-}
-
-// errReleased ends a fetch that was abandoned, because the last config that used
-// the source was unloaded. It is not context.Canceled: Caddy takes every
-// context.Canceled for a caller who went away.
-var errReleased = errors.New("the configuration that asked for the token was unloaded")
-
 // tokenSource caches one access token and keeps it fresh. It is safe for
 // concurrent use. A fetch belongs to the source and not to a caller: it goes
 // on when the caller leaves, and its result serves everybody.
@@ -56,9 +27,9 @@ var errReleased = errors.New("the configuration that asked for the token was unl
 //	Token        the token  the token; fetch   waits for a fetch,    waits for a fetch,
 //	                                           see patience; then    see patience; then
 //	                                           the token             the last error
-//	Peek         the token  the token          nothing               nothing
-//	PeekOrFetch  the token  the token; fetch   nothing; fetch        nothing; fetch
-//	Warm         -          -                  fetch                 fetch
+//	Peek         the token  the token          -                     no token
+//	PeekOrFetch  the token  the token; fetch   fetch                 no token; fetch
+//	Warm         -          -                  fetch                 a fetch
 //	FetchNow     waits for a fetch, whatever the state, unless it is too early
 //	Refuse       the token becomes refused     -                     -
 //	Forget       the token becomes absent, unless it is too early
@@ -487,6 +458,176 @@ func (s *tokenSource) Destruct() error {
 	return nil
 }
 
+// fetch is one fetch in flight. t, err, span and unchanged may be read once done
+// is closed.
+type fetch struct {
+	done   chan struct{}
+	t      *token
+	err    error
+	span   trace.SpanContext
+	cancel context.CancelCauseFunc
+
+	unchanged bool // the secrets have not changed, so there was no token request
+
+	// If the secrets still have this fingerprint, the fetch ends at once with the last
+	// error. "": they don't matter.
+	failedWith string
+	lastErr    *fetchError
+
+	started  time.Time     // does not change
+	renews   bool          // does not change: there was a valid token when it started
+	joined   chan struct{} // see attempts
+	attempts attempts
+
+	// Guarded by the source's mu:
+	waiters int
+	awaited bool         // somebody needed the token, and may have left
+	links   []trace.Link // links to the waiting requests that are traced
+}
+
+// failing reports whether the fetch counts as failed, although it has not ended: it
+// should have replaced a token in time, and takes longer than limit.
+func (f *fetch) failing(now time.Time, limit time.Duration) bool {
+	return f.renews && now.Sub(f.started) > limit
+}
+
+// start returns the fetch in flight, or starts one. With onlyIfChanged, the new
+// fetch ends with the last error unless the secrets have changed since. mu is
+// held.
+func (s *tokenSource) start(onlyIfChanged bool) *fetch {
+	if s.inflight != nil {
+		return s.inflight
+	}
+	s.stopTimer()
+	now := time.Now()
+	s.nextCheckAt = now.Add(secretCheckInterval)
+
+	// The fetch has its own context. With the context of a caller, the fetch
+	// would end when the caller leaves. Such a context also has values that make
+	// Caddy's HTTP transport dial the upstream: the client's secret would go
+	// there.
+	ctx, cancel := context.WithCancelCause(context.Background())
+	joined := make(chan struct{}, 1)
+	f := &fetch{
+		done: make(chan struct{}), joined: joined, cancel: cancel,
+		started: now, renews: s.valid(now), awaited: s.wanted && !s.valid(now),
+	}
+	f.attempts = attempts{
+		requester: s.last, life: s.life, current: s.current, failures: s.failures,
+		silence: max(s.life.fetchTimeout/silenceDivisor, 2*s.usual.median()),
+		joined:  joined, needed: func() bool { return s.needs(f) },
+	}
+	if onlyIfChanged {
+		f.failedWith, f.lastErr = s.failedWith, s.lastErr
+	}
+	s.inflight = f
+	go s.run(ctx, f)
+	return f
+}
+
+// join begins a caller's wait. mu is held.
+func (s *tokenSource) join(ctx context.Context, f *fetch) {
+	f.waiters++
+	f.awaited = true
+	f.linkTo(ctx)
+	select {
+	case f.joined <- struct{}{}:
+	default: // the fetch has not yet seen the last one
+	}
+}
+
+// leave ends a caller's wait. If no config uses the source any more, only those who
+// wait still need the fetch: the last one to leave ends it.
+func (s *tokenSource) leave(f *fetch) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f.waiters--
+	if f.waiters == 0 && s.unused() {
+		s.abandon(f)
+	}
+}
+
+// abandon cancels a fetch that nobody needs. From now on, nobody joins it: a
+// later caller starts another fetch. mu is held.
+func (s *tokenSource) abandon(f *fetch) {
+	f.cancel(errReleased)
+	if s.inflight == f {
+		s.inflight = nil
+	}
+}
+
+// run is the goroutine of one fetch, and ends with it. The fetch ends at its
+// timeout at the latest.
+func (s *tokenSource) run(ctx context.Context, f *fetch) {
+	defer f.cancel(nil)
+	ctx, cancel := context.WithTimeout(ctx, f.attempts.life.fetchTimeout)
+	defer cancel()
+
+	var fingerprint string
+	err := safely(func() error {
+		fingerprint = f.attempts.fingerprint(ctx)
+		return nil
+	})
+	f.unchanged = err == nil && f.failedWith != "" && f.failedWith == fingerprint
+	if err == nil && !f.unchanged {
+		f.t, err = f.attempts.obtain(ctx)
+		err = f.attempts.current.keptOut(err)
+	}
+	now := time.Now()
+	released := err != nil && errors.Is(context.Cause(ctx), errReleased)
+	if !f.unchanged && !released {
+		_ = safely(func() error {
+			s.trace(f, f.attempts.requester, err)
+			return nil
+		})
+	}
+
+	s.mu.Lock()
+	if !f.unchanged {
+		s.requested = now
+	}
+	var failed *fetchError
+	switch {
+	case f.unchanged:
+		f.err = f.lastErr
+	case released:
+		f.err = errReleased // this error says nothing about the server
+	case err != nil:
+		failed = s.fail(f, err, fingerprint, now)
+		f.err = failed
+	default:
+		s.succeed(f.t)
+	}
+	s.finish(f)
+	s.mu.Unlock()
+
+	if f.t != nil || failed != nil {
+		_ = safely(func() error {
+			f.attempts.fetched(f.t, failed, f.attempts.failures)
+			return nil
+		})
+	}
+}
+
+// finish publishes the result of f and sets the timer for the next fetch. mu is
+// held.
+func (s *tokenSource) finish(f *fetch) {
+	if s.inflight == f {
+		s.inflight = nil
+	}
+	// Those who wait here use the token. This counts as wanting the next one.
+	s.wanted = f.waiters > 0
+	close(f.done)
+	s.schedule()
+}
+
+// needs reports whether callers wait for f, and have no token.
+func (s *tokenSource) needs(f *fetch) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return f.waiters > 0 && !s.valid(time.Now())
+}
+
 // unused reports whether no config uses the source. mu is held.
 func (s *tokenSource) unused() bool { return len(s.sharers) == 0 }
 
@@ -542,7 +683,7 @@ func (s *tokenSource) fail(f *fetch, err error, fingerprint string, now time.Tim
 	if isPermanent(err) {
 		s.failedWith = fingerprint
 	}
-	last := failure{err: err, began: f.tried, ended: now, lasted: now.Sub(s.failingFrom)}
+	last := failure{err: err, began: f.attempts.tried, ended: now, lasted: now.Sub(s.failingFrom)}
 	if s.current != nil {
 		last.left = max(0, s.current.expires.Sub(now))
 	}

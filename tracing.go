@@ -82,11 +82,11 @@ func (s *tokenSource) trace(f *fetch, r requester, err error) {
 	if !span.IsRecording() {
 		return
 	}
-	for _, retry := range f.retries {
+	for _, retry := range f.attempts.retries {
 		span.AddEvent("retry", trace.WithTimestamp(retry.at), trace.WithAttributes(errorType(retry.cause)))
 	}
-	if len(f.retries) > 0 {
-		span.SetAttributes(attribute.Int("http.request.resend_count", len(f.retries)))
+	if len(f.attempts.retries) > 0 {
+		span.SetAttributes(attribute.Int("http.request.resend_count", len(f.attempts.retries)))
 	}
 	status := http.StatusOK
 	if err != nil {

@@ -1,0 +1,168 @@
+// The token requests of one fetch: one after another, or side by side.
+
+package outboundauth
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"time"
+)
+
+// A requester makes the token requests of a source. All configs that need the
+// same token share one source. Each of these configs brings its own requester.
+type requester interface {
+	// request makes one token request. The grant says when the request began,
+	// and how long it took.
+	request(ctx context.Context) (grant, error)
+
+	// fingerprint returns a text that changes when the client's secrets change,
+	// and that does not hold them. It may do I/O, because placeholders can name
+	// files.
+	fingerprint(ctx context.Context) string
+
+	// concurrent reports whether several token requests may be under way at once.
+	concurrent() bool
+
+	// describe says who the client is. It does no I/O.
+	describe() description
+
+	// fetched is called when a fetch has ended, with a token or with err.
+	// failures is how many fetches failed before this one. A call may begin
+	// while another one is under way.
+	fetched(t *token, err *fetchError, failures int)
+}
+
+// errReleased ends a fetch that was abandoned, because the last config that used
+// the source was unloaded. It is not context.Canceled: Caddy takes every
+// context.Canceled for a caller who went away.
+var errReleased = errors.New("the configuration that asked for the token was unloaded")
+
+// attempts makes the token requests of one fetch. Only the goroutine of the fetch uses
+// it.
+type attempts struct {
+	requester
+	life     lifecycle
+	current  *token        // the token that is to be replaced, or nil
+	failures int           // how many fetches failed before this one
+	silence  time.Duration // how long the server may be silent before it is asked again
+
+	joined <-chan struct{} // holds an element if a caller has begun to wait
+	needed func() bool     // whether callers wait, and have no token
+
+	tried   time.Time // when the last request began
+	retries []retry
+	quick   int // how many of them were quick
+}
+
+// retry is another token request of a fetch: when it was decided on, and which error
+// was the cause. The error is errSilent if the request before is still under way.
+type retry struct {
+	at    time.Time
+	cause error
+}
+
+// attempt is the result of one token request of a fetch.
+type attempt struct {
+	t     *token
+	spent bool // there was a grant, but nothing is left of its life
+	err   error
+}
+
+// obtain makes the token requests of a fetch.
+//
+// After a transient error it tries again, up to three times in all. It does so only if
+// the fetch before did not fail. A fetch after a failed one is a repetition already,
+// and the waits between repetitions grow. If nothing is left of a grant's life, it does
+// not try again at once: the next grant would be no better.
+//
+// A server may accept a request and never answer it: it has restarted, or something in
+// between has lost the connection. While callers wait without a token, obtain asks
+// again beside the request that is under way. The first token wins.
+func (a *attempts) obtain(ctx context.Context) (*token, error) {
+	requests, cancel := context.WithCancel(ctx)
+	defer cancel() // the attempts that have lost
+	ended := make(chan attempt, maxAttempts)
+	underWay := 0
+	next := time.NewTimer(a.silence)
+	defer next.Stop()
+	try := func() {
+		a.tried = time.Now()
+		underWay++
+		next.Reset(a.silence)
+		go func() { ended <- a.attempt(requests) }()
+	}
+	try()
+	var told error // what the server said in an attempt that failed while others went on
+	for {
+		select {
+		case end := <-ended:
+			underWay--
+			switch {
+			case end.err == nil:
+				return end.t, nil
+			case errors.Is(context.Cause(ctx), errReleased):
+				return nil, errReleased
+			case underWay > 0 && ctx.Err() != nil: // the others end, too
+			case underWay > 0 && !leftAlone(end.err): // the others may have more luck
+				told = end.err
+				a.silence = min(a.silence, maxAskedBackoff) // the server is not silent
+				next.Reset(time.Until(a.tried.Add(a.silence)))
+			case ctx.Err() != nil && told != nil:
+				return nil, told
+			case !a.retriesQuickly(ctx, end):
+				return nil, end.err
+			default:
+				try()
+			}
+			continue
+		case <-next.C:
+		case <-a.joined:
+		}
+		if a.concurrent() && underWay < maxAttempts && time.Since(a.tried) >= a.silence && a.needed() {
+			a.retries = append(a.retries, retry{time.Now(), errSilent})
+			try()
+		}
+	}
+}
+
+// retriesQuickly reports whether an attempt that has failed is repeated at once. Before
+// that, it waits for a moment.
+func (a *attempts) retriesQuickly(ctx context.Context, failed attempt) bool {
+	if ctx.Err() != nil || a.failures > 0 || a.quick == quickRetries || failed.spent || leftAlone(failed.err) {
+		return false
+	}
+	a.retries = append(a.retries, retry{time.Now(), failed.err})
+	delay := time.NewTimer(rand.N(quickRetryDelay << a.quick))
+	defer delay.Stop()
+	a.quick++
+	select {
+	case <-delay.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// attempt makes one token request.
+func (a *attempts) attempt(ctx context.Context) (end attempt) {
+	end.err = safely(func() error {
+		t, g, err := a.life.requestToken(ctx, a.requester, a.current)
+		end.t, end.spent = t, err != nil && g.accessToken != ""
+		return err
+	})
+	return end
+}
+
+// requestToken makes one token request, and a token of the grant. A source and
+// `caddy oauth2-token` get all their tokens from it. If nothing is left of the
+// grant's life, requestToken returns an error together with the grant. current is the
+// token that the new one replaces, or nil.
+func (l lifecycle) requestToken(ctx context.Context, r requester, current *token) (*token, grant, error) {
+	g, err := r.request(ctx)
+	if err != nil {
+		return nil, grant{}, err
+	}
+	t, err := l.newToken(g, current)
+	return t, g, err
+}
