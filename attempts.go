@@ -80,8 +80,8 @@ type attempt struct {
 // between has lost the connection. While callers wait without a token, obtain asks
 // again beside the request that is under way. The first token wins.
 func (a *attempts) obtain(ctx context.Context) (*token, error) {
-	requests, cancel := context.WithCancel(ctx)
-	defer cancel() // the attempts that have lost
+	requests, cancel := context.WithCancelCause(ctx)
+	defer cancel(errSilent) // those that have lost
 	ended := make(chan attempt, maxAttempts)
 	underWay := 0
 	next := time.NewTimer(a.silence)

@@ -118,7 +118,11 @@ func (e *endpoint) fingerprint(ctx context.Context) string {
 func (e *endpoint) request(ctx context.Context) (grant, error) {
 	start := time.Now()
 	g, err := e.requestUncounted(ctx)
-	if !errors.Is(context.Cause(ctx), errReleased) { // a release says nothing about the server
+	switch cause := context.Cause(ctx); {
+	case errors.Is(cause, errReleased): // this says nothing about the server
+	case errors.Is(cause, errSilent) && err != nil:
+		e.metrics.tokenRequested(time.Since(start), errSilent)
+	default:
 		e.metrics.tokenRequested(time.Since(start), err)
 	}
 	return g, err

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -389,4 +390,26 @@ func TestFetchesAreLoggedWithoutSecrets(t *testing.T) {
 		}
 		wantNoCanaryIn(t, fmt.Sprint(fields))
 	}
+}
+
+// A token request that another has overtaken got no answer, and not a network error.
+func TestOvertakenRequestCountsAsTimeout(t *testing.T) {
+	auth := newAuthServer(t)
+	var asked atomic.Int32
+	auth.script(func(_ http.ResponseWriter, r tokenRequest) bool {
+		if asked.Add(1) > 1 {
+			return false
+		}
+		<-r.ctx.Done()
+		return true
+	})
+	up := newUpstream(t, auth)
+	g := newOperableGateway(t)
+	name := newName()
+	g.load(proxySite(up, auth, "token_timeout 400ms\nname "+name))
+	g.get().want(t, http.StatusOK)
+	eventually(t, func() bool {
+		got := g.scrape().of(name)
+		return got[`token_requests_total{result="timeout"}`] == 1 && got[`token_requests_total{result="ok"}`] == 1
+	}, "a timeout and a token")
 }
