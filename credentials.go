@@ -192,14 +192,20 @@ type Credentials struct {
 	// evaluates to nothing, the token request fails. Default: none.
 	TokenRequestHeaders map[string]string `json:"token_request_headers,omitempty"`
 
-	// How long the gateway tries to get one token, quick retries included.
+	// How long the gateway tries to get one token, all its tries included.
 	// After this time, it answers the requests that wait for the token with
-	// 504. 0 means the default. Default: `10s`.
+	// 504. If an earlier try to get a token has failed, they wait for a second
+	// at most, or three times as long as usual. If the server is silent for a
+	// quarter of this time while requests wait, the gateway asks it again
+	// beside the first token request, four times at most. It does not do so
+	// with an `assertion_file`. Of those who share a token, the longest time
+	// counts. 0 means the default. Default: `10s`.
 	TokenTimeout caddy.Duration `json:"token_timeout,omitempty"`
 
 	// How to reach the token endpoint, with the settings of the `http`
 	// transport: for example `tls` with a private CA, or `network_proxy`. The
-	// settings for the upstream do not apply to the token endpoint. Default:
+	// settings for the upstream do not apply to the token endpoint. A token
+	// outlives a change of timeouts, and of how connections are used. Default:
 	// the `http` transport's own defaults, over HTTP/1.1.
 	TokenTransport *reverseproxy.HTTPTransport `json:"token_transport,omitempty"`
 
@@ -222,13 +228,16 @@ type Credentials struct {
 	// does so in the background, and still uses the old token meanwhile. It
 	// starts up to 4 % of the lifetime earlier, at random, so that instances
 	// do not all renew at once. It never starts in the first half of the
-	// lifetime. 0 means the default. Default: 26 % of the lifetime. With this,
-	// a token with a lifetime of an hour is enough for a quarter of an hour
-	// without the authorization server.
+	// lifetime. Of those who share a token, the longest time counts. 0 means
+	// the default. Default: 26 % of the lifetime. With this, a token with a
+	// lifetime of an hour is enough for a quarter of an hour without the
+	// authorization server.
 	RefreshBefore caddy.Duration `json:"refresh_before,omitempty"`
 
 	// The lifetime of a token if the server names none (`expires_in` is absent
-	// or 0). 0 means the default. Default: `5m`.
+	// or 0). If the server repeats a token whose lifetime it has named before,
+	// the token keeps its end. Of those who share a token, the shortest time
+	// counts. 0 means the default. Default: `5m`.
 	DefaultLifetime caddy.Duration `json:"default_lifetime,omitempty"`
 
 	// The statuses with which the upstream refuses the token, from 400 to 599.
