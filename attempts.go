@@ -7,14 +7,17 @@ import (
 	"errors"
 	"math/rand/v2"
 	"time"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // A requester makes the token requests of a source. All configs that need the
 // same token share one source. Each of these configs brings its own requester.
 type requester interface {
 	// request makes one token request. The grant says when the request began,
-	// and how long it took.
-	request(ctx context.Context) (grant, error)
+	// and how long it took. The error shows none of the granted tokens, which the
+	// server may repeat.
+	request(ctx context.Context, granted redact.Secrets) (grant, error)
 
 	// fingerprint returns a text that changes when the client's secrets change,
 	// and that does not hold them. It may do I/O, because placeholders can name
@@ -43,9 +46,10 @@ var errReleased = errors.New("the configuration that asked for the token was unl
 type attempts struct {
 	requester
 	life     lifecycle
-	current  *token        // the token that is to be replaced, or nil
-	failures int           // how many fetches failed before this one
-	silence  time.Duration // how long the server may be silent before it is asked again
+	current  *token         // the token that is to be replaced, or nil
+	granted  redact.Secrets // the last tokens
+	failures int            // how many fetches failed before this one
+	silence  time.Duration  // how long the server may be silent before it is asked again
 
 	joined <-chan struct{} // holds an element if a caller has begun to wait
 	needed func() bool     // whether callers wait, and have no token
@@ -147,7 +151,7 @@ func (a *attempts) retriesQuickly(ctx context.Context, failed attempt) bool {
 // attempt makes one token request.
 func (a *attempts) attempt(ctx context.Context) (end attempt) {
 	end.err = safely(func() error {
-		t, g, err := a.life.requestToken(ctx, a.requester, a.current)
+		t, g, err := a.life.requestToken(ctx, a.requester, a.current, a.granted)
 		end.t, end.spent = t, err != nil && g.accessToken != ""
 		return err
 	})
@@ -158,8 +162,8 @@ func (a *attempts) attempt(ctx context.Context) (end attempt) {
 // `caddy oauth2-token` get all their tokens from it. If nothing is left of the
 // grant's life, requestToken returns an error together with the grant. current is the
 // token that the new one replaces, or nil.
-func (l lifecycle) requestToken(ctx context.Context, r requester, current *token) (*token, grant, error) {
-	g, err := r.request(ctx)
+func (l lifecycle) requestToken(ctx context.Context, r requester, current *token, granted redact.Secrets) (*token, grant, error) {
+	g, err := r.request(ctx, granted)
 	if err != nil {
 		return nil, grant{}, err
 	}

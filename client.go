@@ -84,7 +84,7 @@ func (cl *client) retire(ctx context.Context, refused *token) bool {
 		return true // it has expired by the upstream's clock, and its renewal is due
 	}
 	cl.source.places.refused(dialAddressOf(ctx))
-	if current := cl.source.Peek(); current != nil && current != refused {
+	if current := cl.source.Peek(); current != nil && current.value != refused.value {
 		return true
 	}
 	if !cl.replacements.allow(refused) {

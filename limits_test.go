@@ -292,6 +292,6 @@ func TestSwitchingProtocolsDoesNotHoldAFetch(t *testing.T) {
 	})
 	defer close(done)
 	cl := newTestClient(t, canaryCredentials(url), networkTransport(t))
-	_, err := cl.endpoint.request(t.Context())
+	_, err := cl.endpoint.request(t.Context(), nil)
 	wantTokenError(t, err, codeInvalidResponse, false)
 }

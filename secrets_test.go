@@ -241,7 +241,7 @@ func readFile(t *testing.T, name string) string {
 func TestHugeAnswerIsCutBeforeItIsSearched(t *testing.T) {
 	const size = 500 << 10
 	huge := strings.Repeat("x ", size/2)
-	const hidden, beside = "the server's description repeats the client's credentials, and is not shown", "the server's description stands beside a token, and is not shown"
+	const hidden, beside = "the server's description repeats the client's credentials or a token, and is not shown", "the server's description stands beside a token, and is not shown"
 	for _, test := range []struct {
 		name                    string
 		answer                  map[string]string
@@ -261,7 +261,7 @@ func TestHugeAnswerIsCutBeforeItIsSearched(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			server := answering(http.StatusBadRequest, string(encode(t, test.answer)))
-			_, err := newTestClient(t, canaryCredentials(testTokenURL), server).endpoint.request(t.Context())
+			_, err := newTestClient(t, canaryCredentials(testTokenURL), server).endpoint.request(t.Context(), nil)
 			got := wantTokenError(t, err, test.code, true)
 			if got.Description != test.description || got.Hint != test.hint {
 				t.Errorf("got the description %q and the hint %q, want %q and %q", got.Description, got.Hint, test.description, test.hint)
@@ -493,4 +493,49 @@ func wantNoKey(t *testing.T, where, text string, key crypto.Signer) {
 		}
 	}
 	wantNoCanaryIn(t, text)
+}
+
+// A server may still know the tokens that it has granted before, and the secret that
+// was replaced. Both may be valid still.
+func TestWhatAServerRemembersIsNotShown(t *testing.T) {
+	secretFile := writeFile(t, filepath.Join(t.TempDir(), "secret"), []byte("the-former-secret"))
+	auth := newAuthServer(t)
+	g := newOperableGateway(t)
+	g.load(strings.Replace(proxySite(newUpstream(t, nil), auth, ""), "client_secret", "client_secret {file."+secretFile+"}\n#", 1) +
+		"\nhandle_errors {\n respond \"{http.oauth2.error_description}\"\n}")
+	g.get().want(t, http.StatusOK)
+	s := theSource(t)
+	former := s.Peek().value
+	if _, err := s.rested().FetchNow(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for what, remembered := range map[string]string{"a former token": former, "the token": s.Peek().value, "a former secret": "the-former-secret"} {
+		writeFile(t, secretFile, []byte("the-present-secret"))
+		auth.script(refusing(http.StatusBadRequest, `{"error":"invalid_grant","error_description":"you hold `+remembered+`"}`))
+		_ = s.rested().Forget()
+		s.rested()
+		r := g.get()
+		if r.err != nil || !strings.Contains(r.body, "is not shown") {
+			t.Errorf("%s: got %q, err %v, want why nothing is shown", what, r.body, r.err)
+		}
+		eventually(t, func() bool { return len(g.logged("obtaining token failed")) > 0 }, "the failure in the log")
+		for where, text := range map[string]string{"the answer": r.body, "the log": g.logs(), "the admin API": string(encode(t, g.clients()))} {
+			if strings.Contains(text, remembered) {
+				t.Errorf("%s: is in %s: %q", what, where, text)
+			}
+		}
+	}
+}
+
+// The metadata may name the token as a part of the token endpoint's address.
+func TestTokenInTheMetadataIsNotShown(t *testing.T) {
+	p := newPublisher("")
+	p.publish(oauthPlace, page(http.StatusOK, document(testIssuer, tokenPlace)))
+	cl, _ := discovering(t, issuerSecret, p)
+	for granted, want := range map[string]string{"t0ken-that-is-valid": testIssuer, strings.TrimPrefix(tokenPlace, "/"): withheld} {
+		_, _ = cl.endpoint.request(t.Context(), redact.Secrets{granted})
+		if got := cl.endpoint.knownURL(); !strings.Contains(got, want) {
+			t.Errorf("with the token %q, the token endpoint is shown as %q, want %q", granted, got, want)
+		}
+	}
 }

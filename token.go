@@ -8,8 +8,6 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"time"
-
-	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // token is an access token, with the times that decide how it is used. A token
@@ -33,21 +31,6 @@ func (t *token) inReserve(now time.Time) bool { return !now.Before(t.usableTo) }
 
 // Format keeps the token out of everything that prints values.
 func (t *token) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("token")) }
-
-// keptOut returns the error of a token request without the token, if the server
-// repeats it there. t may be nil.
-func (t *token) keptOut(err error) error {
-	failure, ok := errors.AsType[*tokenError](err)
-	if t == nil || !ok || !(redact.Secrets{t.value}).In(failure.Code+"\n"+failure.Description) {
-		return err
-	}
-	shown := *failure
-	shown.Description = "the server's description repeats the token, and is not shown"
-	if (redact.Secrets{t.value}).In(failure.Code) {
-		shown.Code = codeHTTPStatus
-	}
-	return &shown
-}
 
 // grant is what an authorization server issued (RFC 6749 §5.1).
 type grant struct {

@@ -253,7 +253,7 @@ func (c *upstreamClient) report() tokenReport {
 		g grant
 	)
 	err := safely(func() (err error) {
-		t, g, err = c.endpoint.credentials.lifecycle().requestToken(ctx, c.endpoint, nil)
+		t, g, err = c.endpoint.credentials.lifecycle().requestToken(ctx, c.endpoint, nil, nil)
 		return err
 	})
 	r.description = c.endpoint.describe()

@@ -11,6 +11,7 @@ import (
 	"net/url"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -42,6 +43,7 @@ type endpoint struct {
 	logger       *zap.Logger
 
 	narrowed atomic.Pointer[string] // the scopes of the last warning
+	sent     sentSecrets
 }
 
 // newEndpoint makes the endpoint of c, which is expanded and complete.
@@ -115,9 +117,9 @@ func (e *endpoint) fingerprint(ctx context.Context) string {
 }
 
 // request implements requester.
-func (e *endpoint) request(ctx context.Context) (grant, error) {
+func (e *endpoint) request(ctx context.Context, granted redact.Secrets) (grant, error) {
 	start := time.Now()
-	g, err := e.requestUncounted(ctx)
+	g, err := e.requestUncounted(ctx, granted)
 	switch cause := context.Cause(ctx); {
 	case errors.Is(cause, errReleased): // this says nothing about the server
 	case errors.Is(cause, errSilent) && err != nil:
@@ -130,24 +132,24 @@ func (e *endpoint) request(ctx context.Context) (grant, error) {
 
 // requestUncounted is request without the metrics. If the token endpoint seems
 // to have moved, requestUncounted looks it up, and requests the token once more.
-func (e *endpoint) requestUncounted(ctx context.Context) (grant, error) {
+func (e *endpoint) requestUncounted(ctx context.Context, granted redact.Secrets) (grant, error) {
 	r, err := e.credentials.resolve(ctx, &e.certificates)
 	if err != nil {
 		return grant{}, err
 	}
 	if e.discovery == nil {
-		return e.requestAt(ctx, e.url, e.credentials.TokenURL, r)
+		return e.requestAt(ctx, e.url, e.credentials.TokenURL, r, granted)
 	}
 	discovering, _ := clientcert.With(ctx, r.certificate)
 	u, err := e.discovery.tokenEndpoint(discovering)
 	if err != nil {
 		return grant{}, err
 	}
-	g, err := e.requestAt(ctx, u, e.credentials.Issuer, r)
+	g, err := e.requestAt(ctx, u, e.credentials.Issuer, r, granted)
 	if err != nil && mayHaveMoved(err) {
 		e.discovery.expire()
 		if moved, lookUpErr := e.discovery.tokenEndpoint(discovering); lookUpErr == nil && *moved != *u {
-			return e.requestAt(ctx, moved, e.credentials.Issuer, r)
+			return e.requestAt(ctx, moved, e.credentials.Issuer, r, granted)
 		}
 		// The endpoint may have moved before the issuer says so. Then no server
 		// has refused the client, so the error is not permanent.
@@ -173,16 +175,19 @@ func mayHaveMoved(err error) bool {
 }
 
 // requestAt makes one token request at u (RFC 6749 §4.4.2). The client's JWTs
-// are meant for audience, unless assertion_audience names another.
-func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r resolved) (grant, error) {
+// are meant for audience, unless assertion_audience names another. The server may
+// repeat the tokens that it has granted, and what it was sent before.
+func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r resolved, granted redact.Secrets) (grant, error) {
 	form, header, secrets, err := e.form(r, cmp.Or(e.credentials.AssertionAudience, audience))
 	if err != nil {
 		return grant{}, &tokenError{Endpoint: u.Host, Code: codeConfiguration, Description: err.Error(), permanent: true}
 	}
-	host := u.Host
 	if e.discovery == nil {
 		secrets.AddQuery(e.urlTemplate, u)
-	} else {
+	}
+	secrets = slices.Concat(e.sent.add(secrets), granted)
+	host := u.Host
+	if e.discovery != nil {
 		host = e.discovery.show(u, secrets)
 	}
 	ctx, presented := clientcert.With(ctx, r.certificate)
@@ -211,6 +216,28 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 	}
 	e.warnNarrowed(g.scope)
 	return g, nil
+}
+
+// sentSecrets knows what the server was sent in the last requests that differ: it may
+// still know a secret that was replaced.
+type sentSecrets struct {
+	mu   sync.Mutex
+	last []redact.Secrets // guarded by mu
+}
+
+// maxSent is how many requests a server may look back.
+const maxSent = 4
+
+// add notes the secrets of a request. It returns them with those of the last ones.
+func (s *sentSecrets) add(secrets redact.Secrets) redact.Secrets {
+	secrets = slices.Sorted(slices.Values(secrets)) // they come from maps
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n := len(s.last); n == 0 || !slices.Equal(s.last[n-1], secrets) {
+		s.last = append(s.last, secrets)
+		s.last = s.last[max(0, len(s.last)-maxSent):]
+	}
+	return slices.Concat(s.last...)
 }
 
 // form returns the form and the header of a token request, and the parts of them

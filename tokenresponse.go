@@ -78,7 +78,7 @@ func (c *Credentials) readAnswer(host string, a serverAnswer, secrets redact.Sec
 		failure.Description = "the server's description stands beside a token, and is not shown"
 	}
 	if secrets.In(description + "\n" + redact.Clean(description, len(description))) {
-		failure.Description = "the server's description repeats the client's credentials, and is not shown"
+		failure.Description = "the server's description repeats the client's credentials or a token, and is not shown"
 	}
 	if failure.classify().permanent {
 		failure.Hint = c.hint(failure.Code)

@@ -14,6 +14,8 @@ import (
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // tokenSource caches one access token and keeps it fresh. It is safe for
@@ -63,6 +65,8 @@ type tokenSource struct {
 	end   func()
 	ender *time.Timer
 
+	granted redact.Secrets // the last tokens, which may be valid still
+
 	requested time.Time // when the last token request ended
 	usual     usual     // how long the server takes
 
@@ -89,6 +93,10 @@ type sharer struct {
 // afterlife is how long a source keeps its token after its last user has left. Somebody
 // may go back to the former config, and in an outage no other token could be had.
 const afterlife = 1 * time.Minute
+
+// maxGranted is how many of its last tokens a source knows, so that they are not shown
+// if the server repeats them.
+const maxGranted = 4
 
 func newTokenSource() *tokenSource { return new(tokenSource) }
 
@@ -190,6 +198,10 @@ func (s *tokenSource) usable(now time.Time) *token {
 	return nil
 }
 
+// good reports whether there is a token that is good for requests, in its reserve at
+// the worst. mu is held.
+func (s *tokenSource) good(now time.Time) bool { return s.valid(now) && !s.refused }
+
 // valid reports whether there is a token that has not expired. mu is held.
 func (s *tokenSource) valid(now time.Time) bool {
 	return s.current != nil && now.Before(s.current.expires)
@@ -224,14 +236,14 @@ func (s *tokenSource) whyNot(f *fetch) error {
 // limited. Nobody waits long for what has just failed: callers that pile up are an
 // outage of their own. mu is held.
 func (s *tokenSource) patience(f *fetch, now time.Time) (wait time.Duration, limited bool) {
-	valid := s.valid(now)
+	good := s.good(now)
 	slow := f.started.Add(2 * s.usual.median()) // later, f takes longer than usual
 	switch {
-	case valid && !s.refused && s.lastErr != nil:
+	case good && s.lastErr != nil:
 		return 0, true
-	case valid && !s.refused && s.valid(slow):
+	case good && s.valid(slow):
 		return max(0, slow.Sub(now)), true
-	case s.lastErr != nil, valid && s.refused, f.failing(now, s.patienceAfterFailure()):
+	case s.lastErr != nil, s.refused && s.valid(now), f.failing(now, s.patienceAfterFailure()):
 		return s.patienceAfterFailure(), true
 	}
 	return 0, false
@@ -258,7 +270,7 @@ func (s *tokenSource) backingOff(now time.Time) bool {
 // tooEarly reports whether it is too early for a fetch that a caller waits for. mu is
 // held.
 func (s *tokenSource) tooEarly(now time.Time) bool {
-	if s.valid(now) {
+	if s.good(now) {
 		return s.backingOff(now) // the caller gets that token
 	}
 	return s.lastErr != nil && now.Before(s.lastErr.soonest)
@@ -267,7 +279,7 @@ func (s *tokenSource) tooEarly(now time.Time) bool {
 // hasten shortens a back-off that was set when nobody asked, for a caller that gets no
 // token now. mu is held.
 func (s *tokenSource) hasten(now time.Time) {
-	if s.inflight != nil || s.valid(now) || !s.lastErr.soonest.Before(s.lastErr.retryAt) {
+	if s.inflight != nil || s.good(now) || !s.lastErr.soonest.Before(s.lastErr.retryAt) {
 		return
 	}
 	sooner := *s.lastErr // a copy: others read the error without a lock
@@ -366,7 +378,7 @@ func (s *tokenSource) Forget() error {
 func (s *tokenSource) Refuse(t *token) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.current != t || s.refused {
+	if s.current == nil || s.current.value != t.value || s.refused {
 		return false
 	}
 	s.refused = true
@@ -510,10 +522,10 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 	joined := make(chan struct{}, 1)
 	f := &fetch{
 		done: make(chan struct{}), joined: joined, cancel: cancel,
-		started: now, renews: s.valid(now), awaited: s.wanted && !s.valid(now),
+		started: now, renews: s.valid(now), awaited: s.wanted && !s.good(now),
 	}
 	f.attempts = attempts{
-		requester: s.last, life: s.life, current: s.current, failures: s.failures,
+		requester: s.last, life: s.life, current: s.current, granted: slices.Clone(s.granted), failures: s.failures,
 		silence: max(s.life.fetchTimeout/silenceDivisor, 2*s.usual.median()),
 		joined:  joined, needed: func() bool { return s.needs(f) },
 	}
@@ -571,7 +583,6 @@ func (s *tokenSource) run(ctx context.Context, f *fetch) {
 	f.unchanged = err == nil && f.failedWith != "" && f.failedWith == fingerprint
 	if err == nil && !f.unchanged {
 		f.t, err = f.attempts.obtain(ctx)
-		err = f.attempts.current.keptOut(err)
 	}
 	now := time.Now()
 	released := err != nil && errors.Is(context.Cause(ctx), errReleased)
@@ -684,8 +695,8 @@ func (s *tokenSource) fail(f *fetch, err error, fingerprint string, now time.Tim
 		s.failedWith = fingerprint
 	}
 	last := failure{err: err, began: f.attempts.tried, ended: now, lasted: now.Sub(s.failingFrom)}
-	if s.current != nil {
-		last.left = max(0, s.current.expires.Sub(now))
+	if s.good(now) {
+		last.left = s.current.expires.Sub(now)
 	}
 	soonest, retryAt := s.streak.next(last)
 	if f.awaited && last.left == 0 {
@@ -698,6 +709,10 @@ func (s *tokenSource) fail(f *fetch, err error, fingerprint string, now time.Tim
 // succeed notes a new token. mu is held.
 func (s *tokenSource) succeed(t *token) {
 	s.current, s.refused = t, false
+	if !slices.Contains(s.granted, t.value) {
+		s.granted = append(s.granted, t.value)
+		s.granted = s.granted[max(0, len(s.granted)-maxGranted):]
+	}
 	s.usual.add(t.grant.took)
 	s.failures, s.failingFrom, s.lastErr, s.streak, s.failedWith = 0, time.Time{}, nil, streak{}, ""
 }

@@ -10,6 +10,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // scriptedRequester is an authorization server as a token source sees it. It
@@ -29,7 +31,7 @@ type scriptedRequester struct {
 	looked int           // at the secret
 }
 
-func (r *scriptedRequester) request(ctx context.Context) (grant, error) {
+func (r *scriptedRequester) request(ctx context.Context, _ redact.Secrets) (grant, error) {
 	r.mu.Lock()
 	r.sent = append(r.sent, time.Now())
 	n, delay, sent := len(r.sent), r.delay, time.Now()
