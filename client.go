@@ -25,6 +25,7 @@ type client struct {
 
 	spare   bool        // no upstream needs the client: all have credentials of their own
 	started atomic.Bool // the config runs
+	kept    bool        // health checks need the token
 }
 
 // newClient makes a client of e. transportConfig describes the transport of e. The
@@ -47,9 +48,21 @@ func newClient(e *endpoint, transportConfig []byte) (*client, error) {
 	return cl, nil
 }
 
+// keep has the token renewed until the client is released, for the health checks of its
+// upstreams. It may be called again.
+func (cl *client) keep() {
+	if !cl.kept {
+		cl.kept = true
+		cl.source.keep()
+	}
+}
+
 // release gives the client's share of the source back. Requests that are still on
 // their way can go on using the client.
 func (cl *client) release() error {
+	if cl.kept {
+		cl.source.unkeep()
+	}
 	cl.source.detach(cl.endpoint)
 	_, err := sources.Delete(cl.key)
 	return errors.Join(err, cl.endpoint.release())

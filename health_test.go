@@ -198,6 +198,51 @@ func TestHealthChecksKeepATokenAtHand(t *testing.T) {
 	eventually(t, func() bool { return g.get().status == http.StatusOK }, "an upstream that is up")
 }
 
+func TestTokensThatHealthChecksNeed(t *testing.T) {
+	a, b := newUpstream(t, nil), newUpstream(t, nil)
+	_, port, _ := strings.Cut(b.addr, ":")
+	for _, test := range []struct {
+		checks, block string
+		kept          int // of the client gateway
+	}{
+		{"", "", 0},
+		{"health_interval 1h", "", 0}, // what is missing is health_uri
+		{"health_uri /", "", 1},
+		{"health_uri /", "upstream $A $B off", 0},
+		{"health_uri /", "upstream $A {\nclient_id other\n}", 1},
+		{"health_uri /", "upstream $A $B {\nclient_id other\n}", 0},
+		{"health_uri /\nhealth_port 1", "", 1},
+		{"health_uri /\nhealth_port 1", "upstream $A {\nclient_id other\n}", 0},
+		{"health_port $PORT", "upstream $A {\nclient_id other\n}", 1}, // that of $B
+		{"health_uri /\nhealth_upstream 127.0.0.1:1", "upstream $A {\nclient_id other\n}", 0},
+		{"health_uri /\nhealth_upstream $B", "upstream $A {\nclient_id other\n}", 1},
+	} {
+		auth := newAuthServer(t)
+		g := newGateway(t)
+		for range 2 { // the second time, the old config takes its part back
+			g.load(expand(`reverse_proxy $A $B {
+				$CHECKS
+				transport oauth2 {
+					token_url $AUTH/token
+					client_id gateway
+					client_secret s
+					$BLOCK
+				}
+			}`, "$CHECKS", expand(test.checks, "$B", b.addr, "$PORT", port), "$BLOCK", expand(test.block, "$A", a.addr, "$B", b.addr),
+				"$A", a.addr, "$B", b.addr, "$AUTH", auth.URL))
+			source := sourceOf(t, strings.TrimPrefix(auth.URL, "http://")+"/gateway")
+			eventually(t, func() bool { return source.keptBy() == test.kept }, "%+v: got %d, want %d", test, source.keptBy(), test.kept)
+		}
+		g.stop()
+	}
+}
+
+func (s *tokenSource) keptBy() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.kept
+}
+
 // A token that the upstream has forgotten makes it look down, and no request
 // gets through by which the token would be replaced.
 func TestRefusedHealthCheckReplacesTheToken(t *testing.T) {

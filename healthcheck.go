@@ -121,26 +121,6 @@ func (t *Transport) refusesCheck(b *block, status int) bool {
 	return b.refuses(status) && !expected
 }
 
-// routeOfCheck returns the route of a health check. It is the route of a request to the
-// same address. With health_port, the check may go to another port of an upstream's
-// host. Then it is the route that all upstreams on this host have, and the zero route
-// if they have different ones. Any other address is that of health_upstream, which
-// belongs to no upstream.
-func (t *Transport) routeOfCheck(dial reverseproxy.DialInfo) route {
-	checked := dialAddress{dial.Network, dial.Address}
-	if _, named := t.routes[checked]; named || !t.checksOthers {
-		return t.routeTo(checked)
-	}
-	var found route
-	for i, upstream := range t.byHost[dial.Host] {
-		if i > 0 && upstream != found {
-			return route{}
-		}
-		found = upstream
-	}
-	return found
-}
-
 // redirectedElsewhere reports whether a health check follows a redirect to another host
 // or port, or from http to https. The host is the host of the URL or, as the upstream
 // itself sees it, the host in the field Host.

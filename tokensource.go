@@ -61,7 +61,7 @@ var errReleased = errors.New("the configuration that asked for the token was unl
 //	FetchNow     waits for a fetch, whatever the state, unless it is too early
 //	Refuse       the token becomes refused     -
 //	Forget       the token becomes absent, unless it is too early
-//	timer        -          fetch, if the token is wanted or if the last fetch failed
+//	timer        -          fetch, if the token is wanted or kept, or if the last fetch failed
 //
 // A fetch that nobody waits for does not start within a back-off. After the last
 // config that uses the source has ended, only Token and FetchNow start a fetch.
@@ -90,6 +90,8 @@ type tokenSource struct {
 	// Whether a caller has asked for a token since the last fetch ended. The
 	// token of a source that nobody asks is not renewed.
 	wanted bool
+
+	kept int // how many clients' health checks need the token
 
 	// About the failures since the last success. All are zero if there was no
 	// failure.
@@ -332,6 +334,20 @@ func (s *tokenSource) attach(r requester) {
 	defer s.mu.Unlock()
 	s.requesters = append(s.requesters, r)
 	s.last = r
+}
+
+// keep has the token renewed although no request may come: health checks need it.
+func (s *tokenSource) keep() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.kept++
+}
+
+// unkeep takes back one keep.
+func (s *tokenSource) unkeep() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.kept--
 }
 
 // detach removes a user.
@@ -597,7 +613,7 @@ func (s *tokenSource) refresh() {
 	refreshing := s.failures > 0 && s.current != nil && now.Before(s.current.usableTo)
 	// When the timer fires, somebody else may have renewed the token already.
 	// Then no fetch is due.
-	if (s.wanted || refreshing) && !s.released && s.due(now) {
+	if (s.wanted || s.kept > 0 || refreshing) && !s.released && s.due(now) {
 		s.start(false)
 	}
 }
