@@ -6,7 +6,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
-	"sync/atomic"
+	"sync"
 
 	"go.uber.org/zap"
 
@@ -23,9 +23,10 @@ type client struct {
 	replacements replacements // spaces out the replacements after refused requests
 	checks       replacements // spaces out the replacements after refused checks, which must not delay the others
 
-	spare   bool        // no upstream needs the client: all have credentials of their own
-	started atomic.Bool // the config runs
-	kept    bool        // health checks need the token
+	spare   bool          // no upstream needs the client: all have credentials of their own
+	started chan struct{} // closed when the config runs
+	start   func()        // closes started; it may be called again
+	kept    bool          // health checks need the token
 }
 
 // newClient makes a client of e. transportConfig describes the transport of e. The
@@ -36,7 +37,8 @@ func newClient(e *endpoint, transportConfig []byte) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
-	cl := &client{key: sha256.Sum256(shape), endpoint: e}
+	cl := &client{key: sha256.Sum256(shape), endpoint: e, started: make(chan struct{})}
+	cl.start = sync.OnceFunc(func() { close(cl.started) })
 	source, _, err := sources.LoadOrNew(cl.key, func() (caddy.Destructor, error) {
 		return newTokenSource(life), nil
 	})
@@ -66,6 +68,25 @@ func (cl *client) release() error {
 	cl.source.detach(cl.endpoint)
 	_, err := sources.Delete(cl.key)
 	return errors.Join(err, cl.endpoint.release())
+}
+
+// tokenForCheck returns the token for a health check: what Token returns to a request.
+// But Caddy begins checks before the config runs, and even if it only validates the
+// config. Until the config runs, there is no token request. waited reports whether the
+// check has spent some of its time.
+func (cl *client) tokenForCheck(ctx context.Context) (tok *token, waited bool, err error) {
+	select {
+	case <-cl.started:
+	default:
+		waited = true
+		select {
+		case <-cl.started:
+		case <-ctx.Done():
+			return nil, waited, ctx.Err()
+		}
+	}
+	tok, got, err := cl.source.Token(ctx)
+	return tok, waited || got.wait > 0, err
 }
 
 // replace returns a new token for one that an upstream has refused. It returns nil

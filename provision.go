@@ -231,7 +231,7 @@ func (t *Transport) readHealthChecks(handler *reverseproxy.Handler, all configur
 		return
 	}
 	checks := handler.HealthChecks.Active
-	t.healthStatus = checks.ExpectStatus
+	t.health.read(checks, len(handler.Upstreams))
 	t.checksOthers = checks.Upstream != "" || checks.Port != 0
 	if checks.Upstream == "" && checks.Port != 0 {
 		t.byHost = make(map[string][]route)
@@ -309,7 +309,7 @@ type onStarted []*client
 // repeated later. The server starts all the same.
 func (clients onStarted) Handle(context.Context, caddy.Event) error {
 	for _, cl := range clients {
-		cl.started.Store(true)
+		cl.start()
 		if !cl.spare {
 			cl.source.Warm()
 		}
