@@ -56,7 +56,6 @@ var errReleased = errors.New("the configuration that asked for the token was unl
 //	                                           if a refused token is still valid, returns that token
 //	                                           instead of an error
 //	Peek         the token  the token          nothing
-//	PeekOrFetch  the token  the token; fetch   nothing; fetch
 //	Warm         -          -                  fetch
 //	FetchNow     waits for a fetch, whatever the state, unless it is too early
 //	Refuse       the token becomes refused     -
@@ -225,20 +224,6 @@ func (s *tokenSource) Peek() *token {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.usable(time.Now())
-}
-
-// PeekOrFetch is Token for callers that can't wait. If there is no token that
-// may be used, it returns nil. If a fetch is due, it starts one in the
-// background.
-func (s *tokenSource) PeekOrFetch() *token {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	now := time.Now()
-	s.wanted = true
-	if !s.released && s.due(now) {
-		s.start(false)
-	}
-	return s.usable(now)
 }
 
 // FetchNow fetches a new token and waits for it, as Token does. It does so even
