@@ -66,16 +66,12 @@ func newBlock(cl *client) *block {
 }
 
 // dress adds the bearer and identity headers to a request that goes upstream. The
-// request must have a header map of its own. If t is nil, dress adds only the
-// identity headers.
+// request must have a header map of its own.
 func (b *block) dress(out *http.Request, t *token) error {
 	for i := range b.identity {
 		if err := b.identity[i].set(out.Context(), out.Header); err != nil {
 			return err
 		}
-	}
-	if t == nil {
-		return nil
 	}
 	current := b.bearer.Load()
 	if current == nil || current.of != t {

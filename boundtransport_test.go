@@ -232,26 +232,6 @@ func TestHealthChecksPresentTheBoundCertificate(t *testing.T) {
 	})
 }
 
-// An upstream is not unhealthy because its token is missing.
-func TestHealthChecksWithoutATokenPresentTheCertificate(t *testing.T) {
-	m := newMutual(t, false)
-	pair := m.ca.issue(t, "gateway")
-	pair.write(t, m.dir)
-	m.auth.script(refusing(http.StatusBadRequest, `{"error":"invalid_client"}`))
-	m.up.script(nil)
-	g := startGateway(t, strings.Replace(m.site("bind_certificate"), "transport oauth2 {",
-		"health_uri /health\nhealth_interval 20ms\ntransport oauth2 {", 1))
-	eventually(t, func() bool { return len(m.toUp.seen()) >= 3 }, "health checks")
-	for _, v := range m.toUp.seen() {
-		if v.path != "/health" || v.authorization != "" || v.print != pair.print() {
-			t.Errorf("got %+v, want a health check with the certificate and without a token", v)
-		}
-	}
-	if got := g.logged("HTTP request failed"); len(got) != 0 {
-		t.Errorf("got %q in the log, want no health check that failed", got[0])
-	}
-}
-
 func TestNothingIsLeftOfConnectionsWithCertificates(t *testing.T) {
 	bothVersions(t, func(t *testing.T, http2 bool) {
 		m := newMutual(t, http2)

@@ -5,7 +5,7 @@ package outboundauth
 import (
 	"context"
 	"crypto/sha256"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -23,8 +23,10 @@ type client struct {
 	replacements replacements // spaces out the replacements after refused requests
 	checks       replacements // spaces out the replacements after refused checks, which must not delay the others
 
-	spare   bool        // no upstream needs the client: all have credentials of their own
-	started atomic.Bool // the config runs
+	spare   bool          // no upstream needs the client: all have credentials of their own
+	started chan struct{} // closed when the config runs
+	start   func()        // closes started; it may be called again
+	kept    bool          // health checks need the token
 }
 
 // newClient makes a client of e. transportConfig describes the transport of e. The
@@ -34,7 +36,8 @@ func newClient(e *endpoint, transportConfig []byte) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
-	cl := &client{key: sha256.Sum256(shape), endpoint: e}
+	cl := &client{key: sha256.Sum256(shape), endpoint: e, started: make(chan struct{})}
+	cl.start = sync.OnceFunc(func() { close(cl.started) })
 	source, _, err := sources.LoadOrNew(cl.key, func() (caddy.Destructor, error) {
 		return newTokenSource(), nil
 	})
@@ -46,12 +49,43 @@ func newClient(e *endpoint, transportConfig []byte) (*client, error) {
 	return cl, nil
 }
 
+// keep has the token renewed until the client is released, for the health checks of its
+// upstreams. It may be called again.
+func (cl *client) keep() {
+	if !cl.kept {
+		cl.kept = true
+		cl.source.keep()
+	}
+}
+
 // release gives the client's share of the source back. Requests that are still on
 // their way can go on using the client.
 func (cl *client) release() error {
+	if cl.kept {
+		cl.source.unkeep()
+	}
 	key := cl.key // and not the whole client: the source may be kept for a time
 	cl.source.detach(cl.endpoint, func() { _, _ = sources.Delete(key) })
 	return cl.endpoint.release()
+}
+
+// tokenForCheck returns the token for a health check: what Token returns to a request.
+// But Caddy begins checks before the config runs, and even if it only validates the
+// config. Until the config runs, there is no token request. waited reports whether the
+// check has spent some of its time.
+func (cl *client) tokenForCheck(ctx context.Context) (tok *token, waited bool, err error) {
+	select {
+	case <-cl.started:
+	default:
+		waited = true
+		select {
+		case <-cl.started:
+		case <-ctx.Done():
+			return nil, waited, ctx.Err()
+		}
+	}
+	tok, got, err := cl.source.Token(ctx)
+	return tok, waited || got.wait > 0, err
 }
 
 // replace returns a new token for one that an upstream has refused. It returns nil

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -70,33 +71,20 @@ func TestHealthChecksCarryTheCachedToken(t *testing.T) {
 	auth.wantAsked(t, 1)
 }
 
-// A check goes without a token if there is none, at once, and succeeds.
-func TestHealthChecksDoNotNeedAToken(t *testing.T) {
-	for _, test := range []struct {
-		name   string
-		answer func(http.ResponseWriter, tokenRequest) bool
-	}{
-		{"the authorization server hangs", func(_ http.ResponseWriter, r tokenRequest) bool { <-r.ctx.Done(); return true }},
-		{"the authorization server refuses", refusing(http.StatusBadRequest, `{"error":"invalid_client"}`)},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			auth := newAuthServer(t)
-			auth.script(test.answer)
-			up := newUpstream(t, auth)
-			n := up.checked(http.StatusOK)
-			g := startGateway(t, expand(checkedSite, "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", ""))
-			eventually(t, func() bool { return n.Load() >= 5 }, "health checks")
-			for _, check := range up.checks() {
-				check.wantHeader(t, "Authorization", "")
-			}
-			auth.wantAsked(t, 1) // by the warm-up
-			for _, bad := range []string{"active health check failed", "HTTP request failed", "unexpected status"} {
-				if got := g.logged(bad); len(got) != 0 {
-					t.Errorf("got %q, want no failed check", got)
-				}
-			}
-		})
+// Caddy begins the first check before the config runs. It waits for its token.
+func TestFirstHealthCheckCarriesTheToken(t *testing.T) {
+	auth := newAuthServer(t)
+	auth.delay = 200 * time.Millisecond
+	up := newUpstream(t, auth) // and so do its health checks
+	g := startGateway(t, expand(strings.Replace(checkedSite, "20ms", "1h", 1), "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", ""))
+	g.get().want(t, http.StatusOK)
+	eventually(t, func() bool { return len(up.checks()) == 1 }, "the first check")
+	if check := up.checks()[0]; check.bearerOf(auth) != "gateway" {
+		t.Errorf("got the token %q, want that of gateway", check.header.Get("Authorization"))
 	}
+	g.get().want(t, http.StatusOK)
+	g.wantNeverDown(t)
+	auth.wantAsked(t, 1)
 }
 
 func TestHealthChecksDoNotReplaceTokens(t *testing.T) {
@@ -184,18 +172,64 @@ func TestHealthChecksOverTLS(t *testing.T) {
 		"health checks with the token of gateway")
 }
 
-// An upstream that lets nobody in without a token is down to the proxy when
-// there is none, and then gets no request that would have one fetched.
+// An upstream whose checks need the token stays up, however rare they are and however
+// short the tokens live.
 func TestHealthChecksKeepATokenAtHand(t *testing.T) {
 	auth := newAuthServer(t)
 	auth.script(func(w http.ResponseWriter, r tokenRequest) bool {
 		fmt.Fprintf(w, `{"access_token":%q,"token_type":"Bearer","expires_in":1}`, auth.issue(r.client))
 		return true
 	})
-	up := newUpstream(t, auth) // and so do its health checks
-	g := startGateway(t, expand(checkedSite, "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", ""))
-	eventually(t, func() bool { return len(auth.asked()) >= 4 }, "tokens that no client has asked for")
-	eventually(t, func() bool { return g.get().status == http.StatusOK }, "an upstream that is up")
+	up := newUpstream(t, auth)
+	g := startGateway(t, expand(strings.Replace(checkedSite, "20ms", "1h", 1), "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", ""))
+	eventually(t, func() bool { return len(auth.asked()) >= 4 }, "tokens that nobody has asked for")
+	g.get().want(t, http.StatusOK)
+	g.wantNeverDown(t)
+}
+
+func TestTokensThatHealthChecksNeed(t *testing.T) {
+	a, b := newUpstream(t, nil), newUpstream(t, nil)
+	_, port, _ := strings.Cut(b.addr, ":")
+	for _, test := range []struct {
+		checks, block string
+		kept          int // of the client gateway
+	}{
+		{"", "", 0},
+		{"health_interval 1h", "", 0}, // what is missing is health_uri
+		{"health_uri /", "", 1},
+		{"health_uri /", "upstream $A $B off", 0},
+		{"health_uri /", "upstream $A {\nclient_id other\n}", 1},
+		{"health_uri /", "upstream $A $B {\nclient_id other\n}", 0},
+		{"health_uri /\nhealth_port 1", "", 1},
+		{"health_uri /\nhealth_port 1", "upstream $A {\nclient_id other\n}", 0},
+		{"health_port $PORT", "upstream $A {\nclient_id other\n}", 1}, // that of $B
+		{"health_uri /\nhealth_upstream 127.0.0.1:1", "upstream $A {\nclient_id other\n}", 0},
+		{"health_uri /\nhealth_upstream $B", "upstream $A {\nclient_id other\n}", 1},
+	} {
+		auth := newAuthServer(t)
+		g := newGateway(t)
+		for range 2 { // the second time, the old config takes its part back
+			g.load(expand(`reverse_proxy $A $B {
+				$CHECKS
+				transport oauth2 {
+					token_url $AUTH/token
+					client_id gateway
+					client_secret s
+					$BLOCK
+				}
+			}`, "$CHECKS", expand(test.checks, "$B", b.addr, "$PORT", port), "$BLOCK", expand(test.block, "$A", a.addr, "$B", b.addr),
+				"$A", a.addr, "$B", b.addr, "$AUTH", auth.URL))
+			source := sourceOf(t, strings.TrimPrefix(auth.URL, "http://")+"/gateway")
+			eventually(t, func() bool { return source.keptBy() == test.kept }, "%+v: got %d, want %d", test, source.keptBy(), test.kept)
+		}
+		g.stop()
+	}
+}
+
+func (s *tokenSource) keptBy() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.kept
 }
 
 // A token that the upstream has forgotten makes it look down, and no request
@@ -233,8 +267,13 @@ func TestChecksThatAreAlwaysRefusedCauseFewTokenRequests(t *testing.T) {
 func TestHealthChecksOfAConfigThatDoesNotRun(t *testing.T) {
 	auth := newAuthServer(t)
 	up := newUpstream(t, nil)
-	n := up.checked(http.StatusOK)
-	base, err := caddy.ProvisionContext(new(caddy.Config))
+	g := newGateway(t)
+	base, err := caddy.ProvisionContext(&caddy.Config{Logging: &caddy.Logging{Logs: map[string]*caddy.CustomLog{"default": {
+		BaseLog: caddy.BaseLog{
+			Level:     "DEBUG",
+			WriterRaw: encode(t, map[string]string{"output": "file", "filename": filepath.Join(g.dir, "log")}),
+		},
+	}}}})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -242,13 +281,17 @@ func TestHealthChecksOfAConfigThatDoesNotRun(t *testing.T) {
 	defer cancel()
 	if _, err := ctx.LoadModuleByID("http.handlers.reverse_proxy", encode(t, map[string]any{
 		"upstreams":     []any{map[string]any{"dial": up.addr}},
-		"health_checks": map[string]any{"active": map[string]any{"uri": "/health", "interval": "20ms"}},
+		"health_checks": map[string]any{"active": map[string]any{"uri": "/health", "interval": "20ms", "timeout": "30ms"}},
 		"transport": map[string]any{"protocol": "oauth2", "credentials": map[string]any{
 			"token_url": auth.URL + "/token", "client_id": "c", "client_secret": "s",
 		}},
 	})); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, func() bool { return n.Load() >= 3 }, "health checks")
+	g.wantKeptVerdicts(t, true)
+	g.wantNeverDown(t)
 	auth.wantAsked(t, 0)
+	if got := up.got(); len(got) != 0 {
+		t.Errorf("got %v at the upstream, want nothing", got)
+	}
 }

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"strings"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -18,21 +19,20 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
-// sendHealthCheck sends an active health check. The check carries the token of
-// its upstream if the token is at hand. A missing token does not make the
-// upstream unhealthy, so the check neither waits for the token nor fails without
-// it. But the check has the token fetched for the next check. Otherwise an
-// upstream that refuses checks without a token would stay down: no request would
-// go there and fetch one.
+// sendHealthCheck sends an active health check. The check carries the token of its
+// upstream, and waits for it as a request does. A missing token does not make the
+// upstream unhealthy. Then nothing is sent, and the upstream keeps its verdict.
 func (t *Transport) sendHealthCheck(req *http.Request) (*http.Response, error) {
 	dial, ok := reverseproxy.GetDialInfo(req.Context())
 	if !ok {
 		return t.fail(req, http.StatusBadGateway, errNotProxied)
 	}
+	target := t.health.target(req, dial)
 	if redirectedElsewhere(req) {
+		t.health.note(target, healthAnswer{failed: true})
 		return t.fail(req, http.StatusBadGateway, errRedirected)
 	}
-	res, err := t.check(addressed(req, dial), dial)
+	res, err := t.check(addressed(req, dial), dial, target)
 	if res != nil {
 		res.Request = req // what a redirect is compared with
 	}
@@ -62,7 +62,7 @@ func addressed(req *http.Request, dial reverseproxy.DialInfo) *http.Request {
 }
 
 // check sends a check to the upstream that dial names.
-func (t *Transport) check(req *http.Request, dial reverseproxy.DialInfo) (*http.Response, error) {
+func (t *Transport) check(req *http.Request, dial reverseproxy.DialInfo, target checkTarget) (*http.Response, error) {
 	r, proxy := t.routeOfCheck(dial), t.proxyOf(req)
 	if r.block == nil || t.exposes(req, dial, proxy) {
 		return t.sendCheck(req, nil, nil)
@@ -70,19 +70,52 @@ func (t *Transport) check(req *http.Request, dial reverseproxy.DialInfo) (*http.
 	if err := checkProxied(req, dial, proxy); err != nil {
 		return t.fail(req, http.StatusBadGateway, err)
 	}
-	tok := r.source.Peek()
-	if r.started.Load() { // false while Caddy only validates the config: it sends checks even then
-		tok = r.source.PeekOrFetch()
+	tok, waited, err := r.tokenForCheck(req.Context())
+	if err != nil {
+		return t.repeatAnswer(req, target)
 	}
-	out, err := t.outbound(req, r.block, tok)
+	res, err := t.checkWith(req, r.block, tok)
+	if err != nil && waited && outOfTime(req.Context()) {
+		return t.repeatAnswer(req, target) // the upstream had too little of the check's time
+	}
+	t.health.watch(req, target, res, err)
+	return res, err
+}
+
+// checkWith sends a check with a token.
+func (t *Transport) checkWith(req *http.Request, b *block, tok *token) (*http.Response, error) {
+	out, err := t.outbound(req, b, tok)
 	if err != nil {
 		return t.fail(req, http.StatusBadGateway, err)
 	}
-	res, err := t.sendCheck(out, r.block, tok)
-	if err == nil && tok != nil && t.refusesCheck(r.block, res.StatusCode) {
-		r.replaceAfterCheck(req.Context(), tok)
+	res, err := t.sendCheck(out, b, tok)
+	if err == nil && t.refusesCheck(b, res.StatusCode) {
+		b.replaceAfterCheck(req.Context(), tok)
 	}
 	return res, err
+}
+
+// repeatAnswer answers a check that is not sent. The time of the check may be over.
+// net/http accepts the answer all the same, because all of it is in memory.
+func (t *Transport) repeatAnswer(req *http.Request, target checkTarget) (*http.Response, error) {
+	answer := t.health.last(target)
+	t.logger.Debug("no token for a health check: the upstream keeps its verdict",
+		zap.String("upstream", target.address), zap.Bool("up", t.health.accepts(answer)))
+	if answer.failed {
+		return t.fail(req, http.StatusServiceUnavailable, errNoTokenForCheck)
+	}
+	closeBody(req)
+	return answer.response(req), nil
+}
+
+// errNoTokenForCheck does not repeat the error: the proxy has logged it.
+var errNoTokenForCheck = errors.New("no token for a health check; its last check ended with an error")
+
+// outOfTime reports whether the time of a check is over. Nobody asks whether ctx has
+// ended: net/http has another timer as well, which may be faster.
+func outOfTime(ctx context.Context) bool {
+	deadline, ok := ctx.Deadline()
+	return ok && !time.Now().Before(deadline)
 }
 
 // keepFromLog returns the result of a check. It makes sure that Caddy logs no address
@@ -117,38 +150,16 @@ func (t *Transport) sendCheck(req *http.Request, b *block, tok *token) (*http.Re
 // requests. So only a check can have the token replaced. If the check expects
 // this status, the status says nothing about the token.
 func (t *Transport) refusesCheck(b *block, status int) bool {
-	expected := t.healthStatus != 0 && caddyhttp.StatusCodeMatches(status, t.healthStatus)
+	want := t.health.checks.ExpectStatus
+	expected := want != 0 && caddyhttp.StatusCodeMatches(status, want)
 	return b.refuses(status) && !expected
-}
-
-// routeOfCheck returns the route of a health check. It is the route of a request to the
-// same address. With health_port, the check may go to another port of an upstream's
-// host. Then it is the route that all upstreams on this host have, and the zero route
-// if they have different ones. Any other address is that of health_upstream, which
-// belongs to no upstream.
-func (t *Transport) routeOfCheck(dial reverseproxy.DialInfo) route {
-	checked := dialAddress{dial.Network, dial.Address}.canonical()
-	if _, named := t.routes[checked]; named || !t.checksOthers {
-		return t.routeTo(checked)
-	}
-	var found route
-	for i, upstream := range t.byHost[canonicalHost(dial.Host)] {
-		if i > 0 && upstream != found {
-			return route{}
-		}
-		found = upstream
-	}
-	return found
 }
 
 // redirectedElsewhere reports whether a health check follows a redirect to another host
 // or port, or from http to https. The host is the host of the URL or, as the upstream
 // itself sees it, the host in the field Host.
 func redirectedElsewhere(req *http.Request) bool {
-	first := req
-	for first.Response != nil && first.Response.Request != nil {
-		first = first.Response.Request
-	}
+	first := firstOf(req)
 	to := origin(req.URL.Scheme, req.URL.Host)
 	return to != origin(first.URL.Scheme, first.URL.Host) && to != origin(first.URL.Scheme, first.Host)
 }

@@ -65,7 +65,7 @@ type Transport struct {
 	reserved      fieldSet              // headers that only the transport sets
 	plaintext     bool                  // unencrypted connections to upstreams are allowed
 	checksOthers  bool                  // health_upstream or health_port: active health checks go to other addresses
-	healthStatus  int                   // the status that active health checks expect; 0: any success
+	health        healthAnswers         // what active health checks said last
 	marksFailures bool                  // the handler has the response route for failures, see installFailureRoute
 	logger        *zap.Logger
 }

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 
 	"go.uber.org/zap"
@@ -230,17 +231,37 @@ func (t *Transport) readHealthChecks(handler *reverseproxy.Handler, all configur
 		return
 	}
 	checks := handler.HealthChecks.Active
-	t.healthStatus = checks.ExpectStatus
+	t.health.read(checks, len(handler.Upstreams))
 	t.checksOthers = checks.Upstream != "" || checks.Port != 0
-	if checks.Upstream != "" || checks.Port == 0 {
-		return
-	}
-	t.byHost = make(map[string][]route)
-	for _, u := range all.static {
-		if host, _, err := net.SplitHostPort(u.address); err == nil {
-			t.byHost[host] = append(t.byHost[host], t.routeTo(u.dialAddress))
+	if checks.Upstream == "" && checks.Port != 0 {
+		t.byHost = make(map[string][]route)
+		for _, u := range all.static {
+			if host, _, err := net.SplitHostPort(u.address); err == nil {
+				t.byHost[host] = append(t.byHost[host], t.routeTo(u.dialAddress))
+			}
 		}
 	}
+	if !checks.IsEnabled() {
+		return
+	}
+	for _, u := range all.static {
+		if r := t.routeOfCheck(checkedAt(checks, u)); r.block != nil {
+			r.keep()
+		}
+	}
+}
+
+// checkedAt returns where the active health check of an upstream goes.
+func checkedAt(checks *reverseproxy.ActiveHealthChecks, u staticUpstream) reverseproxy.DialInfo {
+	at := u.dialAddress
+	if checks.Upstream != "" {
+		at, _ = parseDialAddress(caddy.NewReplacer(), checks.Upstream) // without an address, checks fail
+	}
+	host, _, _ := net.SplitHostPort(at.address) // a socket has none
+	if checks.Upstream == "" && checks.Port != 0 {
+		at.address = net.JoinHostPort(host, strconv.Itoa(checks.Port))
+	}
+	return reverseproxy.DialInfo{Network: at.network, Address: at.address, Host: host}
 }
 
 // warnHeaderUp logs a warning for each header_up line that has no effect.
@@ -288,7 +309,7 @@ type onStarted []*client
 // repeated later. The server starts all the same.
 func (clients onStarted) Handle(context.Context, caddy.Event) error {
 	for _, cl := range clients {
-		cl.started.Store(true)
+		cl.start()
 		if !cl.spare {
 			cl.source.Warm()
 		}

@@ -227,15 +227,11 @@ func (t *Transport) record(out, req *http.Request, b *block) (body *replay.Body,
 
 // send sends a request upstream with Caddy's own transport. If the block binds
 // its tokens, send uses a connection with the token's certificate. It removes
-// failureField from the upstream's answer. No error repeats what the upstream says. b
-// and tok may be nil.
+// failureField from the upstream's answer. No error repeats what the upstream says.
+// Without a token, b and tok are nil.
 func (t *Transport) send(req *http.Request, b *block, tok *token) (res *http.Response, err error) {
 	if b != nil && b.bound != nil {
-		certificate := b.endpoint.certificates.Latest() // for a health check without a token
-		if tok != nil && tok.binding != nil {
-			certificate = tok.binding
-		}
-		res, err = b.bound.send(req, certificate)
+		res, err = b.bound.send(req, tok.binding)
 	} else {
 		res, err = t.HTTPTransport.RoundTrip(req)
 	}

@@ -30,12 +30,11 @@ import (
 //	                                           see patience; then    see patience; then
 //	                                           the token             the last error
 //	Peek         the token  the token          -                     no token
-//	PeekOrFetch  the token  the token; fetch   fetch                 no token; fetch
 //	Warm         -          -                  fetch                 a fetch
 //	FetchNow     waits for a fetch, whatever the state, unless it is too early
 //	Refuse       the token becomes refused     -                     -
 //	Forget       the token becomes absent, unless it is too early
-//	timer        -          fetch, if the token is wanted or if the last fetch failed
+//	timer        -          fetch, if the token is wanted or kept, or if the last fetch failed
 //
 // Within a back-off, no fetch starts. If there is no token that is valid, a request
 // shortens the back-off. If no config uses the source any more, only Token and
@@ -73,6 +72,8 @@ type tokenSource struct {
 	// Whether a caller has asked for a token since the last fetch ended. The
 	// token of a source that nobody asks is not renewed.
 	wanted bool
+
+	kept int // how many clients' health checks need the token
 
 	// About the failures since the last success. All are zero if there was no
 	// failure.
@@ -303,20 +304,6 @@ func (s *tokenSource) Peek() *token {
 	return s.usable(time.Now())
 }
 
-// PeekOrFetch is Token for callers that can't wait. If there is no token that
-// may be used, it returns nil. If a fetch is due, it starts one in the
-// background.
-func (s *tokenSource) PeekOrFetch() *token {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	now := time.Now()
-	s.wanted = true
-	if !s.unused() && s.due(now) {
-		s.start(false)
-	}
-	return s.usable(now)
-}
-
 // FetchNow fetches a new token and waits for it, as Token does. It does so even
 // if the current token is good, or if the last fetch failed a moment ago. If
 // nobody may ask the server now, it returns an *earlyError.
@@ -407,6 +394,20 @@ func (s *tokenSource) attach(r requester, l lifecycle) {
 	s.schedule()
 	s.mu.Unlock()
 	end()
+}
+
+// keep has the token renewed although no request may come: health checks need it.
+func (s *tokenSource) keep() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.kept++
+}
+
+// unkeep takes back one keep.
+func (s *tokenSource) unkeep() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.kept--
 }
 
 // endOfAfterlife stops the timer of the afterlife. It returns what is left to do at its
@@ -679,7 +680,7 @@ func (s *tokenSource) refresh() {
 	refreshing := s.failures > 0 && s.valid(now)
 	// When the timer fires, somebody else may have renewed the token already.
 	// Then no fetch is due.
-	if (s.wanted || refreshing) && !s.unused() && s.due(now) {
+	if (s.wanted || s.kept > 0 || refreshing) && !s.unused() && s.due(now) {
 		s.start(false)
 	}
 }

@@ -3,6 +3,7 @@ package outboundauth
 import (
 	"context"
 	"fmt"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -262,5 +263,44 @@ func TestWarmReplacesATokenThatLapsed(t *testing.T) {
 		s.Warm()
 		expectRequests(t, r, 2)
 		expectToken(t, s, "t2", 0)
+	})
+}
+
+// Health checks may be rarer than the tokens that they need.
+func TestKeptTokenIsRefreshedByTheTimer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var outage atomic.Bool
+		r := &scriptedRequester{lifetime: 5 * time.Second, fail: func(context.Context, int) error {
+			if outage.Load() {
+				return &tokenError{Code: codeNetwork}
+			}
+			return nil
+		}}
+		s := newTestSource(t, r)
+		s.keep()
+		s.keep()
+		s.unkeep() // another still needs it
+		s.Warm()
+		for range 10 {
+			time.Sleep(30 * time.Second)
+			if s.Peek() == nil {
+				t.Fatal("Peek() = nil, want a token")
+			}
+		}
+		outage.Store(true)
+		time.Sleep(time.Minute)
+		if s.Peek() != nil {
+			t.Fatal("Peek() = a token, want nothing in the outage")
+		}
+		outage.Store(false)
+		time.Sleep(maxTransientBackoff + time.Second)
+		if s.Peek() == nil {
+			t.Error("Peek() = nil, want a token after the outage, without anybody who asks")
+		}
+		s.unkeep()
+		time.Sleep(time.Minute)
+		if s.Peek() != nil {
+			t.Error("Peek() = a token, want nothing when nobody needs it")
+		}
 	})
 }

@@ -27,6 +27,26 @@ func (t *Transport) routeTo(dial dialAddress) route {
 	return t.others
 }
 
+// routeOfCheck returns the route of a health check. It is the route of a request to the
+// same address. With health_port, the check may go to another port of an upstream's
+// host. Then it is the route that all upstreams on this host have, and the zero route
+// if they have different ones. Any other address is that of health_upstream, which
+// belongs to no upstream.
+func (t *Transport) routeOfCheck(dial reverseproxy.DialInfo) route {
+	checked := dialAddress{dial.Network, dial.Address}.canonical()
+	if _, named := t.routes[checked]; named || !t.checksOthers {
+		return t.routeTo(checked)
+	}
+	var found route
+	for i, upstream := range t.byHost[canonicalHost(dial.Host)] {
+		if i > 0 && upstream != found {
+			return route{}
+		}
+		found = upstream
+	}
+	return found
+}
+
 // An upstreamName is what an upstream block or --upstream can name: an address, or the
 // source of dynamic upstreams. Sources of other kinds than `a` and `srv` have no name.
 type upstreamName struct {

@@ -41,13 +41,6 @@ func (cache *Cache) Pair(certificate, key []byte) (*tls.Certificate, error) {
 	return cache.current, nil
 }
 
-// Latest returns what Pair returned last, or nil.
-func (cache *Cache) Latest() *tls.Certificate {
-	cache.mu.Lock()
-	defer cache.mu.Unlock()
-	return cache.current
-}
-
 // Presented is the certificate of one request. It is in the request's context.
 // So a token is bound to the certificate that was presented to get this token.
 type Presented struct {
