@@ -266,7 +266,7 @@ type replacements struct {
 	started  time.Time  // when the last replacement started
 	until    time.Time  // no replacement starts before this
 	refusal  time.Time  // when a token was last refused
-	replaced string     // the last token that was allowed to be replaced
+	replaced *token     // the last token that was allowed to be replaced
 }
 
 // allow reports whether a refused token may be replaced now. It counts the
@@ -278,7 +278,7 @@ func (r *replacements) allow(refused *token) bool {
 	now := time.Now()
 	quiet := now.Sub(r.refusal) >= quietPeriod
 	r.refusal = now
-	if r.replaced == refused.value {
+	if r.replaced == refused {
 		return true // another request was allowed to replace it
 	}
 	if quiet {
@@ -290,7 +290,7 @@ func (r *replacements) allow(refused *token) bool {
 	r.started = now
 	r.until = now.Add(backoff(r.count, permanentBackoff, maxPermanentBackoff))
 	r.count++
-	r.replaced = refused.value
+	r.replaced = refused
 	return true
 }
 

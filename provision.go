@@ -114,6 +114,7 @@ func (t *Transport) provisionRoutes(ctx caddy.Context) error {
 			if err != nil {
 				return fmt.Errorf("upstream %s: %w", address, err)
 			}
+			dial = dial.canonical()
 			if _, ok := t.routes[dial]; ok {
 				return fmt.Errorf("upstream %s: named twice; each address belongs to one upstream block", address)
 			}
@@ -237,7 +238,8 @@ func (t *Transport) readHealthChecks(handler *reverseproxy.Handler, all configur
 		t.byHost = make(map[string][]route)
 		for _, u := range all.static {
 			if host, _, err := net.SplitHostPort(u.address); err == nil {
-				t.byHost[host] = append(t.byHost[host], t.routeTo(u.dialAddress))
+				host = canonicalHost(host)
+			t.byHost[host] = append(t.byHost[host], t.routeTo(u.dialAddress))
 			}
 		}
 	}

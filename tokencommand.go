@@ -217,7 +217,8 @@ func parseUpstream(upstream string) (dialAddress, error) {
 	if len(proxy.Upstreams) != 1 {
 		return dialAddress{}, errors.New("--upstream: name a single upstream")
 	}
-	return parseDialAddress(caddy.NewReplacer(), proxy.Upstreams[0].Dial)
+	dial, err := parseDialAddress(caddy.NewReplacer(), proxy.Upstreams[0].Dial)
+	return dial.canonical(), err
 }
 
 // tokenReport is the result of a client's token request.

@@ -185,7 +185,7 @@ func TestBackoffGrowsToItsLimit(t *testing.T) {
 func TestBackoffAnswersAtOnce(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		cause := &scriptedError{after: time.Minute}
-		r := &scriptedRequester{lifetime: time.Hour, delay: time.Second, fail: during(0, 30*time.Second, cause)}
+		r := &scriptedRequester{lifetime: time.Hour, delay: 900 * time.Millisecond, fail: during(0, 30*time.Second, cause)}
 		s := newTestSource(t, r)
 		failed := expectError(t, s, cause)
 		for range 59 {
@@ -196,7 +196,7 @@ func TestBackoffAnswersAtOnce(t *testing.T) {
 		}
 		expectRequests(t, r, 1)
 		time.Sleep(time.Second)
-		expectToken(t, s, "t2", time.Second)
+		expectToken(t, s, "t2", 900*time.Millisecond)
 	})
 }
 

@@ -72,8 +72,8 @@ type configuredUpstreams struct {
 }
 
 type staticUpstream struct {
-	dialAddress
-	written string
+	dialAddress // as it is dialed, and not canonical: net/http asks the proxies of the environment by this name
+	written     string
 }
 
 // readUpstreams reads the upstreams of a handler, before it has loaded the sources of
@@ -117,7 +117,8 @@ func (all *configuredUpstreams) readSource(repl *caddy.Replacer, raw json.RawMes
 		var a reverseproxy.AUpstreams
 		_ = json.Unmarshal(raw, &a)
 		a.Port = cmp.Or(a.Port, "80") // as in its Provision
-		name.dialAddress, _ = parseDialAddress(repl, a.String())
+		dial, _ := parseDialAddress(repl, a.String())
+		name.dialAddress = dial.canonical()
 	case "srv":
 		var srv reverseproxy.SRVUpstreams
 		_ = json.Unmarshal(raw, &srv)
@@ -164,7 +165,7 @@ func dependsOnRequest(repl *caddy.Replacer, text string) bool {
 }
 
 // parseDialAddress normalizes an address as the reverse proxy does before it
-// dials, and makes it canonical. It is an error if the address depends on the request.
+// dials. It is an error if the address depends on the request.
 func parseDialAddress(repl *caddy.Replacer, address string) (dialAddress, error) {
 	address, err := repl.ReplaceOrErr(address, true, true)
 	if err != nil {
@@ -177,7 +178,7 @@ func parseDialAddress(repl *caddy.Replacer, address string) (dialAddress, error)
 	if parsed.PortRangeSize() != 1 {
 		return dialAddress{}, errors.New("must be a single address")
 	}
-	return dialAddress{parsed.Network, parsed.JoinHostPort(0)}.canonical(), nil
+	return dialAddress{parsed.Network, parsed.JoinHostPort(0)}, nil
 }
 
 // assignRoutes gives each upstream of the proxy its route. The routes of the upstream
@@ -194,7 +195,7 @@ func (t *Transport) assignRoutes(all configuredUpstreams) error {
 	}
 	if !all.dynamic && all.byRequest == "" {
 		for dial := range t.routes {
-			if !slices.ContainsFunc(all.static, func(u staticUpstream) bool { return u.dialAddress == dial }) {
+			if !slices.ContainsFunc(all.static, func(u staticUpstream) bool { return u.canonical() == dial }) {
 				return fmt.Errorf("upstream %s: reverse_proxy has no such upstream; write it as there", dial)
 			}
 		}
@@ -207,8 +208,8 @@ func (t *Transport) assignRoutes(all configuredUpstreams) error {
 	}
 	t.nameUpstreams(all)
 	for _, u := range all.static {
-		if _, listed := t.routes[u.dialAddress]; !listed {
-			t.routes[u.dialAddress] = t.fallback
+		if _, listed := t.routes[u.canonical()]; !listed {
+			t.routes[u.canonical()] = t.fallback
 		}
 	}
 	return t.checkConnections()
@@ -245,7 +246,7 @@ func (t *Transport) nameUpstreams(all configuredUpstreams) {
 	blocks := t.named
 	t.named = nil
 	for _, u := range all.static {
-		t.name(upstreamName{dialAddress: u.dialAddress})
+		t.name(upstreamName{dialAddress: u.canonical()})
 	}
 	for _, source := range all.sources {
 		if source != (upstreamName{}) {
