@@ -217,6 +217,9 @@ func (t *Transport) record(out, req *http.Request, b *block) (body *replay.Body,
 	reader := req.Body
 	if len(b.retryOn) > 0 {
 		body = replay.New(req.Body, b.replayLimit)
+		if req.ProtoMajor > 1 { // over HTTP/1, net/http's server closes no body that is being read
+			body.CloseEndsReads()
+		}
 		reader = body.First()
 	}
 	t.setBody(out, reader, trailer)
