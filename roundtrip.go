@@ -169,7 +169,7 @@ func spend(req *http.Request, body *replay.Body) {
 // to another upstream: it would look like all of it.
 func withoutSpentBody(req *http.Request) *http.Request {
 	repl, ok := replacerOf(req.Context())
-	if !ok {
+	if !ok || !hasBody(req) {
 		return req
 	}
 	value, _ := repl.Get(phSpent)
