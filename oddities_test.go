@@ -96,6 +96,7 @@ func TestWhatNobodySeesAtTheEndsOfASetting(t *testing.T) {
 	const value = "{env.TEST_VALUE}"
 	key := string(keytest.PKCS8(t, keytest.New(t)))
 	c := Credentials{
+		Name:     newName(), // or the metrics of all tests would have the client_id
 		TokenURL: testTokenURL, ClientID: value, ClientSecret: value, AuthMethod: authSecretJWT, KeyID: value, AssertionAudience: value,
 		Audience: []string{"a", value, "b"}, Resource: []string{"https://api.example.com/ "},
 		GrantType: grantJWTBearer, PrivateKey: key, Subject: value, Claims: map[string]string{"c": value},

@@ -170,7 +170,7 @@ func spend(req *http.Request, body *replay.Body) {
 // to another upstream: it would look like all of it.
 func withoutSpentBody(req *http.Request) *http.Request {
 	repl, ok := replacerOf(req.Context())
-	if !ok {
+	if !ok || !hasBody(req) {
 		return req
 	}
 	value, _ := repl.Get(phSpent)
@@ -219,6 +219,9 @@ func (t *Transport) record(out, req *http.Request, b *block) (body *replay.Body,
 	reader := req.Body
 	if len(b.retryOn) > 0 {
 		body = replay.New(req.Body, b.replayLimit)
+		if req.ProtoMajor > 1 { // over HTTP/1, net/http's server closes no body that is being read
+			body.CloseEndsReads()
+		}
 		reader = body.First()
 	}
 	t.setBody(out, reader, trailer)

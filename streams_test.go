@@ -324,6 +324,51 @@ func TestAnswerBeforeTheEndOfTheBody(t *testing.T) {
 	}
 }
 
+// The upstream may end a call of which the client has sent a part, and waits for the
+// answer before it sends more.
+func TestAnswerEndsWhileTheClientWaits(t *testing.T) {
+	for _, revoked := range []bool{false, true} {
+		t.Run(fmt.Sprint("revoked: ", revoked), func(t *testing.T) {
+			auth := newAuthServer(t)
+			up := newBothUpstream(t, auth)
+			g := newGateway(t)
+			g.global = "servers {\nprotocols h1 h2c\n}"
+			g.load(over("h2c", up, auth, "", ""))
+			transport := g.client.Transport.(*http.Transport)
+			transport.Protocols = new(http.Protocols)
+			transport.Protocols.SetUnencryptedHTTP2(true)
+			g.get().want(t, http.StatusOK)
+			if revoked {
+				auth.revoke()
+			}
+			up.script(func(w http.ResponseWriter, r *http.Request) bool {
+				if up.refuseUnread(w, r) {
+					return true
+				}
+				_, _ = io.ReadFull(r.Body, make([]byte, 5))
+				fmt.Fprint(w, "one ")
+				_ = http.NewResponseController(w).Flush()
+				fmt.Fprint(w, "two")
+				return true
+			})
+			source, sink := io.Pipe()
+			defer source.Close()
+			go func() { _, _ = io.WriteString(sink, "start") }()
+			req := newRequest(t, http.MethodPost, "http://"+g.addr, source)
+			answer := make(chan reply, 1)
+			go func() { answer <- do(t, g.client, req) }()
+			select {
+			case r := <-answer:
+				if r.want(t, http.StatusOK); r.body != "one two" {
+					t.Errorf("got %q, want all of the answer", r.body)
+				}
+			case <-time.After(patience):
+				t.Errorf("got no end of the answer in %v, want one while the client waits", patience)
+			}
+		})
+	}
+}
+
 // What both ends stream at the same time.
 func TestBodyIsPassedOnAsItComes(t *testing.T) {
 	g, _, up := gateAndFakes(t, "")

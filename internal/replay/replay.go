@@ -21,6 +21,9 @@ var errClosed = errors.New("the body is closed")
 // DefaultLimit is how much of a body is kept to send it once more, in bytes.
 const DefaultLimit = 64 << 10
 
+// maxStall is how long a body that is closed waits for a read that is under way.
+const maxStall = 10 * time.Millisecond
+
 // A Body is a request's body that can be sent twice. The first attempt records
 // what it reads, up to limit. The second attempt sends the recording, and then
 // what nobody has read yet. The upstream may be asked first whether it wants the
@@ -34,6 +37,8 @@ type Body struct {
 	limit   int
 	pause   time.Duration // how long the first attempt may pause; see Announce
 	pauseAt int           // the pause begins after so many bytes
+
+	closeEndsReads bool // see CloseEndsReads
 
 	expected bool        // see Expected
 	ignored  atomic.Bool // see Ignored
@@ -50,6 +55,7 @@ type Body struct {
 	err      error       // the error with which body ended, which may be io.EOF
 	closed   bool        // the current attempt has closed its reader
 	closing  bool        // body has to be closed when nobody reads it any more
+	stalled  *time.Timer // not nil: body is closed when this ends, if somebody still reads it
 	final    bool        // no attempt will follow the current one
 }
 
@@ -59,6 +65,13 @@ func New(body io.ReadCloser, limit int) *Body {
 	b.changed.L = &b.mu
 	return b
 }
+
+// CloseEndsReads says that closing the body ends a read of it. Call it before First.
+// The client may send nothing more before it has the end of the answer. But over
+// HTTP/2, the answer does not end before the read. So Close ends a read that takes
+// longer than maxStall from then on. Other reads end by themselves before: Caddy's
+// part of the body counts what is read, and looks at the count when it is closed.
+func (b *Body) CloseEndsReads() { b.closeEndsReads = true }
 
 // First returns the body of the first attempt.
 func (b *Body) First() io.ReadCloser { return &attemptBody{of: b} }
@@ -178,9 +191,13 @@ func (b *Body) Touched() bool {
 
 // closeNow reports whether the body itself may be closed now. Few bodies may be
 // closed while somebody reads them. If somebody reads, the body is closed after
-// that. mu is held, and must not be held while the body is closed.
+// that, see also CloseEndsReads. mu is held, and must not be held while the body is
+// closed.
 func (b *Body) closeNow() bool {
 	b.closing = b.reading
+	if b.reading && b.closeEndsReads {
+		b.stalled = time.AfterFunc(maxStall, func() { _ = b.body.Close() })
+	}
 	return !b.reading
 }
 
@@ -256,8 +273,7 @@ func (a *attemptBody) readOn(p []byte) (int, error) {
 	if err != nil {
 		b.err = err
 	}
-	if b.closing {
-		b.closing = false
+	if b.closing && (b.stalled == nil || b.stalled.Stop()) {
 		go b.body.Close() //nolint:errcheck // nobody to tell
 	}
 	if b.attempt != a.number {

@@ -313,6 +313,54 @@ func TestClosedBodyIsNotRead(t *testing.T) {
 	}
 }
 
+// While nothing comes from the client, closing the body ends the read: the end of an
+// answer over HTTP/2 waits for that, and the client may wait for this end.
+func TestCloseEndsAStalledRead(t *testing.T) {
+	for _, late := range []bool{false, true} {
+		t.Run(fmt.Sprint("before RoundTrip returns: ", late), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				source, sink := io.Pipe()
+				watched := &replaytest.Body{Reader: source}
+				b := New(endsReads{watched, source}, 100)
+				b.CloseEndsReads()
+				attempt := b.First()
+				ended := make(chan error, 1)
+				go func() {
+					_, err := io.ReadAll(attempt)
+					ended <- err
+				}()
+				_, _ = io.WriteString(sink, "start")
+				synctest.Wait() // it is being read
+				if late {
+					attempt.Close()
+				}
+				b.Commit(t.Context())
+				attempt.Close()
+				start := time.Now()
+				if err := <-ended; !errors.Is(err, io.ErrClosedPipe) || time.Since(start) > maxStall {
+					t.Errorf("got %v after %v, want the read ended soon", err, time.Since(start))
+				}
+				synctest.Wait()
+				if got := watched.Closes.Load(); got != 1 {
+					t.Errorf("got the body closed %d times, want once", got)
+				}
+			})
+		})
+	}
+}
+
+// endsReads is a body whose reads end when it is closed, as those of a server's
+// body over HTTP/2.
+type endsReads struct {
+	*replaytest.Body
+	source io.Closer
+}
+
+func (e endsReads) Close() error {
+	_ = e.Body.Close()
+	return e.source.Close()
+}
+
 // A server's body that is closed may wait for the client. Meanwhile, neither
 // RoundTrip nor its answer may.
 func TestSlowCloseHoldsNothingUp(t *testing.T) {
