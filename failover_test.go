@@ -8,6 +8,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/replaytest"
 )
 
 // breakConnection ends a request without an answer, after recording it.
@@ -194,5 +196,74 @@ func TestMissingTokenIsNoFailureOfTheUpstream(t *testing.T) {
 	}
 	if got := len(b.got()); got != 0 {
 		t.Errorf("got %d requests at the second upstream, want none: the first is healthy", got)
+	}
+}
+
+// An upstream may answer before it has had the body. Its connection may be reading the
+// body still when the proxy goes on to the next upstream: by itself, or by a proxy that
+// handles the answer.
+func TestEarlyAnswerLeavesTheNextUpstreamNoRest(t *testing.T) {
+	const client = "token_url $AUTH/token\nclient_id gateway\nclient_secret s\n"
+	retrying := func(settings string) string {
+		return `reverse_proxy $A $B {
+			lb_policy first
+			lb_retries 1
+			unhealthy_status 500
+			max_fails 1
+			fail_duration 1s
+			lb_retry_match ` + "`{rp.status_code} == 500`" + `
+			transport oauth2 {
+				` + settings + `
+			}
+		}`
+	}
+	for name, site := range map[string]string{
+		"off":       retrying("upstream $A off\nupstream $B {\n" + client + "}"),
+		"retry_on":  retrying(client + "retry_on off"),
+		"by itself": retrying(client),
+		"nested": `reverse_proxy $A {
+			transport oauth2 {
+				` + client + `
+			}
+			@bad status 500
+			handle_response @bad {
+				reverse_proxy $B {
+					transport oauth2 {
+						` + client + `
+						tenant b
+					}
+				}
+			}
+		}`,
+	} {
+		t.Run(name, func(t *testing.T) {
+			auth := newAuthServer(t)
+			a, b := newUpstream(t, auth), newUpstream(t, auth)
+			a.script(func(w http.ResponseWriter, r *http.Request) bool {
+				w.WriteHeader(http.StatusInternalServerError) // and the body is not read
+				_ = http.NewResponseController(w).Flush()
+				return true
+			})
+			g := startGateway(t, expand(site, "$AUTH", auth.URL, "$A", a.addr, "$B", b.addr))
+			body := string(replaytest.Pattern(20_000))
+			var wg sync.WaitGroup
+			for range 4 {
+				wg.Go(func() {
+					for range 50 {
+						g.send(http.MethodPost, "/", struct{ io.Reader }{strings.NewReader(body)}) // chunked
+					}
+				})
+			}
+			wg.Wait()
+			for _, got := range b.got() {
+				if got.bodyErr == nil && got.body != body {
+					t.Fatalf("next upstream: got a body of %d bytes that looks whole, want %d, or none", len(got.body), len(body))
+				}
+			}
+			g.send(http.MethodGet, "/", nil)
+			if len(b.got()) == 0 {
+				t.Error("next upstream: got no request, want some")
+			}
+		})
 	}
 }

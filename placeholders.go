@@ -24,10 +24,6 @@ const (
 	// whether there is one.
 	phFailure = "http.oauth2.failure"
 	phFailed  = "http.oauth2.failed"
-
-	// Only for the next upstream that the proxy tries (roundtrip.go): the body of
-	// the request, if an upstream was sent some of it.
-	phSpent = "http.oauth2.spent"
 )
 
 // replacerOf returns the replacer of the request that ctx belongs to. The

@@ -239,7 +239,7 @@ func (t *Transport) readHealthChecks(handler *reverseproxy.Handler, all configur
 		for _, u := range all.static {
 			if host, _, err := net.SplitHostPort(u.address); err == nil {
 				host = canonicalHost(host)
-			t.byHost[host] = append(t.byHost[host], t.routeTo(u.dialAddress))
+				t.byHost[host] = append(t.byHost[host], t.routeTo(u.dialAddress))
 			}
 		}
 	}

@@ -380,12 +380,11 @@ func TestBodyOfUnknownLengthInAGet(t *testing.T) {
 				auth := newAuthServer(t)
 				up := newUpstream(t, auth)
 				transport := newTransport(t, expand("token_url $AUTH/token\nclient_id gateway\nclient_secret s", "$AUTH", auth.URL))
-				ctx := upstreamContext(t, up.addr)
 				data := string(replaytest.Pattern(size))
 				send := func() *replaytest.Body {
 					t.Helper()
 					watched := &replaytest.Body{Reader: strings.NewReader(data)}
-					req := newRequest(t, http.MethodGet, "http://"+up.addr, watched).WithContext(ctx)
+					req := newRequest(t, http.MethodGet, "http://"+up.addr, watched).WithContext(upstreamContext(t, up.addr))
 					req.ContentLength = -1
 					res, err := transport.RoundTrip(req)
 					if err != nil {

@@ -29,14 +29,14 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		res, err := t.sendHealthCheck(req)
 		return t.keepFromLog(req, res, err)
 	}
-	req = withoutSpentBody(req)
+	req = takeTurn(req)
 	r, err := t.routeOf(req)
 	if err != nil {
 		return t.fail(req, http.StatusBadGateway, err)
 	}
 	if r.off {
 		forgetUse(ctx) // the proxy may have tried an upstream with a token before
-		return t.send(withOwnBody(req), nil, nil)
+		return t.send(asItIs(req), nil, nil)
 	}
 	if tracesRequest(req.Method) {
 		return t.fail(req, http.StatusMethodNotAllowed, errTrace)
@@ -109,7 +109,7 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 	}
 	body, trailer := t.record(out, req, b)
 	if body != nil {
-		defer spend(req, body)
+		defer body.Commit(req.Context())
 		out = b.announce(out, body)
 	}
 	res, err := t.send(out, b, tok)
@@ -142,7 +142,7 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 		return res, nil //nolint:nilerr // unlikely: the same headers could be set the first time
 	}
 	if body != nil {
-		t.setBody(out, body.Again(), trailer)
+		setBody(out, body.Again(), trailer, &t.reserved)
 	}
 	go discard(res.Body)
 	res, err = t.send(out, b, next)
@@ -154,49 +154,6 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 	}
 	return res, nil
 }
-
-// spend ends the use of the body of req. The proxy may go on to another upstream
-// with it. But some of it was read, and it may be read or closed in another
-// goroutine still.
-func spend(req *http.Request, body *replay.Body) {
-	body.Commit(req.Context())
-	if repl, ok := replacerOf(req.Context()); ok && body.Touched() {
-		repl.Set(phSpent, spentBody{req.Body})
-	}
-}
-
-// withoutSpentBody returns req. If an upstream was sent some of the body before, it
-// returns a copy of req whose body is closed. What is left of the body must not go
-// to another upstream: it would look like all of it.
-func withoutSpentBody(req *http.Request) *http.Request {
-	repl, ok := replacerOf(req.Context())
-	if !ok || !hasBody(req) {
-		return req
-	}
-	value, _ := repl.Get(phSpent)
-	if spent, ok := value.(spentBody); !ok || spent.body != req.Body {
-		return req // if the proxy buffers bodies, each upstream gets one of its own
-	}
-	out := new(http.Request)
-	*out = *req
-	out.Body = closedBody{}
-	return out
-}
-
-// spentBody is the value of phSpent.
-type spentBody struct{ body io.ReadCloser }
-
-// String implements fmt.Stringer: a body is not to be shown.
-func (spentBody) String() string { return "" }
-
-// closedBody is a body that can't be read any more.
-type closedBody struct{}
-
-// Read implements io.Reader.
-func (closedBody) Read([]byte) (int, error) { return 0, http.ErrBodyReadAfterClose }
-
-// Close implements io.Closer.
-func (closedBody) Close() error { return nil }
 
 // outbound returns the request that goes upstream: a shallow copy of req with its
 // own header.
@@ -213,6 +170,7 @@ func (t *Transport) outbound(req *http.Request, b *block, tok *token) (*http.Req
 // If the body is not recorded, body is nil.
 func (t *Transport) record(out, req *http.Request, b *block) (body *replay.Body, trailer http.Header) {
 	if !hasBody(req) {
+		out.Trailer = nil // nobody fills it, and its names are the caller's
 		return nil, nil
 	}
 	trailer = t.reserved.without(req.Trailer)
@@ -224,7 +182,7 @@ func (t *Transport) record(out, req *http.Request, b *block) (body *replay.Body,
 		}
 		reader = body.First()
 	}
-	t.setBody(out, reader, trailer)
+	setBody(out, reader, trailer, &t.reserved)
 	return body, trailer
 }
 
@@ -262,13 +220,25 @@ func switchesAsAsked(req *http.Request, res *http.Response) bool {
 	return asked != "" && strings.EqualFold(asked, res.Header.Get("Upgrade"))
 }
 
+// asItIs returns the request for an upstream that is off. It has trailers of its own,
+// see setBody.
+func asItIs(req *http.Request) *http.Request {
+	if !hasBody(req) {
+		return req
+	}
+	out := new(http.Request)
+	*out = *req
+	setBody(out, req.Body, req.Trailer, new(fieldSet))
+	return out
+}
+
 // setBody sets the body and the trailers of out. The trailers have a map of their
 // own: the server fills the map of the incoming trailers when the body ends, and
 // the attempt before may still be reading the body at that time.
-func (t *Transport) setBody(out *http.Request, body io.ReadCloser, announced http.Header) {
+func setBody(out *http.Request, body io.ReadCloser, announced http.Header, reserved *fieldSet) {
 	in := out.Trailer
 	out.Trailer = maps.Clone(announced)
-	out.Body = ownBody{&trailerBody{ReadCloser: body, from: in, to: out.Trailer, reserved: &t.reserved}}
+	out.Body = ownBody{&trailerBody{ReadCloser: body, from: in, to: out.Trailer, reserved: reserved}}
 }
 
 // sentBefore returns the error of a second attempt. To the proxy, an error of the

@@ -57,17 +57,6 @@ func (b ownBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// withOwnBody returns a request whose body marks its errors.
-func withOwnBody(req *http.Request) *http.Request {
-	if !hasBody(req) {
-		return req
-	}
-	out := new(http.Request)
-	*out = *req
-	out.Body = ownBody{req.Body}
-	return out
-}
-
 // hasBody reports whether a request has a body to be sent.
 func hasBody(req *http.Request) bool { return req.Body != nil && req.Body != http.NoBody }
 

@@ -182,13 +182,6 @@ func (b *Body) Commit(ctx context.Context) {
 	}
 }
 
-// Touched reports whether somebody has read the body, or is reading it.
-func (b *Body) Touched() bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.touched
-}
-
 // closeNow reports whether the body itself may be closed now. Few bodies may be
 // closed while somebody reads them. If somebody reads, the body is closed after
 // that, see also CloseEndsReads. mu is held, and must not be held while the body is
