@@ -39,8 +39,7 @@ func TestChaos(t *testing.T) {
 	}
 }
 
-// runCells runs each fault at each moment. The test's own way to do so in
-// parallel, t.Parallel, has as many at once as the machine has processors.
+// runCells runs each fault at each moment.
 func runCells(t *testing.T) []*cellResult {
 	servers := make(map[time.Duration]*authServer)
 	var cells []cell
@@ -58,25 +57,34 @@ func runCells(t *testing.T) []*cellResult {
 	var (
 		mu      sync.Mutex // guards results
 		results []*cellResult
-		workers sync.WaitGroup
 	)
-	queue := make(chan cell)
-	for range chaosWorkers {
+	sideBySide(chaosWorkers, cells, func(c cell) {
+		t.Run(c.String(), func(t *testing.T) {
+			r := c.run(t, servers[c.moment.life])
+			mu.Lock()
+			defer mu.Unlock()
+			results = append(results, r)
+		})
+	})
+	return results
+}
+
+// sideBySide does something with each of all, in their order and n at once. The
+// test's own way to do so, t.Parallel, has as many at once as the machine has
+// processors.
+func sideBySide[T any](n int, all []T, do func(T)) {
+	var workers sync.WaitGroup
+	queue := make(chan T)
+	for range n {
 		workers.Go(func() {
-			for c := range queue {
-				t.Run(c.String(), func(t *testing.T) {
-					r := c.run(t, servers[c.moment.life])
-					mu.Lock()
-					defer mu.Unlock()
-					results = append(results, r)
-				})
+			for one := range queue {
+				do(one)
 			}
 		})
 	}
-	for _, c := range cells {
-		queue <- c
+	for _, one := range all {
+		queue <- one
 	}
 	close(queue)
 	workers.Wait()
-	return results
 }
