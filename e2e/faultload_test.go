@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"maps"
@@ -17,6 +18,7 @@ type steadyLoad struct {
 	url    string
 	rate   int // requests a second
 	resend bool
+	limit  time.Duration // how long an answer may take; default: 15 s
 
 	client   *http.Client
 	again    *http.Client // for what is sent again
@@ -31,6 +33,7 @@ type steadyLoad struct {
 // outcome is what became of one request.
 type outcome struct {
 	due        time.Time
+	sent       time.Time     // later than due if the machine is busy
 	took       time.Duration // since it was due
 	status     int           // 0: no answer
 	retryAfter string
@@ -50,7 +53,7 @@ func (o outcome) String() string {
 func (l *steadyLoad) start() {
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.MaxIdleConnsPerHost = 4 * l.rate
-	l.client = &http.Client{Transport: transport, Timeout: 15 * time.Second}
+	l.client = &http.Client{Transport: transport, Timeout: cmp.Or(l.limit, 15*time.Second)}
 	l.again = resender(l.client)
 	l.stopped, l.done = make(chan struct{}), make(chan struct{})
 	go func() {
@@ -80,13 +83,14 @@ func (l *steadyLoad) stop() outcomes {
 
 // request makes the n-th request; every other one has a body.
 func (l *steadyLoad) request(n int, due time.Time) {
+	sent := time.Now()
 	o := l.send(l.client, n)
 	for l.resend && o.status == 0 && o.resent < 3 {
 		resent := o.resent + 1
 		o = l.send(l.again, n)
 		o.resent = resent
 	}
-	o.due, o.took = due, time.Since(due)
+	o.due, o.sent, o.took = due, sent, time.Since(due)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.outcomes = append(l.outcomes, o)
