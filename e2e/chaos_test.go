@@ -34,9 +34,7 @@ func TestChaos(t *testing.T) {
 	if got, want := len(results.cells)+len(results.events), len(faults)*len(moments)+len(chaosEvents); got != want {
 		t.Fatalf("got %d results, want all %d before they are written: run the whole of TestChaos", got, want)
 	}
-	if err := os.WriteFile(file, []byte(results.String()), 0o644); err != nil {
-		t.Fatal(err)
-	}
+	writeResults(t, file, results.String(), "")
 }
 
 // runCells runs each fault at each moment.
