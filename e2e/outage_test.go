@@ -60,15 +60,16 @@ var outageKinds = []*outageKind{
 	{outRefused, 450, 250},
 }
 
-// TestOutage has the authorization server go out for longer than a token lives.
-// OUTAGE_RUNS is how many runs there are of each kind of outage, OUTAGE_AT_ONCE how
-// many go side by side. With OUTAGE_RESULTS set to the name of a file, the test writes
-// what it measured there.
+// TestOutage has the authorization server go out for longer than a token lives, and
+// health checks go without a token. OUTAGE_RUNS is how many runs there are of each
+// kind of outage, OUTAGE_AT_ONCE how many go side by side. With OUTAGE_RESULTS set to
+// the name of a file, the test writes what it measured there.
 func TestOutage(t *testing.T) {
 	results := outageResults{runs: make(map[*outageKind][]outageResult), atOnce: numberOf(t, "OUTAGE_AT_ONCE", 3)}
 	n := numberOf(t, "OUTAGE_RUNS", 1)
 	t.Run("kinds", func(t *testing.T) { runOutages(t, n, &results) })
-	t.Logf("\n%s", results.kindsTable())
+	t.Run("health checks", func(t *testing.T) { runHealthScenes(t, &results) })
+	t.Logf("\n%s", results.tables())
 
 	file := os.Getenv("OUTAGE_RESULTS")
 	if file == "" || t.Failed() {

@@ -128,6 +128,11 @@ func (i *outageIssuer) issued() []outageToken {
 	return slices.Clone(i.tokens)
 }
 
+// live tells whether there is a live token.
+func (i *outageIssuer) live() bool {
+	return slices.ContainsFunc(i.issued(), func(t outageToken) bool { return time.Now().Before(t.expires) })
+}
+
 // requests returns how many token requests have come so far.
 func (i *outageIssuer) requests() int {
 	i.mu.Lock()

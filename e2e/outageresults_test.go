@@ -18,6 +18,7 @@ import (
 type outageResults struct {
 	atOnce int
 	runs   map[*outageKind][]outageResult
+	scenes map[*healthScene]outageResult
 }
 
 // outageHeading begins the outage suite's part of the file, which is the last. What
@@ -45,20 +46,31 @@ a second for %g s, sent when they are due. %d runs went side by side on %d cores
 
 `
 
-// complete tells whether there are n runs of each kind.
+const healthIntro = `
+The upstream wants the token for each path, and so for its health checks, one every %v. Each row is a gateway of
+its own under %d requests a second. What failed before the scene is not counted; *recovery* is from the end of the
+outage, the end of the reload, or the first request.
+
+`
+
+// complete tells whether there are n runs of each kind, and all scenes.
 func (r outageResults) complete(n int) bool {
 	for _, k := range outageKinds {
 		if len(r.runs[k]) != n {
 			return false
 		}
 	}
-	return true
+	return len(r.scenes) == len(healthScenes)
 }
 
 func (r outageResults) String() string {
 	return outageHeading + fmt.Sprintf(outageIntro, outageLife, outageBegin.Seconds(), outageEnd.Seconds(), outageRate,
-		outageLoad.Seconds(), r.atOnce, runtime.NumCPU()) + r.kindsTable()
+		outageLoad.Seconds(), r.atOnce, runtime.NumCPU()) + r.kindsTable() +
+		fmt.Sprintf(healthIntro, healthInterval, healthRate) + r.scenesTable()
 }
+
+// tables are the results without words.
+func (r outageResults) tables() string { return r.kindsTable() + "\n" + r.scenesTable() }
 
 func (r outageResults) kindsTable() string {
 	var (
@@ -82,6 +94,18 @@ func (r outageResults) kindsTable() string {
 			median(runs, failed), median(runs, unavoidable), median(runs, more), most(runs, more), withToken,
 			recoveryText(median(runs, recovery)), recoveryText(most(runs, recovery)),
 			milliseconds(most(runs, longest)), most(runs, requests))
+	}
+	return b.String()
+}
+
+func (r outageResults) scenesTable() string {
+	var b strings.Builder
+	b.WriteString("| scene | requests | failed | unavoidable | with a token | recovery | longest wait | token requests |\n")
+	b.WriteString("|---|--:|--:|--:|--:|--:|--:|--:|\n")
+	for _, s := range healthScenes {
+		r := r.scenes[s]
+		fmt.Fprintf(&b, "| %s | %d | %d | %d | %d | %s | %s | %d |\n", s.name, len(r.all), r.failed, r.unavoidable,
+			r.withToken, recoveryText(r.recovery), milliseconds(r.all.longest()), r.tokenRequests)
 	}
 	return b.String()
 }
