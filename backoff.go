@@ -278,7 +278,7 @@ func (r *replacements) allow(refused *token) bool {
 	now := time.Now()
 	quiet := now.Sub(r.refusal) >= quietPeriod
 	r.refusal = now
-	if r.replaced == refused {
+	if refused.is(r.replaced) {
 		return true // another request was allowed to replace it
 	}
 	if quiet {

@@ -37,7 +37,10 @@ func newClient(e *endpoint, transportConfig []byte) (*client, error) {
 		return nil, err
 	}
 	cl := &client{key: sha256.Sum256(shape), endpoint: e, started: make(chan struct{})}
-	cl.start = sync.OnceFunc(func() { close(cl.started) })
+	cl.start = sync.OnceFunc(func() {
+		cl.source.begin(e)
+		close(cl.started)
+	})
 	source, _, err := sources.LoadOrNew(cl.key, func() (caddy.Destructor, error) {
 		return newTokenSource(), nil
 	})
@@ -64,8 +67,7 @@ func (cl *client) release() error {
 	if cl.kept {
 		cl.source.unkeep()
 	}
-	key := cl.key // and not the whole client: the source may be kept for a time
-	cl.source.detach(cl.endpoint, func() { _, _ = sources.Delete(key) })
+	cl.source.detach(cl.endpoint, func() { _, _ = sources.Delete(cl.key) })
 	return cl.endpoint.release()
 }
 
@@ -94,11 +96,11 @@ func (cl *client) replace(ctx context.Context, refused *token) *token {
 	if !cl.retire(ctx, refused) {
 		return nil
 	}
-	fresh, got, err := cl.source.Token(ctx)
+	fresh, got, err := cl.source.other(ctx, refused)
 	if got.wait > 0 {
 		cl.endpoint.metrics.waitedAgain(ctx, got.wait)
 	}
-	if err != nil || fresh.value == refused.value {
+	if err != nil || fresh.is(refused) {
 		return nil // the source has logged why
 	}
 	return fresh
@@ -118,7 +120,7 @@ func (cl *client) retire(ctx context.Context, refused *token) bool {
 		return true // it has expired by the upstream's clock, and its renewal is due
 	}
 	cl.source.places.refused(dialAddressOf(ctx))
-	if current := cl.source.Peek(); current != nil && current.value != refused.value {
+	if current := cl.source.Peek(); current != nil && !current.is(refused) {
 		return true
 	}
 	if !cl.replacements.allow(refused) {

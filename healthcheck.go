@@ -78,6 +78,10 @@ func (t *Transport) check(req *http.Request, dial reverseproxy.DialInfo, target 
 	if err != nil && waited && outOfTime(req.Context()) {
 		return t.repeatAnswer(req, target) // the upstream had too little of the check's time
 	}
+	if err == nil && tok.inReserve(time.Now()) && t.refusesCheck(r.block, res.StatusCode) {
+		_ = res.Body.Close()
+		return t.repeatAnswer(req, target) // the token has expired by the upstream's clock
+	}
 	t.health.watch(req, target, res, err)
 	return res, err
 }

@@ -11,8 +11,7 @@ import (
 )
 
 // token is an access token, with the times that decide how it is used. A token
-// never changes, so it may be read without a lock. Tokens are compared by
-// address.
+// never changes, so it may be read without a lock.
 type token struct {
 	value string
 
@@ -23,6 +22,12 @@ type token struct {
 	obtained time.Time
 	binding  *tls.Certificate // see grant
 	grant    grant            // of which the token was made
+}
+
+// is reports whether two tokens are the same one, which a server may repeat. Either may
+// be nil.
+func (t *token) is(other *token) bool {
+	return t != nil && other != nil && t.value == other.value
 }
 
 // inReserve reports whether the token is in the last part of its life. If an upstream

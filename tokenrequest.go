@@ -146,7 +146,7 @@ func (e *endpoint) requestUncounted(ctx context.Context, granted redact.Secrets)
 		return grant{}, err
 	}
 	g, err := e.requestAt(ctx, u, e.credentials.Issuer, r, granted)
-	if err != nil && mayHaveMoved(err) {
+	if err != nil && !isGivenUp(ctx) && mayHaveMoved(err) {
 		e.discovery.expire()
 		if moved, lookUpErr := e.discovery.tokenEndpoint(discovering); lookUpErr == nil && *moved != *u {
 			return e.requestAt(ctx, moved, e.credentials.Issuer, r, granted)
@@ -158,6 +158,13 @@ func (e *endpoint) requestUncounted(ctx context.Context, granted redact.Secrets)
 		}
 	}
 	return g, err
+}
+
+// isGivenUp reports whether nobody needs a token request any more. Its error then says
+// nothing about the server.
+func isGivenUp(ctx context.Context) bool {
+	cause := context.Cause(ctx)
+	return errors.Is(cause, errSilent) || errors.Is(cause, errReleased)
 }
 
 // mayHaveMoved reports whether a token request may have failed because the token

@@ -44,13 +44,14 @@ type tokenSource struct {
 
 	mu sync.Mutex // guards all fields below; never held during I/O
 
-	// Those who share the source, newest last. The newest makes the token
-	// requests, so no request uses the modules of a config that has ended. If
-	// nobody is left, the last one still makes them: Caddy may serve requests
-	// after it has unloaded their config.
+	// Those who share the source, newest last. Of those whose config runs, the newest
+	// makes the token requests, so no request uses the modules of a config that has
+	// ended, or that is only validated. If none runs, any does. If nobody is left,
+	// the last one still makes them: Caddy may serve requests after it has unloaded
+	// their config.
 	sharers []sharer
 	last    requester
-	life    lifecycle // the strictest settings of the sharers; of the last ones if nobody is left
+	life    lifecycle // the strictest settings of those whose config runs, likewise
 
 	tracers trace.TracerProvider // the provider of the last traced request; nil if there was none
 
@@ -88,7 +89,8 @@ type tokenSource struct {
 // A sharer is one of those who share a source, with its settings.
 type sharer struct {
 	requester
-	life lifecycle
+	life    lifecycle
+	started bool // its config runs
 }
 
 // afterlife is how long a source keeps its token after its last user has left. Somebody
@@ -136,6 +138,12 @@ type acquisition struct {
 // waits for one fetch at most, and no longer than patience says. If ctx ends before
 // that, the error is the error of ctx. Otherwise it is a *fetchError.
 func (s *tokenSource) Token(ctx context.Context) (*token, acquisition, error) {
+	return s.other(ctx, nil)
+}
+
+// other is Token for a caller whom an upstream has refused this token, or nil. The
+// caller waits for another one longer than others do.
+func (s *tokenSource) other(ctx context.Context, refused *token) (*token, acquisition, error) {
 	now := time.Now()
 	s.mu.Lock()
 	s.wanted = true
@@ -160,7 +168,7 @@ func (s *tokenSource) Token(ctx context.Context) (*token, acquisition, error) {
 		return s.best(now, now, s.lastErr)
 	}
 	f := s.start(early)
-	patience, limited := s.patience(f, now)
+	patience, limited := s.patience(f, refused, now)
 	if limited && patience == 0 {
 		defer s.mu.Unlock()
 		return s.best(now, now, s.lastErr)
@@ -177,13 +185,16 @@ func (s *tokenSource) Token(ctx context.Context) (*token, acquisition, error) {
 	}
 	select {
 	case <-f.done:
+	case <-late:
+	case <-ctx.Done():
+	}
+	if f.ended() { // which counts, whatever came first
 		linkFrom(ctx, f.span)
 		if f.err == nil {
 			return f.t, acquisition{tokenWaited, time.Since(now)}, nil
 		}
-	case <-late:
-	case <-ctx.Done():
-		return nil, acquisition{tokenNone, time.Since(now)}, ctx.Err()
+	} else if err := ctx.Err(); err != nil {
+		return nil, acquisition{tokenNone, time.Since(now)}, err
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -222,38 +233,31 @@ func (s *tokenSource) best(since, now time.Time, err error) (*token, acquisition
 
 // whyNot returns why a caller that has waited for f gets no token. mu is held.
 func (s *tokenSource) whyNot(f *fetch) error {
-	select {
-	case <-f.done:
-		return f.err
-	default:
-	}
-	if s.lastErr != nil {
+	switch {
+	case f.ended() && f.err != nil:
+		return f.err // not errReleased: somebody has waited
+	case s.lastErr != nil:
 		return s.lastErr
 	}
 	return &fetchError{err: errLate, retryAt: time.Now()}
 }
 
 // patience returns how long a caller without a fresh token may wait for f, if that is
-// limited. Nobody waits long for what has just failed: callers that pile up are an
-// outage of their own. mu is held.
-func (s *tokenSource) patience(f *fetch, now time.Time) (wait time.Duration, limited bool) {
-	good := s.good(now)
+// limited. An upstream may have refused the caller this token. Nobody waits long for
+// what has failed: callers that pile up are an outage of their own. It counts as failed
+// if a token is not renewed before its end. mu is held.
+func (s *tokenSource) patience(f *fetch, refused *token, now time.Time) (wait time.Duration, limited bool) {
+	good := s.good(now) && !s.current.is(refused)
 	slow := f.started.Add(2 * s.usual.median()) // later, f takes longer than usual
 	switch {
 	case good && s.lastErr != nil:
 		return 0, true
 	case good && s.valid(slow):
 		return max(0, slow.Sub(now)), true
-	case s.lastErr != nil, s.refused && s.valid(now), f.failing(now, s.patienceAfterFailure()):
-		return s.patienceAfterFailure(), true
+	case s.lastErr != nil, f.renews:
+		return max(leastPatience, 3*s.usual.median()), true
 	}
 	return 0, false
-}
-
-// patienceAfterFailure returns how long callers wait once a fetch has failed. mu is
-// held.
-func (s *tokenSource) patienceAfterFailure() time.Duration {
-	return max(leastPatience, 3*s.usual.median())
 }
 
 // due reports whether it is time for a fetch that nobody waits for. It is time
@@ -365,7 +369,7 @@ func (s *tokenSource) Forget() error {
 func (s *tokenSource) Refuse(t *token) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.current == nil || s.current.value != t.value || s.refused {
+	if !s.current.is(t) || s.refused {
 		return false
 	}
 	s.refused = true
@@ -383,17 +387,27 @@ func (s *tokenSource) Warm() {
 	}
 }
 
-// attach adds a user of the source. From now on, this user makes the token
-// requests.
+// attach adds a user of the source.
 func (s *tokenSource) attach(r requester, l lifecycle) {
 	s.mu.Lock()
-	s.sharers = append(s.sharers, sharer{r, l})
-	s.last = r
+	s.sharers = append(s.sharers, sharer{requester: r, life: l})
 	s.adapt()
 	end := s.endOfAfterlife()
-	s.schedule()
 	s.mu.Unlock()
 	end()
+}
+
+// begin notes that the config of a user runs. From now on, this user makes the token
+// requests.
+func (s *tokenSource) begin(r requester) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range s.sharers {
+		if s.sharers[i].requester == r {
+			s.sharers[i].started = true
+		}
+	}
+	s.adapt()
 }
 
 // keep has the token renewed although no request may come: health checks need it.
@@ -428,10 +442,8 @@ func (s *tokenSource) detach(r requester, release func()) {
 	s.mu.Lock()
 	i := slices.IndexFunc(s.sharers, func(other sharer) bool { return other.requester == r })
 	s.sharers = slices.Delete(s.sharers, i, i+1)
-	if n := len(s.sharers); n > 0 {
-		s.last = s.sharers[n-1].requester
+	if len(s.sharers) > 0 {
 		s.adapt()
-		s.schedule()
 		s.mu.Unlock()
 		release()
 		return
@@ -441,17 +453,28 @@ func (s *tokenSource) detach(r requester, release func()) {
 	s.mu.Unlock()
 }
 
-// adapt makes the strictest settings of the sharers those of the source. They hold for
-// the current token, too. mu is held.
+// adapt chooses who makes the token requests, and makes the strictest settings those of
+// the source. They hold for the current token, too. mu is held.
 func (s *tokenSource) adapt() {
-	life := s.sharers[0].life
-	for _, other := range s.sharers[1:] {
-		life = life.strictest(other.life)
+	runs := func(other sharer) bool { return other.started }
+	some := slices.ContainsFunc(s.sharers, runs)
+	var life lifecycle
+	for i, other := range s.sharers {
+		switch {
+		case some && !other.started:
+			continue
+		case life == (lifecycle{}):
+			life = other.life
+		default:
+			life = life.strictest(other.life)
+		}
+		s.last = s.sharers[i].requester
 	}
 	if s.current != nil && life != s.life {
 		s.current = life.token(s.current.grant, s.current.obtained)
 	}
 	s.life = life
+	s.schedule()
 }
 
 // rest ends what the source does on its own. A fetch that somebody waits for goes on
@@ -498,10 +521,14 @@ type fetch struct {
 	links   []trace.Link // links to the waiting requests that are traced
 }
 
-// failing reports whether the fetch counts as failed, although it has not ended: it
-// should have replaced a token in time, and takes longer than limit.
-func (f *fetch) failing(now time.Time, limit time.Duration) bool {
-	return f.renews && now.Sub(f.started) > limit
+// ended reports whether the fetch has ended.
+func (f *fetch) ended() bool {
+	select {
+	case <-f.done:
+		return true
+	default:
+		return false
+	}
 }
 
 // start returns the fetch in flight, or starts one. With onlyIfChanged, the new
@@ -529,6 +556,7 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 		requester: s.last, life: s.life, current: s.current, granted: slices.Clone(s.granted), failures: s.failures,
 		silence: max(s.life.fetchTimeout/silenceDivisor, 2*s.usual.median()),
 		joined:  joined, needed: func() bool { return s.needs(f) },
+		tried: now, // in case there is no attempt
 	}
 	if onlyIfChanged {
 		f.failedWith, f.lastErr = s.failedWith, s.lastErr
@@ -608,6 +636,9 @@ func (s *tokenSource) run(ctx context.Context, f *fetch) {
 		failed = s.fail(f, err, fingerprint, now)
 		f.err = failed
 	default:
+		if f.attempts.life != s.life { // the settings have changed meanwhile
+			f.t = s.life.token(f.t.grant, f.t.obtained)
+		}
 		s.succeed(f.t)
 	}
 	s.finish(f)

@@ -507,3 +507,150 @@ func TestAssertionFileIsNotSentSideBySide(t *testing.T) {
 		}
 	}
 }
+
+// The settings may change while a fetch is under way.
+func TestStrictestSettingsCountForATokenUnderWay(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{delay: 2 * time.Second}
+		s := newTestSource(t, r)
+		s.Warm()
+		time.Sleep(time.Second)
+		s.attach(&scriptedRequester{}, lifecycle{defaultLifetime: 10 * time.Second, fetchTimeout: time.Minute})
+		expectToken(t, s, "t1", time.Second)
+		if got := time.Until(s.Peek().expires); got > 10*time.Second {
+			t.Errorf("the token lives for %v more, want 10s at most", got)
+		}
+	})
+}
+
+// Who is refused waits for another token, also in the reserve.
+func TestRefusalInTheReserveWaitsForTheNewToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Minute, delay: 100 * time.Millisecond}
+		s := newTestSource(t, r)
+		s.Warm()
+		time.Sleep(55 * time.Second)
+		r.setDelay(300 * time.Millisecond)
+		expectToken(t, s, "t1", 200*time.Millisecond)
+		s.mu.Lock()
+		refused := s.current
+		s.mu.Unlock()
+		if got, _, err := s.other(t.Context(), refused); err != nil || got.value != "t2" {
+			t.Errorf("other() = %v, %v, want t2", got, err)
+		}
+	})
+}
+
+// A renewal that has not come by the end of the token counts as failed, though the
+// token has hardly ended.
+func TestNobodyWaitsLongForALateRenewal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: 10 * time.Second, delay: time.Second}
+		s := newTestSource(t, r)
+		s.Warm()
+		time.Sleep(9500 * time.Millisecond)
+		r.fail = outageIn(0, time.Hour).silent(true)
+		if got := ask(t.Context(), s); !errors.Is(got.err, context.DeadlineExceeded) || got.waited != 3*time.Second {
+			t.Errorf("Token() = %v, want a timeout after three times the usual", got)
+		}
+	})
+}
+
+// Who needs a token waits for a moment while an upstream refuses the one there is, and
+// then gets that.
+func TestRefusedTokenWhileTheServerIsSilent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		s.Refuse(s.Peek())
+		r.fail = outageIn(0, time.Hour).silent(true)
+		start := time.Now()
+		for _, got := range load(t.Context(), s, 100*time.Millisecond, 9*time.Second) {
+			if want := (answer{value: "t1", waited: time.Second}); got != want {
+				t.Fatalf("Token() = %v, want %v", got, want)
+			}
+		}
+		// While there is a valid token, nobody asks again beside the request.
+		if got := requestsAfter(r, start); len(got) != 2 {
+			t.Errorf("requests after %v, want one beside the first token", got)
+		}
+	})
+	synctest.Test(t, func(t *testing.T) { // a server that refuses is asked again soon
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		s.Refuse(s.Peek())
+		o := outageIn(0, time.Minute)
+		r.fail = o.refusing(errTransient)
+		load(t.Context(), s, 10*time.Millisecond, time.Minute)
+		for time.Sleep(0); ask(t.Context(), s).value == "t1"; time.Sleep(10 * time.Millisecond) {
+			if late := time.Since(o.to); late > maxAskedBackoff {
+				t.Fatalf("no other token %v after the outage, want one within %v", late, maxAskedBackoff)
+			}
+		}
+	})
+}
+
+// A server that answers one of two requests is not silent: it is asked again soon.
+func TestServerThatFailsBesideASilentOneIsAskedSoon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		silent := outageIn(0, time.Hour).silent(true)
+		r.fail = func(ctx context.Context, n int) error {
+			switch n {
+			case 1:
+				return silent(ctx, n)
+			case 2:
+				return errTransient
+			}
+			return nil
+		}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t3", 2500*time.Millisecond+maxAskedBackoff)
+	})
+}
+
+// panickingRequester panics before it has made a request.
+type panickingRequester struct {
+	scriptedRequester
+	asked int
+}
+
+func (p *panickingRequester) fingerprint(context.Context) string { p.asked++; panic("canary") }
+
+func TestFetchWithoutARequestIsNotRepeatedAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := new(panickingRequester)
+		s := newTestSource(t, r)
+		load(t.Context(), s, 5*time.Millisecond, 10*time.Second)
+		synctest.Wait()
+		if r.asked > 12 {
+			t.Errorf("%d fetches in 10s, want 12 at most", r.asked)
+		}
+	})
+}
+
+// A config that does not run yet, or never will, changes nothing.
+func TestSharerThatDoesNotRunChangesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		running, other := &scriptedRequester{lifetime: time.Hour}, &scriptedRequester{lifetime: time.Hour}
+		s := newTestSource(t, running)
+		s.begin(running)
+		expectToken(t, s, "t1", 0)
+		before := *s.Peek()
+		time.Sleep(20 * time.Minute)
+		s.attach(other, lifecycle{refreshBefore: 50 * time.Minute, defaultLifetime: time.Minute, fetchTimeout: time.Minute})
+		time.Sleep(time.Minute)
+		if got := s.Peek(); *got != before {
+			t.Errorf("the token has changed: %+v, want %+v", got, before)
+		}
+		s.Refuse(s.Peek())
+		expectToken(t, s, "t2", 0)
+		expectRequests(t, running, 2)
+		s.begin(other)
+		s.Refuse(s.Peek())
+		expectToken(t, s, "t1", 0)
+		expectRequests(t, other, 1)
+	})
+}

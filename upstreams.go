@@ -21,8 +21,10 @@ func (t *Transport) routeTo(dial dialAddress) route {
 	if r, ok := t.routes[dial]; ok {
 		return r
 	}
-	if r, ok := t.routes[dial.canonical()]; ok { // looked up last: the config has most addresses in this form
-		return r
+	if len(t.Upstreams) > 0 { // otherwise all have one route
+		if r, ok := t.routes[dial.canonical()]; ok {
+			return r
+		}
 	}
 	return t.others
 }
