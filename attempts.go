@@ -5,7 +5,6 @@ package outboundauth
 import (
 	"context"
 	"errors"
-	"math/rand/v2"
 	"time"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
@@ -137,7 +136,7 @@ func (a *attempts) retriesQuickly(ctx context.Context, failed attempt) bool {
 		return false
 	}
 	a.retries = append(a.retries, retry{time.Now(), failed.err})
-	delay := time.NewTimer(rand.N(quickRetryDelay << a.quick))
+	delay := time.NewTimer(jitter(quickRetryDelay << a.quick))
 	defer delay.Stop()
 	a.quick++
 	select {

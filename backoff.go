@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"math/rand/v2"
 	"net/http"
 	"slices"
 	"sync"
@@ -147,8 +146,8 @@ func (s *streak) next(f failure) (soonest, retryAt time.Time) {
 		// Never wait less than the interval: the server could lock out a client
 		// that repeats wrong credentials quickly.
 		wait := backoff(s.count, permanentBackoff, maxPermanentBackoff)
-		if wait += rand.N(wait / 2); wait > maxPermanentBackoff {
-			wait = maxPermanentBackoff - rand.N(maxPermanentBackoff/4)
+		if wait += jitter(wait / 2); wait > maxPermanentBackoff {
+			wait = maxPermanentBackoff - jitter(maxPermanentBackoff/4)
 		}
 		s.count++
 		soonest = f.ended.Add(wait)
@@ -160,10 +159,10 @@ func (s *streak) next(f failure) (soonest, retryAt time.Time) {
 	default:
 		// Up to a quarter less, so that gateways do not all come back at once.
 		asked := min(max(f.lasted, minBackoff), maxAskedBackoff)
-		soonest = f.began.Add(max(asked-rand.N(asked/4), minBackoff))
+		soonest = f.began.Add(max(asked-jitter(asked/4), minBackoff))
 		// Full jitter: wait for any time within the interval, but no longer than the
 		// outage has lasted.
-		wait := rand.N(backoff(s.count, transientBackoff, maxTransientBackoff))
+		wait := jitter(backoff(s.count, transientBackoff, maxTransientBackoff))
 		wait = max(min(wait, f.lasted), minBackoff)
 		// If a token is still valid, wait for half of the time that is left: the
 		// server may be back before the token ends. Such a try does not prolong the

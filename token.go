@@ -143,7 +143,7 @@ func (l lifecycle) token(g grant, obtained time.Time) *token {
 	// time, so that the new token is there before the old one ends.
 	refresh := min(life-before, usable-2*g.took)
 	// Never replace a token in the first half of its life.
-	refresh = max(refresh-rand.N(life/jitterDivisor+1), life/2)
+	refresh = max(refresh-jitter(life/jitterDivisor+1), life/2)
 
 	// Count by the wall clock: tokens age while a machine is suspended, but the
 	// monotonic clock stands still.
@@ -159,3 +159,7 @@ func (l lifecycle) token(g grant, obtained time.Time) *token {
 		grant:    g,
 	}
 }
+
+// jitter returns a time at random that is shorter than limit. A test that has to happen
+// the same way again has its own.
+var jitter = rand.N[time.Duration]
