@@ -1,0 +1,237 @@
+package outboundauth
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+)
+
+// never is later than everything in a history.
+const never = time.Duration(1<<63 - 1)
+
+// outcome is how a token request ended.
+type outcome int
+
+const (
+	noAnswer outcome = iota // the gateway gave it up
+	gotToken
+	failedTransiently
+	failedThrottled // with 429, or with Retry-After
+	failedPermanently
+)
+
+var outcomeNames = [...]string{"given up", "a token", "failed", "throttled", "refused for good"}
+
+func (o outcome) String() string { return outcomeNames[o] }
+
+// attemptRecord is a token request. All times in a record count from the start of the
+// history.
+type attemptRecord struct {
+	n          int
+	user       int
+	mode       serverMode // of the server, when it began
+	start, end time.Duration
+	deadline   time.Duration // of its context
+	outcome    outcome
+	wait       time.Duration // what the server asked for
+	value      string
+	lifetime   time.Duration // as the server named it
+}
+
+func (a *attemptRecord) inFlight(at time.Duration) bool { return a.start <= at && at < a.end }
+
+// call is one question for a token.
+type call struct {
+	asked, answered time.Duration
+	patience        time.Duration // 0: endless
+	value           string        // "" without a token
+	err             error
+}
+
+// left reports whether the caller went away. Then the answer says nothing.
+func (c *call) left() bool {
+	return errors.Is(c.err, context.DeadlineExceeded) && !c.refused()
+}
+
+// refused reports whether the caller was told that there is no token.
+func (c *call) refused() bool {
+	_, ok := errors.AsType[*fetchError](c.err)
+	return ok
+}
+
+// fetchEnd is the end of a fetch, as its requester is told.
+type fetchEnd struct {
+	at       time.Duration
+	value    string
+	expires  time.Duration // what the source thinks
+	err      *fetchError
+	retryAt  time.Duration
+	failures int
+}
+
+// usersNote says who uses the source from then on.
+type usersNote struct {
+	at    time.Duration
+	lives []lifecycle
+}
+
+type moment struct {
+	at   time.Duration
+	what string
+}
+
+// record is what happened in a history, each list in the order of time.
+type record struct {
+	recording sync.Mutex // guards all fields below while the history runs
+
+	attempts []*attemptRecord
+	calls    []*call // by asked
+	fetches  []fetchEnd
+	refusals []moment // of tokens, by upstreams
+	notes    []moment
+	secrets  []time.Duration // when the secret changed
+	userLog  []usersNote
+	endedAt  time.Duration // from here on, nothing may happen
+	leftover []string
+}
+
+func (h *history) note(format string, args ...any) {
+	h.recording.Lock()
+	defer h.recording.Unlock()
+	h.notes = append(h.notes, moment{h.now(), fmt.Sprintf(format, args...)})
+}
+
+func (h *history) begin(ctx context.Context, user int, mode serverMode) *attemptRecord {
+	h.recording.Lock()
+	defer h.recording.Unlock()
+	a := &attemptRecord{n: len(h.attempts) + 1, user: user, mode: mode, start: h.now(), end: never, deadline: never}
+	if d, ok := ctx.Deadline(); ok {
+		a.deadline = d.Sub(h.started)
+	}
+	h.attempts = append(h.attempts, a)
+	return a
+}
+
+func (h *history) end(a *attemptRecord, g grant, err error) {
+	h.recording.Lock()
+	defer h.recording.Unlock()
+	a.end = h.now()
+	if err == nil {
+		a.value, a.lifetime = g.accessToken, g.lifetime
+	}
+}
+
+func (h *history) ended(t *token, err *fetchError, failures int) {
+	h.recording.Lock()
+	defer h.recording.Unlock()
+	f := fetchEnd{at: h.now(), err: err, failures: failures}
+	if t != nil {
+		f.value, f.expires = t.value, t.expires.Sub(h.started)
+	}
+	if err != nil {
+		f.retryAt = err.retryAt.Sub(h.started)
+	}
+	h.fetches = append(h.fetches, f)
+}
+
+func (h *history) asks(patience time.Duration) *call {
+	h.recording.Lock()
+	defer h.recording.Unlock()
+	c := &call{asked: h.now(), answered: never, patience: patience}
+	h.calls = append(h.calls, c)
+	return c
+}
+
+func (h *history) answered(c *call, t *token, err error) {
+	h.recording.Lock()
+	defer h.recording.Unlock()
+	c.answered, c.err = h.now(), err
+	if t != nil {
+		c.value = t.value
+	}
+}
+
+func (h *history) refused(t *token) {
+	h.recording.Lock()
+	defer h.recording.Unlock()
+	h.refusals = append(h.refusals, moment{h.now(), t.value})
+}
+
+func (h *history) secretChanged() {
+	h.recording.Lock()
+	defer h.recording.Unlock()
+	h.secrets = append(h.secrets, h.now())
+}
+
+func (h *history) usersAre(lives []lifecycle) {
+	h.recording.Lock()
+	defer h.recording.Unlock()
+	h.userLog = append(h.userLog, usersNote{h.now(), lives})
+}
+
+func (h *history) inFlight() (n int) {
+	h.recording.Lock()
+	defer h.recording.Unlock()
+	for _, a := range h.attempts {
+		if a.end == never {
+			n++
+		}
+	}
+	return n
+}
+
+// lines shows what happened in a time.
+func (h *history) lines(from, to time.Duration) string {
+	var all []moment
+	add := func(at time.Duration, format string, args ...any) {
+		if from <= at && at <= to {
+			all = append(all, moment{at, fmt.Sprintf(format, args...)})
+		}
+	}
+	for _, n := range h.notes {
+		add(n.at, "*** %s", n.what)
+	}
+	for _, u := range h.userLog {
+		add(u.at, "users: %+v", u.lives)
+	}
+	for _, r := range h.refusals {
+		add(r.at, "upstreams refuse %s", r.what)
+	}
+	for _, a := range h.attempts {
+		add(a.start, "  request %d by user %d, the server %v", a.n, a.user, a.mode)
+		switch a.outcome {
+		case gotToken:
+			add(a.end, "  request %d: %s for %v", a.n, a.value, a.lifetime)
+		default:
+			add(a.end, "  request %d: %v %v", a.n, a.outcome, a.wait)
+		}
+	}
+	for _, f := range h.fetches {
+		if f.err != nil {
+			add(f.at, "  fetch failed after %d: again at %v", f.failures, f.retryAt)
+		} else {
+			add(f.at, "  fetched %s until %v", f.value, f.expires)
+		}
+	}
+	for _, c := range h.calls {
+		switch {
+		case c.value != "":
+			add(c.answered, "    asked at %v: %s", c.asked, c.value)
+		case c.left():
+			add(c.answered, "    asked at %v: left", c.asked)
+		default:
+			add(c.answered, "    asked at %v: %v", c.asked, c.err)
+		}
+	}
+	slices.SortStableFunc(all, func(a, b moment) int { return cmp.Compare(a.at, b.at) })
+	var b strings.Builder
+	for _, m := range all {
+		fmt.Fprintf(&b, "%16v %s\n", m.at, m.what)
+	}
+	return b.String()
+}
