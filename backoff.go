@@ -173,6 +173,9 @@ func (s *streak) next(f failure) (soonest, retryAt time.Time) {
 			s.count++
 		}
 		retryAt = f.ended.Add(wait)
+		if half := f.ended.Add(max(f.left/2, minBackoff)); f.left > 0 && half.Before(soonest) {
+			soonest = half // nobody is refused yet, and this try may prevent it
+		}
 	}
 	if asks := f.ended.Add(min(retryAfter(f.err), maxRetryAfter)); soonest.Before(asks) {
 		soonest = asks

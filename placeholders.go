@@ -24,6 +24,11 @@ const (
 	// whether there is one.
 	phFailure = "http.oauth2.failure"
 	phFailed  = "http.oauth2.failed"
+
+	// Only for the next attempt: whose turn it is to read the body (turn.go). Handlers
+	// that are nested in one another share the replacer of a request. The variables of
+	// a request won't do: a connection that is still being made may read them.
+	phTurn = "http.oauth2.turn"
 )
 
 // replacerOf returns the replacer of the request that ctx belongs to. The

@@ -294,7 +294,7 @@ func waitsAreLongEnough(m *model, report report) {
 		if m.anyGoesOn(c.answered) && waited < m.leastPatience(c.answered)-slack {
 			report(c.answered, "asked at %v, an error after %v, and a fetch is under way", c.asked, waited)
 		}
-		if !m.failed(c.answered+1) && !m.late(c.asked) {
+		if !m.failed(c.answered+1) && !m.late(c.answered) {
 			report(c.answered, "asked at %v, an error, and no fetch has failed", c.asked)
 		}
 	}

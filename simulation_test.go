@@ -32,11 +32,10 @@ const (
 // seed. SIMULATION_SEED=n replays one of them and shows everything that happens;
 // SIMULATIONS=n runs so many.
 //
-//nolint:tparallel // it replaces the jitter, which other tests need meanwhile
+//nolint:tparallel // other tests need another jitter meanwhile
 func TestSimulation(t *testing.T) {
-	before := jitter
-	t.Cleanup(func() { jitter = before })
-	jitter = repeatableJitter
+	simulating.Store(true)
+	t.Cleanup(func() { simulating.Store(false) })
 	if seed := simulationSetting(t, "SIMULATION_SEED", 0); seed > 0 {
 		h := simulate(t, uint64(seed))
 		t.Logf("%v\n%s", h, h.lines(0, math.MaxInt64))
@@ -69,6 +68,20 @@ func TestSimulation(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// simulating says that the jitter is to be repeatable.
+var simulating atomic.Bool
+
+// This is before all tests: what one of them has left behind may need the jitter still.
+func init() {
+	random := jitter
+	jitter = func(limit time.Duration) time.Duration {
+		if simulating.Load() {
+			return repeatableJitter(limit)
+		}
+		return random(limit)
 	}
 }
 

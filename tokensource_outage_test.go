@@ -106,13 +106,12 @@ func TestCallerShortensABackoffThatNobodyWaitedFor(t *testing.T) {
 		r := &scriptedRequester{lifetime: time.Minute}
 		s := newTestSource(t, r)
 		expectToken(t, s, "t1", 0)
-		r.fail = outageIn(0, time.Hour).refusing(errTransient)
+		r.setFail(outageIn(0, time.Minute+10*time.Second).refusing(errTransient))
 		time.Sleep(time.Minute + 10*time.Second)
 		s.backOff(time.Hour)
 		s.mu.Lock()
 		s.lastErr.soonest = s.lastErr.retryAt.Add(-time.Hour)
 		s.mu.Unlock()
-		r.fail = nil
 		n := len(r.requests())
 		start := time.Now()
 		for ask(t.Context(), s).err != nil {
@@ -244,7 +243,7 @@ func TestRenewalIsNotMadeTwice(t *testing.T) {
 		s := newTestSource(t, r)
 		expectToken(t, s, "t1", r.delay)
 		start := time.Now()
-		r.fail = outageIn(0, time.Hour).silent(true)
+		r.setFail(outageIn(0, time.Hour).silent(true))
 		for _, got := range load(t.Context(), s, 10*time.Millisecond, 19*time.Second) {
 			if want := (answer{value: "t1"}); got != want {
 				t.Fatalf("Token() = %v, want %v", got, want)
@@ -299,7 +298,7 @@ func TestTokenIsUsedToItsEndIfThereIsNoOther(t *testing.T) {
 		r := &scriptedRequester{lifetime: time.Minute}
 		s := newTestSource(t, r)
 		expectToken(t, s, "t1", 0)
-		r.fail = outageIn(0, time.Hour).refusing(errTransient)
+		r.setFail(outageIn(0, time.Hour).refusing(errTransient))
 		for _, got := range load(t.Context(), s, time.Second, time.Minute) {
 			if want := (answer{value: "t1"}); got != want {
 				t.Fatalf("Token() = %v, want %v", got, want)
@@ -549,7 +548,7 @@ func TestNobodyWaitsLongForALateRenewal(t *testing.T) {
 		s := newTestSource(t, r)
 		s.Warm()
 		time.Sleep(9500 * time.Millisecond)
-		r.fail = outageIn(0, time.Hour).silent(true)
+		r.setFail(outageIn(0, time.Hour).silent(true))
 		if got := ask(t.Context(), s); !errors.Is(got.err, context.DeadlineExceeded) || got.waited != 3*time.Second {
 			t.Errorf("Token() = %v, want a timeout after three times the usual", got)
 		}
@@ -564,7 +563,7 @@ func TestRefusedTokenWhileTheServerIsSilent(t *testing.T) {
 		s := newTestSource(t, r)
 		expectToken(t, s, "t1", 0)
 		s.Refuse(s.Peek())
-		r.fail = outageIn(0, time.Hour).silent(true)
+		r.setFail(outageIn(0, time.Hour).silent(true))
 		start := time.Now()
 		for _, got := range load(t.Context(), s, 100*time.Millisecond, 9*time.Second) {
 			if want := (answer{value: "t1", waited: time.Second}); got != want {
@@ -582,7 +581,7 @@ func TestRefusedTokenWhileTheServerIsSilent(t *testing.T) {
 		expectToken(t, s, "t1", 0)
 		s.Refuse(s.Peek())
 		o := outageIn(0, time.Minute)
-		r.fail = o.refusing(errTransient)
+		r.setFail(o.refusing(errTransient))
 		load(t.Context(), s, 10*time.Millisecond, time.Minute)
 		for time.Sleep(0); ask(t.Context(), s).value == "t1"; time.Sleep(10 * time.Millisecond) {
 			if late := time.Since(o.to); late > maxAskedBackoff {

@@ -34,7 +34,7 @@ type scriptedRequester struct {
 func (r *scriptedRequester) request(ctx context.Context, _ redact.Secrets) (grant, error) {
 	r.mu.Lock()
 	r.sent = append(r.sent, time.Now())
-	n, delay, sent := len(r.sent), r.delay, time.Now()
+	n, delay, fail, sent := len(r.sent), r.delay, r.fail, time.Now()
 	r.mu.Unlock()
 	defer func() {
 		r.mu.Lock()
@@ -49,8 +49,8 @@ func (r *scriptedRequester) request(ctx context.Context, _ redact.Secrets) (gran
 			return grant{}, ctx.Err() // as net/http does
 		}
 	}
-	if r.fail != nil {
-		if err := r.fail(ctx, n); err != nil {
+	if fail != nil {
+		if err := fail(ctx, n); err != nil {
 			return grant{}, err
 		}
 	}
@@ -77,6 +77,12 @@ func (r *scriptedRequester) fetched(t *token, err *fetchError, failures int) {
 	if r.told != nil {
 		r.told(t, err, failures)
 	}
+}
+
+func (r *scriptedRequester) setFail(fail func(ctx context.Context, n int) error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.fail = fail
 }
 
 func (r *scriptedRequester) setDelay(d time.Duration) {

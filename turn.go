@@ -3,12 +3,9 @@
 package outboundauth
 
 import (
-	"context"
 	"io"
 	"net/http"
 	"sync"
-
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
 // A turn is the right of one attempt to read the body of a request. The proxy may go on
@@ -25,10 +22,6 @@ type turn struct {
 	over    bool
 }
 
-// varTurn is the variable of a request that holds the last turn. Handlers that are
-// nested in one another share the variables of a request, and its body.
-const varTurn = "oauth2_body_turn"
-
 // takeTurn returns req for the next attempt: if the attempt before has read some of the
 // body, a copy of req whose body can't be read.
 func takeTurn(req *http.Request) *http.Request {
@@ -38,22 +31,18 @@ func takeTurn(req *http.Request) *http.Request {
 	out, next := new(http.Request), &turn{body: req.Body}
 	*out = *req
 	out.Body = next
-	before, _ := caddyhttp.GetVar(req.Context(), varTurn).(*turn)
-	if before != nil && before.end() && !inMemory(req.Body) {
+	repl, ok := replacerOf(req.Context())
+	if !ok {
+		return out
+	}
+	last, _ := repl.Get(phTurn)
+	if before, ok := last.(*turn); ok && before.end() && !inMemory(req.Body) {
 		// The attempt before may still fill the trailers, too.
 		out.Body, out.Trailer = closedBody{}, nil
 		return out
 	}
-	setVar(req.Context(), varTurn, next)
+	repl.Set(phTurn, next)
 	return out
-}
-
-// setVar sets a variable of a request. Unlike caddyhttp.SetVar, it does so only if there
-// are variables.
-func setVar(ctx context.Context, name string, value any) {
-	if vars, ok := ctx.Value(caddyhttp.VarsCtxKey).(map[string]any); ok {
-		vars[name] = value
-	}
 }
 
 // inMemory reports whether a body is one of those that request_buffers makes for each
@@ -102,7 +91,7 @@ func (t *turn) Close() error {
 	return t.body.Close()
 }
 
-// String implements fmt.Stringer: a placeholder may name the variable.
+// String implements fmt.Stringer: there is nothing to show.
 func (t *turn) String() string { return "" }
 
 // closedBody is a body that can't be read any more.
