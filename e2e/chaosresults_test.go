@@ -32,9 +32,9 @@ becomes of those before. %d of them ran at once on %d cores: waits of some 10 ms
 - *longest wait*: of all requests, the lost ones included.
 - *token requests*: those that reached the server, or connections that broke before; *during*: while the fault
   lasted. A refused connection reaches nobody, and isn't counted.
-- *failed fetches*: how often the gateway gave up and backed off. The first includes two quick retries. After the
-  n-th in a row it waits for up to 2ⁿ⁻¹ s, 30 s at most, or as long as Retry-After asks; less while the old
-  token lives.
+- *failed fetches*: how often the gateway gave up and backed off. The first includes two quick retries. While requests
+  are refused, it waits for as long as the fault has lasted, 2 s at most, or as long as Retry-After asks. A server
+  that is silent is asked again beside the first request.
 - *recovery*: from the end of the fault until a request succeeded again.
 - *resent*: the client's request met a connection that a reload had closed; the upstream never saw it.
 `

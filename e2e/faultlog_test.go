@@ -57,7 +57,8 @@ func wantBackoff(t *testing.T, failed []failedFetch, asked time.Duration) {
 		if wait := f.retryAt.Sub(f.at); wait > longest {
 			t.Errorf("failure %d (%s): got a back-off of %v, want %v at most", i+1, f.err, wait, longest)
 		}
-		if i > 0 && f.at.Before(failed[i-1].retryAt) {
+		// A request may shorten a wait, but not one that the server asked for.
+		if i > 0 && asked > 0 && f.at.Before(failed[i-1].retryAt) {
 			t.Errorf("failure %d: got %v before its time, want it no earlier than announced",
 				i+1, failed[i-1].retryAt.Sub(f.at))
 		}
