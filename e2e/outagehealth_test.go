@@ -177,7 +177,8 @@ func outageAtCheck(t *testing.T, s *healthStage) (outcomes, time.Time) {
 		before = 6 * time.Second // more than a token lives
 		after  = 4 * time.Second
 	)
-	s.up(t)
+	s.up(t) // which it is before the first check, too
+	eventually(t, healthInterval, "the first health check comes", func() bool { return len(s.upstream.checked()) > 0 })
 	check := s.upstream.checked()[0]
 	for time.Until(check) < before+2*time.Second {
 		check = check.Add(healthInterval)
