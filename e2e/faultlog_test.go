@@ -53,7 +53,7 @@ func wantBackoff(t *testing.T, failed []failedFetch, asked time.Duration) {
 	t.Helper()
 	for i, f := range failed {
 		// The log is written a moment after the time is set.
-		longest := max(min(time.Second<<i, 30*time.Second), asked)
+		longest := max(min(time.Second<<i, 30*time.Second), 2*time.Second, asked)
 		if wait := f.retryAt.Sub(f.at); wait > longest {
 			t.Errorf("failure %d (%s): got a back-off of %v, want %v at most", i+1, f.err, wait, longest)
 		}
