@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -555,4 +556,31 @@ func TestIssuerFromAPlaceholder(t *testing.T) {
 		t.Errorf("request() = %v, want no error", err)
 	}
 	p.wantAsked(t, "GET "+oauthPlace, "POST "+tokenPlace)
+}
+
+// A token request that another has overtaken says nothing about the endpoint.
+func TestOvertakenRequestLeavesTheMetadata(t *testing.T) {
+	p := newPublisher(document(testIssuer, tokenPlace))
+	cl, _ := discovering(t, issuerSecret+"token_timeout 400ms\n", p)
+	if _, err := cl.source.FetchNow(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	cl.source.lose()
+	issuer := cl.endpoint.discovery.issuerMetadata
+	issuer.mu.Lock()
+	issuer.tried = time.Now().Add(-time.Hour) // it may be looked up again
+	issuer.mu.Unlock()
+	var asked atomic.Int32
+	p.publish(tokenPlace, func(w http.ResponseWriter, r *http.Request) {
+		if asked.Add(1) == 1 {
+			hangs(w, r)
+			return
+		}
+		page(http.StatusOK, goodAnswer)(w, r)
+	})
+	if _, _, err := cl.source.Token(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, func() bool { return len(goroutines()) == 0 }, "the end of both requests")
+	p.wantAsked(t, "GET "+oauthPlace, "POST "+tokenPlace, "POST "+tokenPlace, "POST "+tokenPlace)
 }

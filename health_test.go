@@ -295,3 +295,29 @@ func TestHealthChecksOfAConfigThatDoesNotRun(t *testing.T) {
 		t.Errorf("got %v at the upstream, want nothing", got)
 	}
 }
+
+// In the reserve, an upstream may take the token for expired. Its answer to a check
+// then says nothing about the upstream, and must not be its verdict while there is no
+// other token.
+func TestHealthCheckWithATokenThatHasExpiredUpstream(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	g := startGateway(t, expand(checkedSite, "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", ""))
+	eventually(t, func() bool { return len(up.checks()) > 2 }, "health checks")
+	g.get().want(t, http.StatusOK)
+	auth.script(refusing(http.StatusServiceUnavailable, ""))
+	theSource(t).age(func(t *token) {
+		due(t)
+		t.usableTo = time.Now().Add(-time.Second)
+		t.expires = time.Now().Add(500 * time.Millisecond)
+	})
+	auth.revoke() // it has expired by the upstream's clock
+	refused := len(up.checks())
+	eventually(t, func() bool { return len(up.checks()) > refused+2 }, "checks with the token")
+	eventually(t, func() bool { return g.get().status == http.StatusServiceUnavailable }, "the end of the token")
+	auth.script(nil)
+	eventually(t, func() bool { return g.get().status == http.StatusOK }, "a token, and an upstream that is up")
+	if got := g.logged(`health_checker.active"`); len(got) > 0 {
+		t.Errorf("got %q in the log, want no check that failed", got)
+	}
+}

@@ -119,7 +119,6 @@ func TestNothingIsLeftOfAConfigThatIsGone(t *testing.T) {
 	auth.wantAsked(t, 2)
 }
 
-// With new credentials, the next request has a token of theirs.
 // In an outage, another token can't be had. So a reload that leaves the client and the
 // server as they are keeps the token, and one that is taken back finds it again.
 func TestReloadInAnOutageKeepsTheToken(t *testing.T) {
@@ -161,6 +160,7 @@ func TestReloadInAnOutageKeepsTheToken(t *testing.T) {
 	})
 }
 
+// With new credentials, the next request has a token of theirs.
 func TestReloadWithOtherCredentials(t *testing.T) {
 	auth := newAuthServer(t)
 	up := newUpstream(t, auth)

@@ -1,6 +1,7 @@
 package outboundauth
 
 import (
+	"encoding/json"
 	"net/http"
 	"strings"
 	"testing"
@@ -31,6 +32,28 @@ func cached() int {
 		}
 	}
 	return n
+}
+
+// Nor does it shape the token of a config that runs.
+func TestValidationBesideARunningConfigChangesNothing(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	g := startGateway(t, proxySite(up, auth, ""))
+	g.get().want(t, http.StatusOK)
+	source := theSource(t)
+	before := *source.Peek()
+	var config caddy.Config
+	if err := json.Unmarshal(g.config(proxySite(up, auth, "refresh_before 50m\ndefault_lifetime 1s")), &config); err != nil {
+		t.Fatal(err)
+	}
+	if err := caddy.Validate(&config); err != nil {
+		t.Fatal(err)
+	}
+	if got := *source.Peek(); got != before {
+		t.Errorf("got the token %+v, want %+v as before", got, before)
+	}
+	g.get().want(t, http.StatusOK)
+	auth.wantAsked(t, 1)
 }
 
 func TestValidationMakesNoTokenRequest(t *testing.T) {
