@@ -338,6 +338,7 @@ func TestSourceSurvivesAnHourOfChaos(t *testing.T) {
 				}
 			case 1:
 				s.attach(c, testLife)
+				s.begin(c)
 			case 2:
 				if !s.when(func(s *tokenSource, _ time.Time) bool { return s.unused() }) {
 					s.detach(c, func() {})

@@ -39,6 +39,7 @@ func (p *simulatedPool) attach(u *simulatedUser) {
 	}
 	s := source.(*tokenSource)
 	s.attach(u, u.life)
+	s.begin(u)
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	p.source, p.users = s, append(p.users, u)

@@ -37,18 +37,18 @@ import (
 //	timer        -          fetch, if the token is wanted or kept, or if the last fetch failed
 //
 // Within a back-off, no fetch starts. If there is no token that is valid, a request
-// shortens the back-off. If no config uses the source any more, only Token and
-// FetchNow start a fetch.
+// shortens the back-off. If no config runs that uses the source, only Token and FetchNow
+// start a fetch.
 type tokenSource struct {
 	places places // what is known about the upstreams that the token is sent to
 
 	mu sync.Mutex // guards all fields below; never held during I/O
 
 	// Those who share the source, newest last. Of those whose config runs, the newest
-	// makes the token requests, so no request uses the modules of a config that has
-	// ended, or that is only validated. If none runs, any does. If nobody is left,
-	// the last one still makes them: Caddy may serve requests after it has unloaded
-	// their config.
+	// makes the token requests. So no request uses the modules of a config that has
+	// ended, or that is being loaded and may never run. If no config runs, the last
+	// one still makes them: Caddy may serve requests after it has unloaded their
+	// config.
 	sharers []sharer
 	last    requester
 	life    lifecycle // the strictest settings of those whose config runs, likewise
@@ -382,7 +382,7 @@ func (s *tokenSource) Warm() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
-	if !s.unused() && s.usable(now) == nil && s.due(now) {
+	if s.runs() && s.usable(now) == nil && s.due(now) {
 		s.start(false)
 	}
 }
@@ -456,19 +456,19 @@ func (s *tokenSource) detach(r requester, release func()) {
 // adapt chooses who makes the token requests, and makes the strictest settings those of
 // the source. They hold for the current token, too. mu is held.
 func (s *tokenSource) adapt() {
-	runs := func(other sharer) bool { return other.started }
-	some := slices.ContainsFunc(s.sharers, runs)
+	some := s.runs()
 	var life lifecycle
 	for i, other := range s.sharers {
+		if other.started || s.last == nil {
+			s.last = s.sharers[i].requester
+		}
 		switch {
 		case some && !other.started:
-			continue
 		case life == (lifecycle{}):
 			life = other.life
 		default:
 			life = life.strictest(other.life)
 		}
-		s.last = s.sharers[i].requester
 	}
 	if s.current != nil && life != s.life {
 		s.current = life.token(s.current.grant, s.current.obtained)
@@ -674,9 +674,15 @@ func (s *tokenSource) needs(f *fetch) bool {
 // unused reports whether no config uses the source. mu is held.
 func (s *tokenSource) unused() bool { return len(s.sharers) == 0 }
 
+// runs reports whether a config runs that uses the source. Otherwise, it fetches nothing
+// on its own. mu is held.
+func (s *tokenSource) runs() bool {
+	return slices.ContainsFunc(s.sharers, func(other sharer) bool { return other.started })
+}
+
 // schedule sets the timer for the next fetch of a source in use. mu is held.
 func (s *tokenSource) schedule() {
-	if s.unused() || s.inflight != nil {
+	if !s.runs() || s.inflight != nil {
 		return
 	}
 	var at time.Time
@@ -711,7 +717,7 @@ func (s *tokenSource) refresh() {
 	refreshing := s.failures > 0 && s.valid(now)
 	// When the timer fires, somebody else may have renewed the token already.
 	// Then no fetch is due.
-	if (s.wanted || s.kept > 0 || refreshing) && !s.unused() && s.due(now) {
+	if (s.wanted || s.kept > 0 || refreshing) && s.runs() && s.due(now) {
 		s.start(false)
 	}
 }

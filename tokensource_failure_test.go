@@ -396,7 +396,7 @@ func TestServerThatDoesNotAnswer(t *testing.T) {
 		}
 		expectRequests(t, r, 5) // side by side, and once more for the one who asked
 		r.setDelay(0)
-		time.Sleep(10 * time.Second)
+		time.Sleep(15 * time.Second)
 		if got := ask(t.Context(), s); got.err != nil {
 			t.Errorf("Token() = %v, want a token", got)
 		}

@@ -373,6 +373,7 @@ func TestSourceOutlivesItsLastUser(t *testing.T) {
 				want := []time.Duration{afterlife}
 				if away < afterlife {
 					s.attach(r, testLife)
+					s.begin(r)
 					want = []time.Duration{away}
 					expectToken(t, s, "t1", 0)
 					expectRequests(t, r, 2) // the renewal that was due
@@ -395,6 +396,7 @@ func TestStrictestSettingsCount(t *testing.T) {
 		expectToken(t, s, "t1", 0)
 		usual := s.Peek()
 		s.attach(strict, lifecycle{refreshBefore: 30 * time.Second, defaultLifetime: time.Minute, fetchTimeout: time.Minute})
+		s.begin(strict)
 		start := time.Now()
 		got := s.Peek()
 		if got.value != "t1" || got.expires.Sub(start) != time.Minute || got.refreshAt.Sub(start) > 30*time.Second {
@@ -514,7 +516,9 @@ func TestStrictestSettingsCountForATokenUnderWay(t *testing.T) {
 		s := newTestSource(t, r)
 		s.Warm()
 		time.Sleep(time.Second)
-		s.attach(&scriptedRequester{}, lifecycle{defaultLifetime: 10 * time.Second, fetchTimeout: time.Minute})
+		strict := new(scriptedRequester)
+		s.attach(strict, lifecycle{defaultLifetime: 10 * time.Second, fetchTimeout: time.Minute})
+		s.begin(strict)
 		expectToken(t, s, "t1", time.Second)
 		if got := time.Until(s.Peek().expires); got > 10*time.Second {
 			t.Errorf("the token lives for %v more, want 10s at most", got)
@@ -651,5 +655,25 @@ func TestSharerThatDoesNotRunChangesNothing(t *testing.T) {
 		s.Refuse(s.Peek())
 		expectToken(t, s, "t1", 0)
 		expectRequests(t, other, 1)
+	})
+}
+
+// Nor does it bring about a token request, when it finds the token of a config that was
+// unloaded: it is still being loaded, and may be validated only.
+func TestSharerThatDoesNotRunFetchesNothing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		former, next := &scriptedRequester{lifetime: time.Minute}, &scriptedRequester{lifetime: time.Minute}
+		s := attachedSource(former)
+		expectToken(t, s, "t1", 0)
+		expectToken(t, s, "t1", 0) // it is wanted again
+		s.detach(former, func() {})
+		time.Sleep(50 * time.Second) // it is due to be replaced
+		s.attach(next, testLife)
+		time.Sleep(time.Second)
+		expectRequests(t, former, 1)
+		expectRequests(t, next, 0)
+		s.begin(next)
+		expectRequests(t, next, 1)
+		destruct(t, s)
 	})
 }

@@ -15,7 +15,7 @@ import (
 func destruct(tb testing.TB, s *tokenSource) {
 	tb.Helper()
 	for !s.when(func(s *tokenSource, _ time.Time) bool { return s.unused() }) {
-		s.detach(s.last, func() {})
+		s.detach(s.sharers[0].requester, func() {})
 	}
 	if err := s.Destruct(); err != nil {
 		tb.Errorf("Destruct() = %v, want nil", err)
@@ -204,9 +204,11 @@ func TestNewestRequesterMakesTheRequests(t *testing.T) {
 		}
 		expect("one", 1, 0, 0)
 		s.attach(second, testLife)
+		s.begin(second)
 		expectToken(t, s, "t1", 0) // it takes over the token
 		expect("two", 1, 1, 0)
 		s.attach(third, testLife)
+		s.begin(third)
 		expect("three", 1, 1, 1)
 		s.detach(second, func() {})
 		expect("without the second", 1, 1, 2)
@@ -238,6 +240,7 @@ func TestRequesterThatLeftIsNotAskedAgain(t *testing.T) {
 		s := newTestSource(t, first)
 		s.detach(first, func() {})
 		s.attach(second, testLife)
+		s.begin(second)
 		s.detach(second, func() {})
 		expectToken(t, s, "t1", 0)
 		expectRequests(t, first, 0)

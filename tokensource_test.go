@@ -105,6 +105,7 @@ var testLife = lifecycle{defaultLifetime: defaultTokenLifetime, fetchTimeout: de
 func attachedSource(r requester) *tokenSource {
 	s := newTokenSource()
 	s.attach(r, testLife)
+	s.begin(r)
 	return s
 }
 
