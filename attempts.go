@@ -67,6 +67,7 @@ type retry struct {
 
 // attempt is the result of one token request of a fetch.
 type attempt struct {
+	first bool
 	t     *token
 	spent bool // there was a grant, but nothing is left of its life
 	err   error
@@ -93,10 +94,14 @@ func (a *attempts) obtain(ctx context.Context) (*token, error) {
 		a.tried = time.Now()
 		underWay++
 		next.Reset(a.silence)
-		go func() { ended <- a.attempt(requests) }()
+		go func(first bool) {
+			end := a.attempt(requests)
+			end.first = first
+			ended <- end
+		}(len(a.retries) == 0)
 	}
 	try()
-	var told error // what the server said in an attempt that failed while others went on
+	var told error // why an attempt failed while others went on
 	for {
 		select {
 		case end := <-ended:
@@ -107,6 +112,9 @@ func (a *attempts) obtain(ctx context.Context) (*token, error) {
 			case errors.Is(context.Cause(ctx), errReleased):
 				return nil, errReleased
 			case underWay > 0 && ctx.Err() != nil: // the others end, too
+				if end.first && told == nil {
+					told = end.err // it tells best what all the time was spent on
+				}
 			case underWay > 0 && !leftAlone(end.err): // the others may have more luck
 				told = end.err
 				a.silence = min(a.silence, maxAskedBackoff) // the server is not silent

@@ -677,3 +677,23 @@ func TestSharerThatDoesNotRunFetchesNothing(t *testing.T) {
 		destruct(t, s)
 	})
 }
+
+// The first attempt has had all the time. One that has just begun knows nothing.
+func TestErrorOfAFetchThatTimesOut(t *testing.T) {
+	for range 20 {
+		synctest.Test(t, func(t *testing.T) {
+			r := &scriptedRequester{lifetime: time.Hour}
+			r.fail = func(ctx context.Context, n int) error {
+				<-ctx.Done()
+				if n == 1 {
+					return ctx.Err()
+				}
+				return errTransient
+			}
+			s := newTestSource(t, r)
+			if got := ask(t.Context(), s); !errors.Is(got.err, context.DeadlineExceeded) {
+				t.Fatalf("Token() = %v, want the error of the first attempt", got)
+			}
+		})
+	}
+}
