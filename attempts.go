@@ -67,7 +67,7 @@ type retry struct {
 
 // attempt is the result of one token request of a fetch.
 type attempt struct {
-	first bool
+	first bool // it was the first of the fetch
 	t     *token
 	spent bool // there was a grant, but nothing is left of its life
 	err   error
