@@ -1,4 +1,4 @@
-// How long to wait after a fetch has failed, and after an upstream has refused a token.
+// How long to wait after a fetch has failed.
 
 package outboundauth
 
@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
-	"sync"
 	"time"
 )
 
@@ -244,61 +243,4 @@ func retryAfter(err error) time.Duration {
 		return t.RetryAfter()
 	}
 	return 0
-}
-
-const (
-	// quietPeriod is the time without a refusal after which the back-off of
-	// replacements ends.
-	quietPeriod = 30 * time.Second
-
-	// replacementInterval is the least time from one replacement that helps to
-	// the next. Some servers name a lifetime that is longer than the token's
-	// real life.
-	replacementInterval = 1 * time.Second
-)
-
-// replacements decides when a token that an upstream refuses may be replaced.
-// Some upstreams refuse everything, or refuse any token for some of their paths.
-// There, the gateway must not ask the authorization server for a new token at
-// each request. After a quiet time, the first token that is refused may always
-// be replaced.
-type replacements struct {
-	mu       sync.Mutex // guards all fields below
-	count    int        // how many replacements did not help, as far as is known
-	started  time.Time  // when the last replacement started
-	until    time.Time  // no replacement starts before this
-	refusal  time.Time  // when a token was last refused
-	replaced *token     // the last token that was allowed to be replaced
-}
-
-// allow reports whether a refused token may be replaced now. It counts the
-// replacement when that starts. The caller of the gateway may go away, and then
-// nobody sees whether the replacement helps.
-func (r *replacements) allow(refused *token) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	now := time.Now()
-	quiet := now.Sub(r.refusal) >= quietPeriod
-	r.refusal = now
-	if refused.is(r.replaced) {
-		return true // another request was allowed to replace it
-	}
-	if quiet {
-		r.count, r.until = 0, time.Time{}
-	}
-	if now.Before(r.until) {
-		return false
-	}
-	r.started = now
-	r.until = now.Add(backoff(r.count, permanentBackoff, maxPermanentBackoff))
-	r.count++
-	r.replaced = refused
-	return true
-}
-
-// help notes that the upstream accepted the token that replaced a refused one.
-func (r *replacements) help() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.count, r.until = 0, r.started.Add(replacementInterval)
 }

@@ -8,8 +8,10 @@ import (
 	"net/http"
 	"slices"
 	"sync/atomic"
+	"time"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/replay"
+	"github.com/outboundauth/caddy-outbound-auth/internal/verdict"
 )
 
 // A block is one block of credentials of the config at work. Each block has a client
@@ -100,58 +102,134 @@ func (b *block) announce(out *http.Request, body *replay.Body) *http.Request {
 	if b.replayLimit == 0 && !always {
 		return out // whoever wants nothing kept wants no questions asked either
 	}
-	if !body.MayOutgrow(out) || !b.source.places.wantsAnnouncement(dialAddressOf(out.Context()), always) {
+	if !body.MayOutgrow(out) || !b.source.wantsAnnouncement(dialAddressOf(out.Context()), always) {
 		return out
 	}
 	return body.Announce(out)
 }
 
-// A verdict is what an upstream's answer means for its request.
-type verdict int
+// A course is what is done about an upstream's answer.
+type course int
 
 const (
-	accept  verdict = iota // the client gets the answer
-	resend                 // send the request once more, with the same token
-	replace                // send the request once more, with a new token
-	giveUp                 // the request can't be sent once more: the client gets the answer
+	accept  course = iota // the client gets the answer
+	resend                // send the request once more, with the same token
+	replace               // send the request once more, with a new token
+	giveUp                // the request can't be sent once more: the client gets the answer
 )
 
-// judge returns the verdict on an upstream's first answer. ctx and body belong to
+// judge returns what is done about an upstream's first answer. ctx and body belong to
 // the request; body is nil if no body is recorded. Before the request is sent once
 // more, judge stops the first attempt from reading the body. Otherwise the attempt
 // could read more of the body than is recorded.
-func (b *block) judge(ctx context.Context, res *http.Response, body *replay.Body) verdict {
-	v := accept
+func (b *block) judge(ctx context.Context, res *http.Response, body *replay.Body) course {
+	next := accept
 	switch {
-	case b.refuses(res.StatusCode):
-		v = replace
+	case b.refuses(res):
+		next = replace
 	case res.StatusCode == http.StatusExpectationFailed && body != nil && body.Expected():
 		// The expectation was ours, so the client must not get this answer.
 		// RFC 9110 §10.1.1 says: repeat the request without the expectation.
-		b.source.places.unheard(dialAddressOf(ctx))
-		v = resend
+		b.source.unheard(dialAddressOf(ctx))
+		next = resend
 	}
-	if v != accept && body != nil && !body.Hold() {
+	if next != accept && body != nil && !body.Hold() {
 		return giveUp
 	}
-	return v
+	return next
 }
 
-// refuses reports whether an answer with this status means that the upstream does
-// not accept the token.
-func (b *block) refuses(status int) bool { return slices.Contains(b.retryOn, status) }
+// refuses reports whether an answer means that the upstream does not accept the token.
+func (b *block) refuses(res *http.Response) bool { return slices.Contains(b.retryOn, res.StatusCode) }
 
-// settle counts how a request ended after it was sent once more with a new token. It
-// ended with an answer, or with err. If the new token helped, another replacement
-// may follow soon.
-func (b *block) settle(ctx context.Context, res *http.Response, err error) {
+// A sending is a request on its way to its upstream. The answer is evidence for and
+// against the token.
+type sending struct {
+	*http.Request
+	tok   *token
+	check bool      // it is an active health check
+	again bool      // it was refused before
+	sent  time.Time // zero if no upstream has a place yet: then nothing is to be noted
+}
+
+// sending returns a request that is about to be sent.
+func (b *block) sending(out *http.Request, tok *token, check bool) sending {
+	s := sending{Request: out, tok: tok, check: check}
+	if !b.source.places.none() {
+		s.sent = time.Now()
+	}
+	return s
+}
+
+// kind is computed only if the upstream has a place.
+func (s sending) kind() verdict.Kind { return verdict.KindOf(s.Method, s.URL.Path, s.check) }
+
+// accepted notes an answer that does not refuse the token. It is evidence only if it says
+// that the upstream has seen the token: a cache, for example, has not.
+func (b *block) accepted(s sending, res *http.Response) {
+	success := res.StatusCode/100 == 2 || res.StatusCode == http.StatusNotModified
+	if s.sent.IsZero() || !success || s.Method == http.MethodOptions || res.Header["Age"] != nil {
+		return
+	}
+	if at := b.source.places.find(dialAddressOf(s.Context())); at != nil {
+		b.source.accepted(at, verdict.Acceptance{Kind: s.kind(), Token: s.tok.value, Check: s.check, Again: s.again, Sent: s.sent})
+	}
+}
+
+// refusal returns the refusal of a token, or nil if the upstream says that the token is
+// good, but not for this request.
+func (b *block) refusal(s sending, res *http.Response) *refusal {
+	says := challengeError(res.Header)
+	if says == "insufficient_scope" {
+		return nil
+	}
+	return &refusal{of: s.tok, Refusal: verdict.Refusal{
+		Kind: s.kind(), Token: s.tok.value, Check: s.check, InvalidToken: says == "invalid_token",
+	}}
+}
+
+// replace returns the token with which a refused request is sent once more, and the
+// refusal. It returns no token if the client gets the upstream's answer.
+func (b *block) replace(s sending, res *http.Response) (*token, *refusal) {
+	r := b.refusal(s, res)
+	if r == nil {
+		if !s.check {
+			b.endpoint.metrics.refused(s.Context(), refusalPath)
+		}
+		return nil, nil
+	}
+	return b.another(s.Context(), r), r
+}
+
+// replaceLater replaces a refused token for the requests that come next.
+func (b *block) replaceLater(s sending, res *http.Response) {
+	b.endpoint.metrics.refused(s.Context(), refusalNotRepeatable)
+	if r := b.refusal(s, res); r != nil {
+		b.anotherLater(s.Context(), r)
+	}
+}
+
+// settle notes how a request ended after it was sent once more with a new token. It ended
+// with an answer, or with err.
+func (b *block) settle(s sending, r *refusal, res *http.Response, err error) {
+	outcome := refusalRecovered
 	switch {
 	case err != nil:
-		b.endpoint.metrics.refused(ctx, refusalNoAnswer)
-	case b.refuses(res.StatusCode):
-		b.endpoint.metrics.refused(ctx, refusalRefusedAgain)
+		outcome = refusalNoAnswer
+		b.source.unsettled(r)
+	case b.refuses(res):
+		outcome = refusalRefusedAgain
+		b.settled(s.Context(), r, false, s.tok)
 	default:
-		b.endpoint.metrics.refused(ctx, refusalRecovered)
-		b.replacements.help()
+		b.accepted(s, res)
+		b.settled(s.Context(), r, true, s.tok)
 	}
+	if !s.check {
+		b.endpoint.metrics.refused(s.Context(), outcome)
+	}
+}
+
+// unrepeatable reports whether a request with a body probably can't be sent once more.
+func (b *block) unrepeatable(req *http.Request) bool {
+	return len(b.retryOn) > 0 && replay.MayOutgrow(req, b.replayLimit)
 }

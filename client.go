@@ -6,11 +6,12 @@ import (
 	"context"
 	"crypto/sha256"
 	"sync"
-	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/verdict"
 )
 
 // A client is an OAuth client at work. It has the source of its token, and the
@@ -19,9 +20,6 @@ type client struct {
 	key      sourceKey
 	source   *tokenSource
 	endpoint *endpoint
-
-	replacements replacements // spaces out the replacements after refused requests
-	checks       replacements // spaces out the replacements after refused checks, which must not delay the others
 
 	spare   bool          // no upstream needs the client: all have credentials of their own
 	started chan struct{} // closed when the config runs
@@ -90,68 +88,59 @@ func (cl *client) tokenForCheck(ctx context.Context) (tok *token, waited bool, e
 	return tok, waited || got.wait > 0, err
 }
 
-// replace returns a new token for one that an upstream has refused. It returns nil
-// if there is no other token, or if it is too early to request one.
-func (cl *client) replace(ctx context.Context, refused *token) *token {
-	if !cl.retire(ctx, refused) {
-		return nil
+// another returns the token with which a refused request is sent once more. It returns
+// nil if the client of the gateway gets the upstream's answer. ctx is the context of the
+// request.
+func (cl *client) another(ctx context.Context, r *refusal) *token {
+	fresh, waited := cl.source.another(ctx, dialAddressOf(ctx), r)
+	if waited > 0 && !r.Check {
+		cl.endpoint.metrics.waitedAgain(ctx, waited)
 	}
-	fresh, got, err := cl.source.other(ctx, refused)
-	if got.wait > 0 {
-		cl.endpoint.metrics.waitedAgain(ctx, got.wait)
+	if fresh == nil && !r.Check {
+		outcome := refusalNoToken
+		if r.isPath {
+			outcome = refusalPath
+		}
+		cl.endpoint.metrics.refused(ctx, outcome)
 	}
-	if err != nil || fresh.is(refused) {
-		return nil // the source has logged why
-	}
+	cl.tellNews(ctx, r)
 	return fresh
 }
 
-// replaceLater replaces a refused token without waiting for the new one.
-func (cl *client) replaceLater(ctx context.Context, refused *token) {
-	if cl.retire(ctx, refused) {
-		cl.source.Warm()
+// anotherLater gets another token if one was refused, for a request that can't be sent
+// again.
+func (cl *client) anotherLater(ctx context.Context, r *refusal) {
+	if cl.source.anotherLater(dialAddressOf(ctx), r) {
+		cl.tellRefused(ctx)
 	}
+	cl.tellNews(ctx, r)
 }
 
-// retire takes a refused token out of use, unless another has replaced it already.
-// It reports whether the refused token may be replaced now.
-func (cl *client) retire(ctx context.Context, refused *token) bool {
-	if refused.inReserve(time.Now()) {
-		return true // it has expired by the upstream's clock, and its renewal is due
+// settled notes how a request ended that was sent once more with a new token.
+func (cl *client) settled(ctx context.Context, r *refusal, accepted bool, fresh *token) {
+	if cl.source.settled(r, accepted, fresh) == verdict.Token {
+		cl.tellRefused(ctx)
 	}
-	cl.source.places.refused(dialAddressOf(ctx))
-	if current := cl.source.Peek(); current != nil && !current.is(refused) {
-		return true
-	}
-	if !cl.replacements.allow(refused) {
-		return false
-	}
-	cl.refuse(ctx, refused)
-	return true
+	cl.tellNews(ctx, r)
 }
 
-// replaceAfterCheck replaces a token after an upstream has refused it in a health
-// check, unless it is too early.
-func (cl *client) replaceAfterCheck(ctx context.Context, refused *token) {
-	if refused.inReserve(time.Now()) {
-		return
-	}
-	cl.source.places.refused(dialAddressOf(ctx))
-	if cl.checks.allow(refused) {
-		cl.refuse(ctx, refused)
-		cl.source.Warm()
-	}
-}
-
-// refuse takes a token out of use after the upstream of a request has refused it.
-// It tells operators about the first refusal of a token.
-func (cl *client) refuse(ctx context.Context, refused *token) {
-	if !cl.source.Refuse(refused) {
-		return
-	}
+// tellRefused tells operators that an upstream has refused a token, and that another one
+// replaces it.
+func (cl *client) tellRefused(ctx context.Context) {
 	cl.endpoint.metrics.refusedTokens.Inc()
 	upstream := dialAddressOf(ctx).String()
 	cl.endpoint.logger.Warn("the upstream refused the token", append(cl.endpoint.logFields(), zap.String("upstream", upstream))...)
 	// The handlers run in their own goroutine: the request must not wait for them.
 	go cl.endpoint.events.emit(eventRefused, map[string]any{"client": cl.endpoint.metrics.name, "upstream": upstream})
+}
+
+// tellNews tells operators of an upstream that refuses requests whatever the token, if it
+// is time for that.
+func (cl *client) tellNews(ctx context.Context, r *refusal) {
+	if !r.news {
+		return
+	}
+	r.news = false
+	cl.endpoint.logger.Info("the upstream refuses requests whatever the token",
+		append(cl.endpoint.logFields(), zap.Stringer("upstream", dialAddressOf(ctx)))...)
 }

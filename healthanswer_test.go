@@ -150,8 +150,8 @@ func TestUpstreamKeepsItsVerdictWithoutAToken(t *testing.T) {
 	}
 }
 
-// Others that share the source of a token may have spoiled it.
-func TestHealthCheckCarriesARefusedTokenAsLastResort(t *testing.T) {
+// Another upstream may have refused the token, and there may be no other.
+func TestHealthCheckCarriesATokenThatIsRefusedElsewhere(t *testing.T) {
 	auth := newAuthServer(t)
 	up := newUpstream(t, auth)
 	g := startGateway(t, expand(checkedSite, "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", ""))
@@ -159,7 +159,7 @@ func TestHealthCheckCarriesARefusedTokenAsLastResort(t *testing.T) {
 	auth.script(refusingForLong(http.StatusBadRequest, `{"error":"invalid_client"}`))
 	source := sourceOf(t, strings.TrimPrefix(auth.URL, "http://")+"/gateway")
 	refused := source.Peek()
-	source.Refuse(refused)
+	source.refuse(t.Context(), refused)
 	eventually(t, func() bool { return len(auth.asked()) == 2 }, "a token request that fails")
 	seen := len(up.checks())
 	eventually(t, func() bool { return len(up.checks()) >= seen+4 }, "checks")

@@ -78,7 +78,7 @@ func (t *Transport) check(req *http.Request, dial reverseproxy.DialInfo, target 
 	if err != nil && waited && outOfTime(req.Context()) {
 		return t.repeatAnswer(req, target) // the upstream had too little of the check's time
 	}
-	if err == nil && tok.inReserve(time.Now()) && t.refusesCheck(r.block, res.StatusCode) {
+	if err == nil && tok.inReserve(time.Now()) && t.refusesCheck(r.block, res) {
 		_ = res.Body.Close()
 		return t.repeatAnswer(req, target) // the token has expired by the upstream's clock
 	}
@@ -86,16 +86,38 @@ func (t *Transport) check(req *http.Request, dial reverseproxy.DialInfo, target 
 	return res, err
 }
 
-// checkWith sends a check with a token.
+// checkWith sends a check with a token, and once more if the upstream has refused the
+// token and there is another one: otherwise it would be down until the next check.
 func (t *Transport) checkWith(req *http.Request, b *block, tok *token) (*http.Response, error) {
 	out, err := t.outbound(req, b, tok)
 	if err != nil {
 		return t.fail(req, http.StatusBadGateway, err)
 	}
+	first := b.sending(out, tok, true)
 	res, err := t.sendCheck(out, b, tok)
-	if err == nil && t.refusesCheck(b, res.StatusCode) {
-		b.replaceAfterCheck(req.Context(), tok)
+	switch {
+	case err != nil:
+		return nil, err
+	case !t.refusesCheck(b, res):
+		b.accepted(first, res)
+		return res, nil
 	}
+	next, refused := b.replace(first, res)
+	if next == nil {
+		return res, nil
+	}
+	again, err := t.outbound(req, b, next)
+	if err == nil && req.GetBody != nil {
+		again.Body, err = req.GetBody()
+	}
+	if err != nil {
+		return res, nil //nolint:nilerr // unlikely: both could be had the first time
+	}
+	go discard(res.Body)
+	second := b.sending(again, next, true)
+	second.again = true
+	res, err = t.sendCheck(again, b, next)
+	b.settle(second, refused, res, err)
 	return res, err
 }
 
@@ -149,14 +171,13 @@ func (t *Transport) sendCheck(req *http.Request, b *block, tok *token) (*http.Re
 	return t.send(req.WithContext(ctx), b, tok)
 }
 
-// refusesCheck reports whether the answer to a health check says that the
-// upstream does not accept the token. The upstream is then down, and gets no
-// requests. So only a check can have the token replaced. If the check expects
-// this status, the status says nothing about the token.
-func (t *Transport) refusesCheck(b *block, status int) bool {
+// refusesCheck reports whether the answer to a health check says that the upstream does
+// not accept the token. If the check expects this status, it says nothing about the
+// token.
+func (t *Transport) refusesCheck(b *block, res *http.Response) bool {
 	want := t.health.checks.ExpectStatus
-	expected := want != 0 && caddyhttp.StatusCodeMatches(status, want)
-	return b.refuses(status) && !expected
+	expected := want != 0 && caddyhttp.StatusCodeMatches(res.StatusCode, want)
+	return b.refuses(res) && !expected
 }
 
 // redirectedElsewhere reports whether a health check follows a redirect to another host

@@ -24,10 +24,11 @@ const (
 	refusalNoToken       = "no_token"       // there was no other token
 	refusalNotRepeatable = "not_repeatable" // too much of the body was gone to send it again
 	refusalNoAnswer      = "no_answer"      // nobody answered the request with the new token
+	refusalPath          = "path"           // the refusal was not about the token
 )
 
 var refusalOutcomes = []string{
-	refusalRecovered, refusalRefusedAgain, refusalNoToken, refusalNotRepeatable, refusalNoAnswer,
+	refusalRecovered, refusalRefusedAgain, refusalNoToken, refusalNotRepeatable, refusalNoAnswer, refusalPath,
 }
 
 // resultOK is the result of a token request that brought a token. All other

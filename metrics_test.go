@@ -342,8 +342,6 @@ func TestMetricsTellTheStateOfTheToken(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantState(stateFresh, nil)
-	source.Refuse(source.Peek())
-	wantState(stateExpired, nil)
 	_ = source.rested().Forget()
 	wantState(stateAbsent, series{"token_expiry_timestamp_seconds": 0, "token_renewal_timestamp_seconds": 0})
 

@@ -334,7 +334,7 @@ func TestSourceSurvivesAnHourOfChaos(t *testing.T) {
 			case 0:
 				if tok := s.Peek(); tok != nil {
 					invalidated.Add(1)
-					s.Refuse(tok)
+					wg.Go(func() { s.refuse(t.Context(), tok) })
 				}
 			case 1:
 				s.attach(c, testLife)

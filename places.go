@@ -4,13 +4,16 @@ package outboundauth
 
 import (
 	"context"
+	"maps"
 	"net"
 	"net/netip"
 	"strings"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/verdict"
 )
 
 const (
@@ -69,79 +72,85 @@ func dialAddressOf(ctx context.Context) dialAddress {
 	return dialAddress{dial.Network, dial.Address}
 }
 
-// places is what a source knows about the upstreams, by address. An upstream
-// gets a place when it refuses a token, or does not want an announcement. Most
-// upstreams never do so. The zero places is empty.
+// places is what a source knows about the upstreams that its tokens are sent to, by
+// address. An upstream gets a place when it refuses a token, or does not want an
+// announcement. Most upstreams never do so.
 type places struct {
-	mu        sync.Mutex // guards all fields below
-	byAddress map[dialAddress]*place
+	// byAddress is never changed, but replaced by another map: most requests only find
+	// out that their upstream has no place, and take no lock for that.
+	byAddress atomic.Pointer[map[dialAddress]*place]
+
+	budget verdict.Budget // guarded by the source's mu, as all places are
 }
 
-// A place is what is known about one address.
+// A place is what is known about one address. All fields are guarded by the source's mu.
 type place struct {
-	used       time.Time // when somebody last read or wrote this place
-	refusal    time.Time // when the upstream last refused a token
+	verdict.Place
+
+	used       time.Time // when somebody last wrote to this place
+	doubted    string    // the last token that is replaced because of this upstream
+	doubtedAt  time.Time
 	quietUntil time.Time // the upstream gets no announcement before this
+	told       time.Time // when operators were last told of refusals that are not about the token
 }
 
-// refused notes that an upstream has refused a token.
-func (p *places) refused(address dialAddress) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	at := p.at(address)
-	at.refusal = at.used
-}
-
-// unheard notes that an upstream does not want announcements.
-func (p *places) unheard(address dialAddress) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	at := p.at(address)
-	at.quietUntil = at.used.Add(quietAfterSilence)
-}
-
-// wantsAnnouncement reports whether a large body has to be announced to an
-// upstream. It has to be if always is set, or if the upstream has just refused a
-// token. But an upstream that does not want announcements gets none.
-func (p *places) wantsAnnouncement(address dialAddress, always bool) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.byAddress[address] == nil {
-		return always
+// find returns the place of an address, or nil. mu need not be held.
+func (p *places) find(address dialAddress) *place {
+	all := p.byAddress.Load()
+	if all == nil {
+		return nil
 	}
-	at := p.at(address)
-	return !at.used.Before(at.quietUntil) && (always || at.used.Sub(at.refusal) < announceAfterRefusal)
+	return (*all)[address]
 }
 
-// at returns the place of an address. If the address has no place, at makes one.
-// If there are too many places then, at drops the one that was not used for the
-// longest time. mu is held.
+// none reports whether there are no places at all. mu need not be held.
+func (p *places) none() bool { return p.byAddress.Load() == nil }
+
+// at returns the place of an address. If the address has no place, at makes one. If there
+// are too many places then, at drops the one that was not used for the longest time. It
+// may look at all places, because a place is made only when a whole request was in vain.
+// mu is held.
 func (p *places) at(address dialAddress) *place {
 	now := time.Now()
-	at := p.byAddress[address]
-	if at == nil {
-		if p.byAddress == nil {
-			p.byAddress = make(map[dialAddress]*place)
-		}
-		if len(p.byAddress) >= maxPlaces {
-			p.dropOldest()
-		}
-		at = new(place)
-		p.byAddress[address] = at
+	if at := p.find(address); at != nil {
+		at.used = now
+		return at
 	}
-	at.used = now
+	all := make(map[dialAddress]*place)
+	if before := p.byAddress.Load(); before != nil {
+		maps.Copy(all, *before)
+	}
+	if len(all) >= maxPlaces {
+		delete(all, oldest(all))
+	}
+	at := &place{used: now}
+	all[address] = at
+	p.byAddress.Store(&all)
 	return at
 }
 
-// dropOldest makes room for one more place. It may look at all places, because
-// it runs only when a place is made, and that has cost a whole request.
-func (p *places) dropOldest() {
-	var oldest dialAddress
+func oldest(all map[dialAddress]*place) (found dialAddress) {
 	var used time.Time
-	for address, at := range p.byAddress {
+	for address, at := range all {
 		if used.IsZero() || at.used.Before(used) {
-			oldest, used = address, at.used
+			found, used = address, at.used
 		}
 	}
-	delete(p.byAddress, oldest)
+	return found
+}
+
+// doubt notes that a token is replaced because it was probably refused here. Meanwhile,
+// nothing is sent here that can't be sent again. mu is held.
+func (at *place) doubt(t *token, now time.Time) { at.doubted, at.doubtedAt = t.value, now }
+
+// A refusal is an answer by which an upstream has refused a token. All that changes is
+// guarded by the source's mu.
+type refusal struct {
+	verdict.Refusal
+	of *token
+	at *place // nil until the source knows of the refusal
+
+	// What became of it.
+	isPath bool // the refusal was about the path, as far as anybody could see
+	news   bool // operators are to be told of that
 }

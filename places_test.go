@@ -14,17 +14,17 @@ import (
 
 func TestLargeBodiesAreAnnouncedAfterARefusal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var p places
+		s := newTokenSource()
 		a, b := dialAddress{"tcp", "a:80"}, dialAddress{"tcp", "b:80"}
 		want := func(when string, address dialAddress, always, want bool) {
 			t.Helper()
-			if got := p.wantsAnnouncement(address, always); got != want {
+			if got := s.wantsAnnouncement(address, always); got != want {
 				t.Errorf("%s, always %v: got an announcement: %v, want %v", when, always, got, want)
 			}
 		}
 		want("at first", a, false, false)
 		want("at first", a, true, true)
-		p.refused(a)
+		s.doubts(a)
 		want("after a refusal", a, false, true)
 		want("after the refusal of another", b, false, false)
 		want("after the refusal over another network", dialAddress{"unix", "a:80"}, false, false)
@@ -34,13 +34,13 @@ func TestLargeBodiesAreAnnouncedAfterARefusal(t *testing.T) {
 		want("later", a, false, false)
 		want("later", a, true, true)
 
-		p.unheard(a)
-		p.refused(a)
+		s.unheard(a)
+		s.doubts(a)
 		want("unheard", a, true, false)
 		want("unheard", a, false, false)
 		want("another is unheard", b, true, true)
 		time.Sleep(quietAfterSilence - time.Nanosecond)
-		p.refused(a)
+		s.doubts(a)
 		want("unheard for a while", a, true, false)
 		time.Sleep(time.Nanosecond)
 		want("unheard long ago", a, true, true)
@@ -50,18 +50,18 @@ func TestLargeBodiesAreAnnouncedAfterARefusal(t *testing.T) {
 
 func TestPlacesAreBounded(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		var p places
+		s := newTokenSource()
 		address := func(i int) dialAddress { return dialAddress{"tcp", fmt.Sprintf("10.0.0.1:%d", i)} }
 		for i := range 2 * maxPlaces {
-			p.unheard(address(i))
-			p.wantsAnnouncement(address(0), true) // so that it is not the oldest
+			s.unheard(address(i))
+			s.wantsAnnouncement(address(0), true) // so that it is not the oldest
 			time.Sleep(time.Millisecond)
 		}
-		if got := len(p.byAddress); got != maxPlaces {
+		if got := s.numberOfPlaces(); got != maxPlaces {
 			t.Errorf("got %d places, want %d", got, maxPlaces)
 		}
 		for i, want := range map[int]bool{0: false, 1: true, maxPlaces: true, maxPlaces + 1: false, 2*maxPlaces - 1: false} {
-			if got := p.wantsAnnouncement(address(i), true); got != want {
+			if got := s.wantsAnnouncement(address(i), true); got != want {
 				t.Errorf("address %d: got forgotten: %v, want %v: the least recently used go", i, got, want)
 			}
 		}
@@ -71,11 +71,11 @@ func TestPlacesAreBounded(t *testing.T) {
 // Whether to ask is looked up for each large body. That must not fill the map: of
 // the addresses of dynamic upstreams there is no end.
 func TestAcceptingUpstreamsHaveNoPlace(t *testing.T) {
-	var p places
+	s := newTokenSource()
 	for i := range 100 {
-		p.wantsAnnouncement(dialAddress{"tcp", fmt.Sprint("10.0.0.1:", i)}, true)
+		s.wantsAnnouncement(dialAddress{"tcp", fmt.Sprint("10.0.0.1:", i)}, true)
 	}
-	if got := len(p.byAddress); got != 0 {
+	if got := s.numberOfPlaces(); got != 0 {
 		t.Errorf("got %d places, want none", got)
 	}
 }
@@ -83,15 +83,15 @@ func TestAcceptingUpstreamsHaveNoPlace(t *testing.T) {
 // Requests and health checks of all sites that share the source use it at once. The
 // race detector looks on.
 func TestPlacesAreSharedByRequests(t *testing.T) {
-	var p places
+	s := newTokenSource()
 	var wg sync.WaitGroup
 	for i := range 8 {
 		wg.Go(func() {
 			for j := range 100 {
 				address := dialAddress{"tcp", fmt.Sprint("10.0.0.1:", j)}
-				p.refused(address)
-				p.wantsAnnouncement(address, i%2 == 0)
-				p.unheard(address)
+				s.doubts(address)
+				s.wantsAnnouncement(address, i%2 == 0)
+				s.unheard(address)
 			}
 		})
 	}
@@ -150,13 +150,5 @@ func TestAnswersDecideWhatIsAnnounced(t *testing.T) {
 			g.send(http.MethodPost, "/", strings.NewReader(long)).want(t, http.StatusOK)
 			up.last(t).wantHeader(t, "Expect", test.want)
 		})
-	}
-}
-
-func TestRefusedHealthCheckIsARefusal(t *testing.T) {
-	cl := newTransport(t, "token_url https://auth.example.com/token\nclient_id "+newName()+"\nclient_secret s").fallback.client
-	cl.replaceAfterCheck(upstreamContext(t, "127.0.0.1:9000"), testLife.token(grant{accessToken: "t", issued: time.Now()}, time.Now()))
-	if !cl.source.places.wantsAnnouncement(dialAddress{"tcp", "127.0.0.1:9000"}, false) {
-		t.Error("got no announcement after a refused check, want one")
 	}
 }

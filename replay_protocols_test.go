@@ -452,7 +452,7 @@ func TestWhoAsksWhetherTheBodyIsWanted(t *testing.T) {
 			transport := newTransport(t, expand("token_url $AUTH/token\nclient_id $ID\nclient_secret s\n$SETTINGS",
 				"$AUTH", auth.URL, "$ID", newName(), "$SETTINGS", test.settings))
 			if test.refused != nil {
-				transport.fallback.source.places.refused(dialAddress{"tcp", test.refused.addr})
+				transport.fallback.source.doubts(dialAddress{"tcp", test.refused.addr})
 			}
 			req := newRequest(t, test.method, "http://"+up.addr, bytes.NewReader(replaytest.Pattern(int(max(test.length, 100))))).
 				WithContext(upstreamContext(t, up.addr))

@@ -53,6 +53,13 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		return t.fail(req, statusOf(err), err)
 	}
+	if hasBody(req) && r.unrepeatable(req) {
+		sure, wait := r.source.sure(ctx, dialAddressOf(ctx), tok)
+		if wait > 0 {
+			r.endpoint.metrics.waitedAgain(ctx, wait)
+		}
+		tok = sure
+	}
 	return t.roundTrip(req, r.block, tok)
 }
 
@@ -112,42 +119,50 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 		defer body.Commit(req.Context())
 		out = b.announce(out, body)
 	}
+	first := b.sending(out, tok, false)
 	res, err := t.send(out, b, tok)
 	if body != nil && body.Ignored() {
-		b.source.places.unheard(dialAddressOf(req.Context()))
+		b.source.unheard(dialAddressOf(req.Context()))
 	}
 	if err != nil {
 		return nil, err
 	}
 
 	next := tok
+	var refused *refusal
 	switch b.judge(req.Context(), res, body) {
 	case accept:
+		b.accepted(first, res)
 		return res, nil
 	case giveUp:
-		if b.refuses(res.StatusCode) {
-			b.endpoint.metrics.refused(req.Context(), refusalNotRepeatable)
-			b.replaceLater(req.Context(), tok) // for the next request
+		if b.refuses(res) {
+			b.replaceLater(first, res)
 		}
 		return res, nil
 	case replace:
-		if next = b.replace(req.Context(), tok); next == nil {
-			b.endpoint.metrics.refused(req.Context(), refusalNoToken)
+		if next, refused = b.replace(first, res); next == nil {
 			return res, nil // the client gets the upstream's answer
 		}
 	case resend:
 	}
+	return t.sendAgain(req, b, next, refused, res, body, trailer)
+}
 
-	if out, err = t.outbound(req, b, next); err != nil {
+// sendAgain sends a request once more, after the upstream's first answer.
+func (t *Transport) sendAgain(req *http.Request, b *block, tok *token, refused *refusal, res *http.Response, body *replay.Body, trailer http.Header) (*http.Response, error) {
+	out, err := t.outbound(req, b, tok)
+	if err != nil {
 		return res, nil //nolint:nilerr // unlikely: the same headers could be set the first time
 	}
 	if body != nil {
 		setBody(out, body.Again(), trailer, &t.reserved)
 	}
 	go discard(res.Body)
-	res, err = t.send(out, b, next)
-	if next != tok {
-		b.settle(req.Context(), res, err)
+	second := b.sending(out, tok, false)
+	second.again = true
+	res, err = t.send(out, b, tok)
+	if refused != nil {
+		b.settle(second, refused, res, err)
 	}
 	if err != nil {
 		return nil, sentBefore(err, body)

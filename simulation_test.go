@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math"
 	"math/rand/v2"
+	"net/http"
 	"os"
 	"runtime"
 	"slices"
@@ -14,6 +15,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/verdict"
 )
 
 // An hour of virtual time is long enough for all waits: the longest is 7½ minutes.
@@ -157,9 +160,8 @@ type history struct {
 	server *simulatedServer
 	pool   simulatedPool
 
-	started      time.Time
-	replacements replacements
-	callers      sync.WaitGroup
+	started time.Time
+	callers sync.WaitGroup
 
 	record
 }
@@ -250,19 +252,21 @@ func (h *history) call(patience time.Duration) {
 		return
 	}
 	t := h.ask(ctx, source, patience)
-	if t == nil || h.server.accepts(t.value) {
+	if t == nil {
 		return
 	}
-	// As client.retire does.
-	if current := source.Peek(); !t.inReserve(time.Now()) && (current == nil || current.value == t.value) {
-		if !h.replacements.allow(t) {
-			return
+	kind := verdict.KindOf(http.MethodGet, "/", false)
+	if h.server.accepts(t.value) {
+		if at := source.places.find(anAddress); at != nil {
+			source.accepted(at, verdict.Acceptance{Kind: kind, Token: t.value, Sent: time.Now()})
 		}
-		if source.Refuse(t) {
-			h.refused(t)
-		}
+		return
 	}
-	h.ask(ctx, source, patience)
+	r := &refusal{of: t, Refusal: verdict.Refusal{Kind: kind, Token: t.value}}
+	fresh, _ := source.another(ctx, anAddress, r)
+	if fresh != nil {
+		source.settled(r, h.server.accepts(fresh.value), fresh)
+	}
 }
 
 func (h *history) ask(ctx context.Context, source *tokenSource, patience time.Duration) *token {

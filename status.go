@@ -86,7 +86,7 @@ func (s *tokenSource) statusAlone(now time.Time) (sourceStatus, []requester) {
 	if t := s.current; t != nil {
 		status.obtained, status.renewal, status.expires = t.obtained, t.refreshAt, t.expires
 		switch {
-		case s.refused || !s.valid(now):
+		case !s.valid(now):
 			status.state = stateExpired
 		case now.Before(t.refreshAt):
 			status.state = stateFresh

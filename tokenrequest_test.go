@@ -354,8 +354,8 @@ func TestFetchesAreLoggedWithoutSecrets(t *testing.T) {
 	cl := newLoggingClient(t, c, server, zap.New(core))
 
 	fetch := func(n int) {
-		tok, _, _ := cl.source.Token(t.Context())
-		cl.source.Refuse(tok)
+		_, _, _ = cl.source.Token(t.Context())
+		cl.source.drop()
 		// The fetch ends, for its callers, before its line is written.
 		eventually(t, func() bool { return logs.Len() >= n }, "%d lines", n)
 	}

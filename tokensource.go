@@ -25,24 +25,25 @@ import (
 // A token is stale when it is due to be replaced. The end of its life is its
 // reserve. What happens depends on the state of the token:
 //
-//	event        fresh      stale              reserve or refused    absent or expired
+//	event        fresh      stale              reserve               absent or expired
 //	Token        the token  the token; fetch   waits for a fetch,    waits for a fetch,
 //	                                           see patience; then    see patience; then
 //	                                           the token             the last error
+//	another      see decide: may fetch, and waits                    waits for a fetch
 //	Peek         the token  the token          -                     no token
 //	Warm         -          -                  fetch                 a fetch
 //	FetchNow     waits for a fetch, whatever the state, unless it is too early
-//	Refuse       the token becomes refused     -                     -
 //	Forget       the token becomes absent, unless it is too early
 //	timer        -          fetch, if the token is wanted or kept, or if the last fetch failed
 //
+// An upstream that refuses the token changes none of these states: others may accept it.
 // Within a back-off, no fetch starts. If there is no token that is valid, a request
 // shortens the back-off. If no config runs that uses the source, only Token and FetchNow
 // start a fetch.
 type tokenSource struct {
-	places places // what is known about the upstreams that the token is sent to
-
 	mu sync.Mutex // guards all fields below; never held during I/O
+
+	places places // what is known about the upstreams that the token is sent to
 
 	// Those who share the source, newest last. Of those whose config runs, the newest
 	// makes the token requests. So no request uses the modules of a config that has
@@ -56,9 +57,9 @@ type tokenSource struct {
 	tracers trace.TracerProvider // the provider of the last traced request; nil if there was none
 
 	current  *token
-	refused  bool // an upstream has refused current; it is used only if there is no other token
 	inflight *fetch
-	timer    *time.Timer // starts the next fetch of a source in use
+	granting chan struct{} // closed when another token becomes current; nil if nobody waits for that
+	timer    *time.Timer   // starts the next fetch of a source in use
 
 	// Of a source that nobody uses: what is left to do at the end of its afterlife,
 	// and the timer that does it.
@@ -147,7 +148,7 @@ func (s *tokenSource) other(ctx context.Context, refused *token) (*token, acquis
 	now := time.Now()
 	s.mu.Lock()
 	s.wanted = true
-	if t := s.usable(now); t != nil {
+	if t := s.usable(now); t != nil && !t.is(refused) {
 		got := acquisition{use: tokenFresh}
 		if !now.Before(t.refreshAt) {
 			got.use = tokenStale
@@ -201,18 +202,13 @@ func (s *tokenSource) other(ctx context.Context, refused *token) (*token, acquis
 	return s.best(now, time.Now(), s.whyNot(f))
 }
 
-// usable returns the current token, if no upstream has refused it, and if it is not
-// in its reserve. mu is held.
+// usable returns the current token, if it is not in its reserve. mu is held.
 func (s *tokenSource) usable(now time.Time) *token {
-	if s.current != nil && !s.refused && now.Before(s.current.usableTo) {
+	if s.current != nil && now.Before(s.current.usableTo) {
 		return s.current
 	}
 	return nil
 }
-
-// good reports whether there is a token that is good for requests, in its reserve at
-// the worst. mu is held.
-func (s *tokenSource) good(now time.Time) bool { return s.valid(now) && !s.refused }
 
 // valid reports whether there is a token that has not expired. mu is held.
 func (s *tokenSource) valid(now time.Time) bool {
@@ -220,8 +216,7 @@ func (s *tokenSource) valid(now time.Time) bool {
 }
 
 // best returns the best token there is, for a caller that has waited long enough: a
-// token to the very end of its life, even one that an upstream has refused. Others may
-// still accept it. Without a token, best returns err. mu is held.
+// token to the very end of its life. Without a token, best returns err. mu is held.
 func (s *tokenSource) best(since, now time.Time, err error) (*token, acquisition, error) {
 	got := acquisition{tokenNone, now.Sub(since)}
 	if s.valid(now) {
@@ -247,7 +242,7 @@ func (s *tokenSource) whyNot(f *fetch) error {
 // what has failed: callers that pile up are an outage of their own. It counts as failed
 // if a token is not renewed before its end. mu is held.
 func (s *tokenSource) patience(f *fetch, refused *token, now time.Time) (wait time.Duration, limited bool) {
-	good := s.good(now) && !s.current.is(refused)
+	good := s.valid(now) && !s.current.is(refused)
 	slow := f.started.Add(2 * s.usual.median()) // later, f takes longer than usual
 	switch {
 	case good && s.lastErr != nil:
@@ -275,7 +270,7 @@ func (s *tokenSource) backingOff(now time.Time) bool {
 // tooEarly reports whether it is too early for a fetch that a caller waits for. mu is
 // held.
 func (s *tokenSource) tooEarly(now time.Time) bool {
-	if s.good(now) {
+	if s.valid(now) {
 		return s.backingOff(now) // the caller gets that token
 	}
 	return s.lastErr != nil && now.Before(s.lastErr.soonest)
@@ -284,7 +279,7 @@ func (s *tokenSource) tooEarly(now time.Time) bool {
 // hasten shortens a back-off that was set when nobody asked, for a caller that gets no
 // token now. mu is held.
 func (s *tokenSource) hasten(now time.Time) {
-	if s.inflight != nil || s.good(now) || !s.lastErr.soonest.Before(s.lastErr.retryAt) {
+	if s.inflight != nil || s.valid(now) || !s.lastErr.soonest.Before(s.lastErr.retryAt) {
 		return
 	}
 	sooner := *s.lastErr // a copy: others read the error without a lock
@@ -300,8 +295,8 @@ func (s *tokenSource) checkDue(now time.Time) bool {
 	return s.failedWith != "" && !now.Before(s.nextCheckAt)
 }
 
-// Peek returns the token if there is one that may be used now and was not
-// refused, otherwise nil. It neither waits nor fetches.
+// Peek returns the token if there is one that may be used now, otherwise nil. It neither
+// waits nor fetches.
 func (s *tokenSource) Peek() *token {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -361,19 +356,6 @@ func (s *tokenSource) Forget() error {
 	}
 	s.current = nil
 	return nil
-}
-
-// Refuse takes t out of use, because an upstream has refused it. If another
-// token has replaced t meanwhile, that token stays in use: a late refusal of t
-// says nothing about it. Refuse reports whether this was the first refusal of t.
-func (s *tokenSource) Refuse(t *token) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if !s.current.is(t) || s.refused {
-		return false
-	}
-	s.refused = true
-	return true
 }
 
 // Warm starts the first fetch in the background. It does nothing if there is a
@@ -518,6 +500,7 @@ type fetch struct {
 	// Guarded by the source's mu:
 	waiters int
 	awaited bool         // somebody needed the token, and may have left
+	cause   *refusal     // that brought it about, or nil
 	links   []trace.Link // links to the waiting requests that are traced
 }
 
@@ -550,7 +533,7 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 	joined := make(chan struct{}, 1)
 	f := &fetch{
 		done: make(chan struct{}), joined: joined, cancel: cancel,
-		started: now, renews: s.valid(now), awaited: s.wanted && !s.good(now),
+		started: now, renews: s.valid(now), awaited: s.wanted && !s.valid(now),
 	}
 	f.attempts = attempts{
 		requester: s.last, life: s.life, current: s.current, granted: slices.Clone(s.granted), failures: s.failures,
@@ -658,6 +641,9 @@ func (s *tokenSource) finish(f *fetch) {
 	if s.inflight == f {
 		s.inflight = nil
 	}
+	if f.err != nil && f.cause != nil {
+		f.cause.at.NoToken(&s.places.budget, &f.cause.Refusal)
+	}
 	// Those who wait here use the token. This counts as wanting the next one.
 	s.wanted = f.waiters > 0
 	close(f.done)
@@ -685,13 +671,14 @@ func (s *tokenSource) schedule() {
 	if !s.runs() || s.inflight != nil {
 		return
 	}
-	var at time.Time
-	switch {
-	case s.lastErr != nil:
-		at = s.lastErr.retryAt
-	case s.current != nil:
+	var at time.Time // in the past for a new source, or after a fetch that was abandoned
+	if s.current != nil {
 		at = s.current.refreshAt
-	default: // a new source, or a fetch that was abandoned
+	}
+	if s.lastErr != nil && at.Before(s.lastErr.retryAt) {
+		at = s.lastErr.retryAt // a fetch may fail while the token is fresh
+	}
+	if at.IsZero() {
 		return
 	}
 	s.stopTimer()
@@ -733,7 +720,7 @@ func (s *tokenSource) fail(f *fetch, err error, fingerprint string, now time.Tim
 		s.failedWith = fingerprint
 	}
 	last := failure{err: err, began: f.attempts.tried, ended: now, lasted: now.Sub(s.failingFrom)}
-	if s.good(now) {
+	if s.valid(now) {
 		last.left = s.current.expires.Sub(now)
 	}
 	soonest, retryAt := s.streak.next(last)
@@ -746,7 +733,11 @@ func (s *tokenSource) fail(f *fetch, err error, fingerprint string, now time.Tim
 
 // succeed notes a new token. mu is held.
 func (s *tokenSource) succeed(t *token) {
-	s.current, s.refused = t, false
+	if s.granting != nil && !t.is(s.current) {
+		close(s.granting)
+		s.granting = nil
+	}
+	s.current = t
 	if !slices.Contains(s.granted, t.value) {
 		s.granted = append(s.granted, t.value)
 		s.granted = s.granted[max(0, len(s.granted)-maxGranted):]

@@ -342,13 +342,7 @@ func TestRefusalInTheReserveIsExpiry(t *testing.T) {
 		return true
 	})
 	g.get().want(t, 401)
-	s.mu.Lock()
-	refused := s.refused
-	s.mu.Unlock()
-	if refused {
-		t.Error("the token counts as refused, want that it has expired")
-	}
-	if s.places.wantsAnnouncement(dialAddress{"tcp", up.addr}, false) {
+	if s.wantsAnnouncement(dialAddress{"tcp", up.addr}, false) {
 		t.Error("the address counts as one that refuses tokens, want no such thing")
 	}
 	if got := g.scrape().of("expiry")["invalidated_tokens_total"]; got != 0 {
@@ -559,42 +553,6 @@ func TestNobodyWaitsLongForALateRenewal(t *testing.T) {
 	})
 }
 
-// Who needs a token waits for a moment while an upstream refuses the one there is, and
-// then gets that.
-func TestRefusedTokenWhileTheServerIsSilent(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &scriptedRequester{lifetime: time.Hour}
-		s := newTestSource(t, r)
-		expectToken(t, s, "t1", 0)
-		s.Refuse(s.Peek())
-		r.setFail(outageIn(0, time.Hour).silent(true))
-		start := time.Now()
-		for _, got := range load(t.Context(), s, 100*time.Millisecond, 9*time.Second) {
-			if want := (answer{value: "t1", waited: time.Second}); got != want {
-				t.Fatalf("Token() = %v, want %v", got, want)
-			}
-		}
-		// While there is a valid token, nobody asks again beside the request.
-		if got := requestsAfter(r, start); len(got) != 2 {
-			t.Errorf("requests after %v, want one beside the first token", got)
-		}
-	})
-	synctest.Test(t, func(t *testing.T) { // a server that refuses is asked again soon
-		r := &scriptedRequester{lifetime: time.Hour}
-		s := newTestSource(t, r)
-		expectToken(t, s, "t1", 0)
-		s.Refuse(s.Peek())
-		o := outageIn(0, time.Minute)
-		r.setFail(o.refusing(errTransient))
-		load(t.Context(), s, 10*time.Millisecond, time.Minute)
-		for time.Sleep(0); ask(t.Context(), s).value == "t1"; time.Sleep(10 * time.Millisecond) {
-			if late := time.Since(o.to); late > maxAskedBackoff {
-				t.Fatalf("no other token %v after the outage, want one within %v", late, maxAskedBackoff)
-			}
-		}
-	})
-}
-
 // A server that answers one of two requests is not silent: it is asked again soon.
 func TestServerThatFailsBesideASilentOneIsAskedSoon(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -648,11 +606,11 @@ func TestSharerThatDoesNotRunChangesNothing(t *testing.T) {
 		if got := s.Peek(); *got != before {
 			t.Errorf("the token has changed: %+v, want %+v", got, before)
 		}
-		s.Refuse(s.Peek())
+		s.drop()
 		expectToken(t, s, "t2", 0)
 		expectRequests(t, running, 2)
 		s.begin(other)
-		s.Refuse(s.Peek())
+		s.drop()
 		expectToken(t, s, "t1", 0)
 		expectRequests(t, other, 1)
 	})

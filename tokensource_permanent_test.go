@@ -230,26 +230,3 @@ func TestOutageThatEndsBeforeTheTokenLosesNothing(t *testing.T) {
 		})
 	}
 }
-
-// An upstream may refuse a token that others take: while there is no other,
-// it stays.
-func TestRefusedTokenIsKeptUntilThereIsAnother(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &scriptedRequester{lifetime: time.Hour, fail: during(time.Second, 10*time.Minute, errTransient)}
-		s := newTestSource(t, r)
-		expectToken(t, s, "t1", 0)
-		refused := s.Peek()
-		time.Sleep(2 * time.Second)
-		s.Refuse(refused)
-		for range 100 {
-			if a := ask(t.Context(), s); a.err != nil || a.value != "t1" {
-				t.Fatalf("Token() = %v, want t1: there is no other", a)
-			}
-			time.Sleep(time.Second)
-		}
-		time.Sleep(10 * time.Minute)
-		if a := ask(t.Context(), s); a.err != nil || a.value == "t1" {
-			t.Errorf("Token() = %v, want another than t1", a)
-		}
-	})
-}

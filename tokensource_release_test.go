@@ -192,7 +192,7 @@ func TestNewestRequesterMakesTheRequests(t *testing.T) {
 		s := attachedSource(first)
 		expect := func(step string, want ...int) {
 			t.Helper()
-			s.Refuse(s.Peek())
+			s.drop()
 			if got := ask(t.Context(), s); got.err != nil {
 				t.Errorf("%s: Token() = %v, want a token", step, got)
 			}

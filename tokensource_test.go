@@ -356,59 +356,6 @@ func TestRequestHasAContextOfItsOwn(t *testing.T) {
 	})
 }
 
-func TestInvalidateDropsTheCurrentToken(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &scriptedRequester{lifetime: time.Hour, delay: time.Second}
-		s := newTestSource(t, r)
-		refused, _, err := s.Token(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		s.Refuse(refused)
-		expectCached(t, s, nil)
-		expectToken(t, s, "t2", time.Second)
-
-		// Others are told late that the old one was refused.
-		for range 10 {
-			s.Refuse(refused)
-		}
-		expectToken(t, s, "t2", 0)
-		expectRequests(t, r, 2)
-	})
-}
-
-func TestInvalidateDuringAFetch(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &scriptedRequester{lifetime: time.Hour, delay: time.Second}
-		s := newTestSource(t, r)
-		s.Warm()
-		time.Sleep(50 * time.Minute)
-		stale, _, err := s.Token(t.Context()) // starts the fetch
-		if err != nil {
-			t.Fatal(err)
-		}
-		time.Sleep(400 * time.Millisecond)
-		s.Refuse(stale)
-		expectToken(t, s, "t2", 600*time.Millisecond)
-		s.Refuse(stale)
-		expectToken(t, s, "t2", 0)
-		expectRequests(t, r, 2)
-	})
-}
-
-func TestInvalidatedTokenIsReplacedThoughNobodyAsks(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := &scriptedRequester{lifetime: time.Hour}
-		s := newTestSource(t, r)
-		refused, _, _ := s.Token(t.Context())
-		s.Refuse(refused)
-		time.Sleep(time.Hour)
-		// By the timer of the dropped token, whose source was in use.
-		expectRequests(t, r, 2)
-		expectToken(t, s, "t2", 0)
-	})
-}
-
 func TestWarmStartsOneFetch(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &scriptedRequester{lifetime: time.Hour, delay: time.Second}

@@ -16,8 +16,12 @@ const MaxPause = 100 * time.Millisecond
 
 // MayOutgrow reports whether the body of out is longer, or may be longer, than
 // the part that can be recorded.
-func (b *Body) MayOutgrow(out *http.Request) bool {
-	return out.ContentLength > int64(b.limit) || (out.ContentLength < 0 && mayBeLarge(out))
+func (b *Body) MayOutgrow(out *http.Request) bool { return MayOutgrow(out, b.limit) }
+
+// MayOutgrow is Body.MayOutgrow for a body that is not recorded yet. The limit is in
+// bytes.
+func MayOutgrow(out *http.Request, limit int) bool {
+	return out.ContentLength > int64(limit) || (out.ContentLength < 0 && mayBeLarge(out))
 }
 
 // Expected reports whether only Announce asked the upstream. It is false if the

@@ -1,0 +1,374 @@
+// Package verdict decides what an upstream's refusals are about. The refusal of a request
+// may be about its token, which was revoked. Then a new token heals it, and there is no
+// time to lose. Or it is about what the request asks for: a wrong password, a page for
+// administrators. Then a new token is of no use, however often that happens.
+//
+// Nothing in an answer tells the two apart for certain. So a Place collects evidence
+// about one upstream: what it has accepted before, and what it accepts meanwhile. And a
+// Budget limits what errors can cost. Nothing here waits, asks, or is safe for
+// concurrent use: the owner of places guards them.
+package verdict
+
+import (
+	"slices"
+	"time"
+)
+
+// A Verdict is what a refusal is about.
+type Verdict int
+
+// The verdicts.
+const (
+	Unknown Verdict = iota
+	Token           // the upstream does not accept the token any more
+	Path            // the upstream refuses this request, whatever the token
+)
+
+// A Decision is what happens to a request that was refused.
+type Decision int
+
+// The decisions.
+const (
+	Answer Decision = iota // its client gets the upstream's answer
+	Renew                  // get a new token, and send the request once more
+	Hold                   // wait for evidence
+)
+
+const (
+	// A new token that does not help makes the next wait longer. After the first ten
+	// in a row the wait is maxDistance: noise costs two token requests a minute then.
+	maxDistance = 30 * time.Second
+	manyWasted  = 10
+
+	// Strong evidence may be wrong, too: each time that it was, the next wait doubles.
+	// It is forgotten after strongMemory.
+	strongDistance = 1 * time.Second
+	strongMemory   = 60 * time.Second
+
+	// How long without a new token until one that did not help is forgotten. If
+	// silence forgot them all, noise that pauses would begin anew each time.
+	forgetOne = 5 * time.Minute
+
+	// A refused request waits for so many of the usual distances between accepted
+	// requests. If none is accepted in this time, the upstream probably accepts none.
+	patience  = 8
+	leastHold = 20 * time.Millisecond
+	mostHold  = 1 * time.Second
+	holdAgain = 100 * time.Millisecond
+	maxHeld   = 64
+
+	// How often the upstream may call a good token invalid until it is not believed.
+	maxFalseChallenges = 3
+
+	// How many tokens a health check may be refused until it says nothing any more.
+	maxCheckedTokens = 3
+	maxChecks        = 16
+
+	gapWeight = 0.1 // of the newest distance between accepted requests
+)
+
+// A Refusal is the answer by which an upstream has refused a request, while nobody knows
+// what it is about.
+type Refusal struct {
+	Kind         Kind
+	Token        string // the one that was refused
+	Check        bool   // it is an active health check
+	InvalidToken bool   // the upstream says that the token is invalid (RFC 6750 §3.1)
+
+	at      time.Time
+	renewed bool // it has brought about a new token
+	strong  bool // and the evidence was strong
+	refuted chan struct{}
+	isPath  bool // refuted is closed
+}
+
+// Refuted is closed when it is known that the refusal was not about the token. It is for
+// a refusal that is held.
+func (r *Refusal) Refuted() <-chan struct{} { return r.refuted }
+
+// Renewed reports whether the refusal has brought about a new token.
+func (r *Refusal) Renewed() bool { return r.renewed }
+
+// Strong reports whether it did so on strong evidence.
+func (r *Refusal) Strong() bool { return r.strong }
+
+// An Acceptance is an answer by which an upstream has accepted a request's token, as far
+// as its status says.
+type Acceptance struct {
+	Kind    Kind
+	Token   string
+	Check   bool
+	Again   bool      // the request was refused before
+	Current bool      // the token is the newest one
+	Sent    time.Time // what the upstream knew when it was sent
+}
+
+// A Place is what is known about one upstream. The zero Place is ready to use. It should
+// be made at the first refusal: until then, there is nothing to decide.
+type Place struct {
+	kinds  kinds
+	checks map[Kind]refusedTokens
+
+	wasted   int       // new tokens that did not help, as far as is known
+	renewed  time.Time // when a refusal here last brought about a new token
+	forgiven time.Time // until when the time has been counted that takes from wasted
+
+	wrong   int // new tokens that did not help although the evidence was strong
+	wrongAt time.Time
+
+	served   bool          // a request with the newest token was accepted since the last waste
+	accepted time.Time     // when the last of them was sent
+	gap      time.Duration // the mean distance between them; 0 if it is unknown
+
+	falseChallenges int
+
+	helped string // the token that helped last
+	proven string // the last token that was accepted the first time that a request was sent
+
+	// Those that an acceptance may refute: they are held, or wait for a new token.
+	open []*Refusal
+
+	// What is shown of the place.
+	verdict  Verdict
+	refusing bool
+	refused  time.Time
+}
+
+// Status returns what the last refusal was about, as far as is known, and when that was.
+// refusing reports whether no request was accepted since a token was refused.
+func (p *Place) Status() (v Verdict, refusing bool, refused time.Time) {
+	return p.verdict, p.refusing, p.refused
+}
+
+// Decide decides about a refusal: first when it happens, and again when it was held for
+// the time that Decide returns.
+func (p *Place) Decide(b *Budget, r *Refusal, now time.Time) (Decision, time.Duration) {
+	if !r.at.IsZero() {
+		return p.decideAgain(b, r, now)
+	}
+	r.at, r.refuted = now, make(chan struct{})
+	p.refused = now
+	p.forget(now)
+	switch {
+	case r.Check && p.checkSaysNothing(r):
+		p.found(Path)
+		return Answer, 0
+	case p.Suspects(r) && b.since(now) >= p.distanceIfStrong():
+		return p.renew(b, r, true, now), 0
+	case !p.served && p.affords(b, now):
+		// Nobody is being served here, so there is nothing to lose.
+		return p.renew(b, r, false, now), 0
+	case !r.Check && !p.kinds.knows(r.Kind) && b.since(now) >= maxDistance:
+		// What was accepted may have needed no token at all.
+		return p.renew(b, r, false, now), 0
+	case len(p.open) >= maxHeld:
+		return Answer, 0
+	}
+	p.open = append(p.open, r)
+	wait := mostHold
+	if p.gap > 0 {
+		wait = min(max(patience*p.gap, leastHold), mostHold)
+	}
+	return Hold, wait
+}
+
+// decideAgain is Decide for a refusal that was held.
+func (p *Place) decideAgain(b *Budget, r *Refusal, now time.Time) (Decision, time.Duration) {
+	left := mostHold - now.Sub(r.at)
+	quiet := p.served && p.gap > 0 && now.Sub(p.accepted) >= min(patience*p.gap, maxDistance)
+	switch {
+	case r.isPath:
+		return Answer, 0
+	case quiet && b.since(now) >= p.distanceIfStrong():
+		return p.renew(b, r, true, now), 0
+	case p.affords(b, now):
+		return p.renew(b, r, false, now), 0
+	case left <= 0:
+		p.Close(r)
+		p.found(Path)
+		return Answer, 0
+	}
+	return Hold, min(left, holdAgain)
+}
+
+// Suspects reports whether there is strong evidence that a refusal is about the token:
+// the upstream says so, and has not been wrong too often; or it has accepted requests of
+// this kind, and a new token has always helped them.
+func (p *Place) Suspects(r *Refusal) bool {
+	return r.InvalidToken && p.falseChallenges < maxFalseChallenges || p.kinds.trusts(r.Kind)
+}
+
+// Served reports whether the upstream has accepted the newest token since the last one
+// that did not help.
+func (p *Place) Served() bool { return p.served }
+
+// renew notes that a refusal brings about a new token. Its cost counts from now on: the
+// client may go away, and then nobody sees whether the token helps.
+func (p *Place) renew(b *Budget, r *Refusal, strong bool, now time.Time) Decision {
+	b.spend(now)
+	r.renewed, r.strong = true, strong
+	p.renewed, p.forgiven = now, now
+	p.wasted++
+	if strong {
+		p.wrong++
+		p.wrongAt = now
+	}
+	if !slices.Contains(p.open, r) {
+		p.open = append(p.open, r)
+	}
+	p.verdict, p.refusing = Token, true
+	return Renew
+}
+
+// NoToken notes that there is no new token for a refusal, because the authorization
+// server issued none. That is not the upstream's doing, so it costs nothing.
+func (p *Place) NoToken(b *Budget, r *Refusal) {
+	if !r.renewed {
+		return
+	}
+	r.renewed = false
+	b.refund()
+	p.wasted--
+	if r.strong {
+		p.wrong--
+	}
+	p.Close(r)
+}
+
+// Judge notes how a request ended that has brought about a new token, and was sent once
+// more with that. It returns what the refusal was about.
+//
+// Some upstreams refuse each request the first time, and accept it the second time. Then
+// each token seems to help, and none is accepted by any other request.
+func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now time.Time) Verdict {
+	p.Close(r)
+	if !r.renewed {
+		return Unknown
+	}
+	chance := r.Token == p.helped && r.Token != p.proven
+	if accepted {
+		p.helped = fresh
+	}
+	if accepted && !r.isPath && !chance {
+		b.refund()
+		p.wasted--
+		p.wrong = 0
+		p.verdict, p.refusing = Token, false
+		return Token
+	}
+	p.served = false
+	p.kinds.distrust(r.Kind)
+	if r.InvalidToken {
+		p.falseChallenges++
+	}
+	if r.strong {
+		p.wrongAt = now
+	}
+	p.verdict = Path
+	return Path
+}
+
+// Close notes that nothing more will be known about a refusal.
+func (p *Place) Close(r *Refusal) {
+	p.open = slices.DeleteFunc(p.open, func(other *Refusal) bool { return other == r })
+}
+
+// Accept notes that the upstream has accepted a request. A health check says nothing
+// about other requests: its path may need no token.
+func (p *Place) Accept(a Acceptance) {
+	p.kinds.accept(a.Kind)
+	if !a.Again {
+		p.proven = a.Token
+	}
+	if a.Current && a.Sent.After(p.renewed) {
+		p.refusing = false
+	}
+	if a.Check {
+		delete(p.checks, a.Kind)
+		return
+	}
+	if a.Current {
+		p.served = true
+		p.spaced(a.Sent)
+	}
+	p.open = slices.DeleteFunc(p.open, func(r *Refusal) bool {
+		if r.isPath || r.Token != a.Token || !a.Sent.After(r.at) {
+			return false
+		}
+		r.isPath = true
+		close(r.refuted)
+		p.found(Path)
+		return true
+	})
+}
+
+// spaced notes when an accepted request was sent.
+func (p *Place) spaced(sent time.Time) {
+	if !sent.After(p.accepted) {
+		return
+	}
+	if !p.accepted.IsZero() {
+		gap := min(sent.Sub(p.accepted), maxDistance)
+		if p.gap > 0 {
+			gap = time.Duration((1-gapWeight)*float64(p.gap) + gapWeight*float64(gap))
+		}
+		p.gap = max(gap, 1)
+	}
+	p.accepted = sent
+}
+
+// found notes a verdict that cost nothing.
+func (p *Place) found(v Verdict) { p.verdict, p.refusing = v, false }
+
+// forget forgets what is long ago.
+func (p *Place) forget(now time.Time) {
+	if now.Sub(p.wrongAt) > strongMemory {
+		p.wrong = 0
+	}
+	if n := min(int(now.Sub(p.forgiven)/forgetOne), p.wasted); n > 0 {
+		p.wasted -= n
+		p.forgiven = now
+	}
+}
+
+// affords reports whether a new token may be had without strong evidence.
+func (p *Place) affords(b *Budget, now time.Time) bool {
+	distance := time.Duration(p.wasted) * time.Second
+	if p.wasted > manyWasted {
+		distance = maxDistance
+	}
+	return b.since(now) >= distance && b.affords(now)
+}
+
+// distanceIfStrong is how long after the last new token the next one may be had with
+// strong evidence.
+func (p *Place) distanceIfStrong() time.Duration {
+	if p.wrong <= 0 {
+		return strongDistance
+	}
+	return min(strongDistance<<min(p.wrong, 5), maxDistance)
+}
+
+// refusedTokens counts the tokens that a health check was refused, since one was
+// accepted.
+type refusedTokens struct {
+	last  string
+	count int
+}
+
+// checkSaysNothing notes that a health check was refused. It reports whether that says
+// nothing about the token: the check was refused others as well, and accepted with none.
+func (p *Place) checkSaysNothing(r *Refusal) bool {
+	seen, ok := p.checks[r.Kind]
+	if !ok && len(p.checks) >= maxChecks {
+		return true
+	}
+	if seen.last != r.Token {
+		seen = refusedTokens{r.Token, min(seen.count+1, maxCheckedTokens+1)}
+		if p.checks == nil {
+			p.checks = make(map[Kind]refusedTokens)
+		}
+		p.checks[r.Kind] = seen
+	}
+	return seen.count > maxCheckedTokens
+}
