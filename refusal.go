@@ -41,12 +41,14 @@ func (s *tokenSource) another(ctx context.Context, address dialAddress, r *refus
 		}
 		if decision == verdict.Renew {
 			s.mu.Unlock()
-			next, got, err := s.other(ctx, r.of)
+			next, got, err := s.other(ctx, r)
 			s.mu.Lock()
 			waited += got.wait
 			switch {
 			case err == nil && !next.is(r.of):
 				return next, waited
+			case r.IsPath():
+				s.notice(r, time.Now())
 			case err == nil && s.lastErr == nil && s.inflight == nil && s.current.is(r.of):
 				s.judge(r, false, r.Token) // the server repeats the token
 			}
@@ -96,6 +98,10 @@ func (s *tokenSource) decide(address dialAddress, r *refusal, now time.Time) (ve
 	case s.inflight != nil:
 		if r.at.Suspects(&r.Refusal) {
 			r.at.doubt(r.of, now)
+		}
+		if r.at.Join(&r.Refusal, now) == verdict.Answer {
+			s.notice(r, now)
+			return verdict.Answer, 0
 		}
 		return verdict.Renew, 0
 	case r.of.inReserve(now):
@@ -181,7 +187,7 @@ func (s *tokenSource) sure(ctx context.Context, address dialAddress, t *token) (
 	since := time.Now()
 	ctx, cancel := context.WithTimeout(ctx, mostSure)
 	defer cancel()
-	fresh, _, err := s.other(ctx, t)
+	fresh, _, err := s.other(ctx, &refusal{of: t})
 	if err != nil {
 		fresh = t
 	}

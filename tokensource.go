@@ -142,11 +142,16 @@ func (s *tokenSource) Token(ctx context.Context) (*token, acquisition, error) {
 	return s.other(ctx, nil)
 }
 
-// other is Token for a caller whom an upstream has refused this token, or nil. The
-// caller waits for another one longer than others do.
-func (s *tokenSource) other(ctx context.Context, refused *token) (*token, acquisition, error) {
+// other is Token for a caller whom an upstream has refused its token; r may be nil. The
+// caller waits for another one longer than others do, unless the refusal is refuted.
+func (s *tokenSource) other(ctx context.Context, r *refusal) (*token, acquisition, error) {
 	now := time.Now()
 	s.mu.Lock()
+	var refused *token
+	var refuted <-chan struct{}
+	if r != nil {
+		refused, refuted = r.of, r.Refuted()
+	}
 	s.wanted = true
 	if t := s.usable(now); t != nil && !t.is(refused) {
 		got := acquisition{use: tokenFresh}
@@ -187,6 +192,7 @@ func (s *tokenSource) other(ctx context.Context, refused *token) (*token, acquis
 	select {
 	case <-f.done:
 	case <-late:
+	case <-refuted:
 	case <-ctx.Done():
 	}
 	if f.ended() { // which counts, whatever came first

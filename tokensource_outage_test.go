@@ -532,7 +532,7 @@ func TestRefusalInTheReserveWaitsForTheNewToken(t *testing.T) {
 		s.mu.Lock()
 		refused := s.current
 		s.mu.Unlock()
-		if got, _, err := s.other(t.Context(), refused); err != nil || got.value != "t2" {
+		if got, _, err := s.other(t.Context(), &refusal{of: refused}); err != nil || got.value != "t2" {
 			t.Errorf("other() = %v, %v, want t2", got, err)
 		}
 	})

@@ -79,6 +79,10 @@ func newTestClient(t testing.TB, c Credentials, way http.RoundTripper) *client {
 	return newLoggingClient(t, c, way, zap.NewNop())
 }
 
+// releasing is held from the release of a client to the end of its source's afterlife:
+// its timer may belong to a bubble, and nobody else may stop it.
+var releasing sync.Mutex
+
 func newLoggingClient(t testing.TB, c Credentials, way http.RoundTripper, logger *zap.Logger) *client {
 	t.Helper()
 	expanded, err := c.expand(caddy.NewReplacer())
@@ -93,7 +97,12 @@ func newLoggingClient(t testing.TB, c Credentials, way http.RoundTripper, logger
 	if err != nil {
 		t.Fatalf("newClient() = %v, want no error", err)
 	}
-	t.Cleanup(func() { _ = cl.release(); endAfterlives() })
+	t.Cleanup(func() {
+		releasing.Lock()
+		defer releasing.Unlock()
+		_ = cl.release()
+		endAfterlives()
+	})
 	return cl
 }
 

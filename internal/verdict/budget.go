@@ -7,6 +7,10 @@ const (
 	// refill.
 	budget = 10
 	refill = 30 * time.Second
+
+	// What noise can't use up. It is for strong evidence, and for an upstream that has
+	// refused nothing before: its first refusal must not wait because others are noisy.
+	reserve = 2
 )
 
 // A Budget limits the new tokens that refusals bring about, for all upstreams that get
@@ -22,10 +26,15 @@ type Budget struct {
 func (b *Budget) since(now time.Time) time.Duration { return now.Sub(b.last) }
 
 // affords reports whether one more new token may be of no use.
-func (b *Budget) affords(now time.Time) bool {
+func (b *Budget) affords(now time.Time) bool { return b.left(now) >= 1+reserve }
+
+// affordsReserve is affords for those that the reserve is for.
+func (b *Budget) affordsReserve(now time.Time) bool { return b.left(now) >= 1 }
+
+func (b *Budget) left(now time.Time) float64 {
 	b.spent = max(0, b.spent-float64(now.Sub(b.counted))/float64(refill))
 	b.counted = now
-	return b.spent <= budget-1
+	return budget - b.spent
 }
 
 // spend pays for a new token.

@@ -82,9 +82,17 @@ type Refusal struct {
 	isPath  bool // refuted is closed
 }
 
-// Refuted is closed when it is known that the refusal was not about the token. It is for
-// a refusal that is held.
-func (r *Refusal) Refuted() <-chan struct{} { return r.refuted }
+// Refuted is closed when an acceptance has refuted a refusal that waits. It is nil if
+// nothing can: the refusal has brought about a new token, or the evidence is strong.
+func (r *Refusal) Refuted() <-chan struct{} {
+	if r.renewed {
+		return nil
+	}
+	return r.refuted
+}
+
+// IsPath reports whether an acceptance has refuted the refusal.
+func (r *Refusal) IsPath() bool { return r.isPath }
 
 // Renewed reports whether the refusal has brought about a new token.
 func (r *Refusal) Renewed() bool { return r.renewed }
@@ -117,6 +125,7 @@ type Place struct {
 	wrongAt time.Time
 
 	served   bool          // a request with the newest token was accepted since the last waste
+	vain     bool          // the last new token was refused, and nothing was accepted since
 	accepted time.Time     // when the last of them was sent
 	gap      time.Duration // the mean distance between them; 0 if it is unknown
 
@@ -153,12 +162,12 @@ func (p *Place) Decide(b *Budget, r *Refusal, now time.Time) (Decision, time.Dur
 	case r.Check && p.checkSaysNothing(r):
 		p.found(Path)
 		return Answer, 0
-	case p.Suspects(r) && b.since(now) >= p.distanceIfStrong():
+	case p.Suspects(r) && p.affordsIfStrong(b, now):
 		return p.renew(b, r, true, now), 0
 	case !p.served && p.affords(b, now):
 		// Nobody is being served here, so there is nothing to lose.
 		return p.renew(b, r, false, now), 0
-	case !r.Check && !p.kinds.knows(r.Kind) && b.since(now) >= maxDistance:
+	case !r.Check && !p.kinds.knows(r.Kind) && b.since(now) >= maxDistance && b.affords(now):
 		// What was accepted may have needed no token at all.
 		return p.renew(b, r, false, now), 0
 	case len(p.open) >= maxHeld:
@@ -172,6 +181,25 @@ func (p *Place) Decide(b *Budget, r *Refusal, now time.Time) (Decision, time.Dur
 	return Hold, wait
 }
 
+// Join decides about a refusal while another token is on its way anyway. It returns Renew
+// if the request waits for that token: it is sent once more, unless an acceptance refutes
+// the refusal before. The others get their answers. Nobody is being served where new
+// tokens do not help, and there is no need to send all these requests twice.
+func (p *Place) Join(r *Refusal, now time.Time) Decision {
+	if r.at.IsZero() {
+		r.at, r.refuted = now, make(chan struct{})
+		p.refused = now
+	}
+	switch {
+	case p.Suspects(r):
+	case r.isPath, p.vain:
+		return Answer
+	case !slices.Contains(p.open, r):
+		p.open = append(p.open, r)
+	}
+	return Renew
+}
+
 // decideAgain is Decide for a refusal that was held.
 func (p *Place) decideAgain(b *Budget, r *Refusal, now time.Time) (Decision, time.Duration) {
 	left := mostHold - now.Sub(r.at)
@@ -179,7 +207,7 @@ func (p *Place) decideAgain(b *Budget, r *Refusal, now time.Time) (Decision, tim
 	switch {
 	case r.isPath:
 		return Answer, 0
-	case quiet && b.since(now) >= p.distanceIfStrong():
+	case quiet && p.affordsIfStrong(b, now):
 		return p.renew(b, r, true, now), 0
 	case p.affords(b, now):
 		return p.renew(b, r, false, now), 0
@@ -242,6 +270,9 @@ func (p *Place) NoToken(b *Budget, r *Refusal) {
 // each token seems to help, and none is accepted by any other request.
 func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now time.Time) Verdict {
 	p.Close(r)
+	if !accepted {
+		p.vain = !p.served
+	}
 	if !r.renewed {
 		return Unknown
 	}
@@ -256,7 +287,7 @@ func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now ti
 		p.verdict, p.refusing = Token, false
 		return Token
 	}
-	p.served = false
+	p.served, p.vain = false, !accepted
 	p.kinds.distrust(r.Kind)
 	if r.InvalidToken {
 		p.falseChallenges++
@@ -288,7 +319,7 @@ func (p *Place) Accept(a Acceptance) {
 		return
 	}
 	if a.Current {
-		p.served = true
+		p.served, p.vain = true, false
 		p.spaced(a.Sent)
 	}
 	p.open = slices.DeleteFunc(p.open, func(r *Refusal) bool {
@@ -333,6 +364,9 @@ func (p *Place) forget(now time.Time) {
 
 // affords reports whether a new token may be had without strong evidence.
 func (p *Place) affords(b *Budget, now time.Time) bool {
+	if p.renewed.IsZero() {
+		return b.affordsReserve(now)
+	}
 	distance := time.Duration(p.wasted) * time.Second
 	if p.wasted > manyWasted {
 		distance = maxDistance
@@ -340,13 +374,10 @@ func (p *Place) affords(b *Budget, now time.Time) bool {
 	return b.since(now) >= distance && b.affords(now)
 }
 
-// distanceIfStrong is how long after the last new token the next one may be had with
-// strong evidence.
-func (p *Place) distanceIfStrong() time.Duration {
-	if p.wrong <= 0 {
-		return strongDistance
-	}
-	return min(strongDistance<<min(p.wrong, 5), maxDistance)
+// affordsIfStrong reports whether a new token may be had on strong evidence.
+func (p *Place) affordsIfStrong(b *Budget, now time.Time) bool {
+	distance := min(strongDistance<<min(p.wrong, 5), maxDistance)
+	return b.since(now) >= distance && b.affordsReserve(now)
 }
 
 // refusedTokens counts the tokens that a health check was refused, since one was
