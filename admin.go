@@ -3,6 +3,7 @@
 package outboundauth
 
 import (
+	"cmp"
 	"crypto/hmac"
 	"crypto/rand"
 	"crypto/sha256"
@@ -68,10 +69,55 @@ type clientStatus struct {
 	LastError *reportedError `json:"last_error,omitempty"`
 	RetryAt   *time.Time     `json:"retry_at,omitempty"`
 
+	// The upstreams that have refused a token, those first that refuse it now. There
+	// may be many: UpstreamsLeftOut says how many more there are.
+	Upstreams        []reportedUpstream `json:"upstreams,omitempty"`
+	UpstreamsLeftOut int                `json:"upstreams_left_out,omitempty"`
+
 	// These count for all clients of this name since the process started.
 	Requests      map[string]uint64 `json:"requests"`
 	TokenRequests map[string]uint64 `json:"token_requests"`
 	Rejections    map[string]uint64 `json:"rejections"`
+}
+
+// reportedUpstream is what the admin API shows of an upstream. It has nothing of the
+// requests that were refused: a path can tell who the caller is.
+type reportedUpstream struct {
+	Address     string    `json:"address"`
+	Verdict     string    `json:"verdict"`  // what its last refusal was about: the token, or the path
+	Refusing    bool      `json:"refusing"` // it has accepted no request since it refused the token
+	LastRefused time.Time `json:"last_refused"`
+}
+
+// maxReportedUpstreams is how many upstreams of a client the admin API shows at most.
+const maxReportedUpstreams = 100
+
+// reportUpstreams returns what the admin API shows of the upstreams, which are sorted by
+// address, and how many it leaves out. It shows those that refuse the token, before those
+// that have refused the latest.
+func reportUpstreams(upstreams []upstreamStatus) (reported []reportedUpstream, leftOut int) {
+	rank := func(u upstreamStatus) int {
+		if u.refusesToken() {
+			return 0
+		}
+		return 1
+	}
+	shown := slices.Clone(upstreams) // clients of other names have the same list
+	if leftOut = max(0, len(shown)-maxReportedUpstreams); leftOut > 0 {
+		slices.SortStableFunc(shown, func(a, b upstreamStatus) int {
+			return cmp.Or(rank(a)-rank(b), b.refused.Compare(a.refused))
+		})
+		shown = shown[:maxReportedUpstreams]
+	}
+	// By address again: an order that changes with each refusal is hard to read.
+	slices.SortFunc(shown, func(a, b upstreamStatus) int {
+		return cmp.Or(rank(a)-rank(b), strings.Compare(a.address, b.address))
+	})
+	reported = make([]reportedUpstream, len(shown))
+	for i, u := range shown {
+		reported[i] = reportedUpstream{u.address, u.verdict, u.refusesToken(), u.refused}
+	}
+	return reported, leftOut
 }
 
 // newClientStatus returns what the admin API shows of the client of a source.
@@ -91,6 +137,7 @@ func newClientStatus(s sourceStatus) clientStatus {
 	if s.err != nil {
 		status.LastError = reportError(s.err)
 	}
+	status.Upstreams, status.UpstreamsLeftOut = reportUpstreams(s.upstreams)
 	status.Requests, status.TokenRequests, status.Rejections = metricsOf(s.name).counts()
 	return status
 }

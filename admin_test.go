@@ -122,6 +122,68 @@ func TestAdminListsClients(t *testing.T) {
 	}
 }
 
+// reportOf returns what the admin API says about a client's upstreams, as JSON.
+func reportOf(t *testing.T, upstreams []upstreamStatus) string {
+	t.Helper()
+	text, err := json.Marshal(newClientStatus(sourceStatus{description: description{name: t.Name()}, upstreams: upstreams}))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
+}
+
+func TestAdminShowsUpstreamsThatRefused(t *testing.T) {
+	at := time.Date(2025, 3, 1, 12, 0, 0, 0, time.UTC)
+	got := reportOf(t, []upstreamStatus{
+		{"a:443", verdictPath, false, at},
+		{"b:443", verdictToken, false, at},
+		{"unix//run/c.sock", verdictToken, true, at.Add(time.Second)},
+	})
+	want := `,"upstreams":[` +
+		`{"address":"unix//run/c.sock","verdict":"token","refusing":true,"last_refused":"2025-03-01T12:00:01Z"},` +
+		`{"address":"a:443","verdict":"path","refusing":false,"last_refused":"2025-03-01T12:00:00Z"},` +
+		`{"address":"b:443","verdict":"token","refusing":false,"last_refused":"2025-03-01T12:00:00Z"}],"requests":`
+	if !strings.Contains(got, want) {
+		t.Errorf("got %s, want %s in it", got, want)
+	}
+	if got := reportOf(t, nil); strings.Contains(got, "upstreams") {
+		t.Errorf("got %s, want no upstreams", got)
+	}
+}
+
+// A client may have a thousand dynamic upstreams. Those are left out that matter least.
+func TestAdminShowsNotAllUpstreamsThatRefused(t *testing.T) {
+	const all, refusing = 1000, 20
+	at := time.Now()
+	var upstreams []upstreamStatus
+	for i := range all {
+		u := upstreamStatus{fmt.Sprintf("10.0.0.1:%d", 1000+i), verdictPath, false, at.Add(time.Duration(i) * time.Second)}
+		if i%(all/refusing) == 0 {
+			u.verdict, u.refusing, u.refused = verdictToken, true, at.Add(-time.Hour)
+		}
+		upstreams = append(upstreams, u)
+	}
+	before := slices.Clone(upstreams)
+	got, leftOut := reportUpstreams(upstreams)
+	if len(got) != maxReportedUpstreams || leftOut != all-maxReportedUpstreams {
+		t.Fatalf("got %d and %d left out, want %d of %d", len(got), leftOut, maxReportedUpstreams, all)
+	}
+	for i, u := range got {
+		if u.Refusing != (i < refusing) {
+			t.Errorf("upstream %d: got refusing %v, want the %d that refuse first", i, u.Refusing, refusing)
+		}
+		if latest := at.Add((all - maxReportedUpstreams) * time.Second); !u.Refusing && u.LastRefused.Before(latest) {
+			t.Errorf("upstream %d: got one that refused at %v, want the latest", i, u.LastRefused)
+		}
+		if i > 0 && u.Refusing == got[i-1].Refusing && u.Address <= got[i-1].Address {
+			t.Errorf("got %s behind %s, want them by address", u.Address, got[i-1].Address)
+		}
+	}
+	if !slices.Equal(upstreams, before) {
+		t.Error("got another order of the statuses, which clients of other names share")
+	}
+}
+
 func TestAdminCountsWhatMetricsCount(t *testing.T) {
 	name := newName()
 	g, auth, up, _ := adminGateway(t, "scopes read write\nname "+name)

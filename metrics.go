@@ -17,7 +17,7 @@ import (
 
 var tokenUses = [...]string{tokenFresh: "fresh", tokenStale: "stale", tokenWaited: "fetched", tokenNone: "none"}
 
-// How a request ended after the upstream had refused its token.
+// How a request ended after the upstream had refused it.
 const (
 	refusalRecovered     = "recovered"      // the upstream accepted a new token
 	refusalRefusedAgain  = "refused_again"  // the upstream refused a new token as well
@@ -67,11 +67,11 @@ var (
 	}, []string{"client"})
 	refusedRequestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "rejections_total",
-		Help: "Requests whose token the upstream refused, by how they ended.",
+		Help: "Requests that the upstream refused, by how they ended: path if the token was not the reason.",
 	}, []string{"client", "outcome"})
 	refusedTokensTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "invalidated_tokens_total",
-		Help: "Tokens taken out of use because an upstream refused them.",
+		Help: "Tokens replaced because an upstream refused them.",
 	}, []string{"client"})
 )
 
@@ -102,7 +102,7 @@ type clientMetrics struct {
 	uses          [len(tokenUses)]prometheus.Counter
 	waits         prometheus.Observer
 	duration      prometheus.Observer
-	outcomes      map[string]prometheus.Counter // counters of requests whose token was refused
+	outcomes      map[string]prometheus.Counter // counters of requests that were refused
 	refusedTokens prometheus.Counter
 
 	mu      sync.Mutex
@@ -206,7 +206,7 @@ func (m *clientMetrics) waitedAgain(ctx context.Context, wait time.Duration) {
 	}
 }
 
-// refused counts a request whose token the upstream refused.
+// refused counts a request that the upstream refused.
 func (m *clientMetrics) refused(ctx context.Context, outcome string) {
 	m.outcomes[outcome].Inc()
 	if outcome == refusalRecovered || outcome == refusalRefusedAgain || outcome == refusalNoAnswer {
@@ -260,24 +260,40 @@ var (
 		"1 if the last attempt to obtain a token failed for a reason that does not pass by itself.", []string{"client"}, nil)
 	retryDesc = prometheus.NewDesc("caddy_oauth2_retry_timestamp_seconds",
 		"When a client that failed tries again; 0 if it did not fail.", []string{"client"}, nil)
+	refusingDesc = prometheus.NewDesc("caddy_oauth2_refusing_upstreams",
+		"Upstreams that have accepted no request since they refused the client's token.", []string{"client"}, nil)
+	refusalDesc = prometheus.NewDesc("caddy_oauth2_last_refusal_timestamp_seconds",
+		"When one of these upstreams last refused the client's token; 0 if there are none.", []string{"client"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (sourceCollector) Describe(descs chan<- *prometheus.Desc) {
-	for _, desc := range []*prometheus.Desc{sourcesDesc, stateDesc, expiryDesc, renewalDesc, failuresDesc, permanentDesc, retryDesc} {
+	for _, desc := range []*prometheus.Desc{sourcesDesc, stateDesc, expiryDesc, renewalDesc, failuresDesc, permanentDesc, retryDesc, refusingDesc, refusalDesc} {
 		descs <- desc
 	}
 }
 
 // Collect implements prometheus.Collector.
 func (sourceCollector) Collect(collected chan<- prometheus.Metric) {
+	collectStatuses(sourceStatuses(), collected)
+}
+
+// collectStatuses makes the metrics of these sources.
+func collectStatuses(statuses []sourceStatus, collected chan<- prometheus.Metric) {
 	gauge := func(desc *prometheus.Desc, value float64, labels ...string) {
 		collected <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value, labels...)
 	}
 	byName := make(map[string]sourceStatus)
 	inUse := make(map[sourceKey]struct{})
-	for _, status := range sourceStatuses() {
+	refusing := make(map[string]int)           // by name
+	lastRefusals := make(map[string]time.Time) // by name
+	for _, status := range statuses {
 		inUse[status.key] = struct{}{}
+		upstreams, last := status.refusing()
+		refusing[status.name] += upstreams
+		if last.After(lastRefusals[status.name]) {
+			lastRefusals[status.name] = last
+		}
 		// Of the clients that have the same name, keep the one in the worst
 		// state.
 		if other, ok := byName[status.name]; !ok || status.worseThan(other) {
@@ -302,6 +318,8 @@ func (sourceCollector) Collect(collected chan<- prometheus.Metric) {
 		}
 		gauge(permanentDesc, permanent, name)
 		gauge(retryDesc, timestamp(status.retryAt), name)
+		gauge(refusingDesc, float64(refusing[name]), name)
+		gauge(refusalDesc, timestamp(lastRefusals[name]), name)
 	}
 }
 

@@ -203,8 +203,8 @@ func TestMetricsAreNamedByTheConventions(t *testing.T) {
 	registry := prometheus.NewPedanticRegistry()
 	registry.MustRegister(tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, refusedRequestsTotal, refusedTokensTotal, sourceCollector{})
 	families, err := registry.Gather()
-	if err != nil || len(families) != 13 {
-		t.Fatalf("got %d metrics, err %v, want 13", len(families), err)
+	if err != nil || len(families) != 15 {
+		t.Fatalf("got %d metrics, err %v, want 15", len(families), err)
 	}
 	problems, err := promlint.NewWithMetricFamilies(families).Lint()
 	if err != nil {

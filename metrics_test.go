@@ -2,6 +2,7 @@ package outboundauth
 
 import (
 	"bufio"
+	"context"
 	"crypto/rand"
 	"fmt"
 	"io"
@@ -138,7 +139,8 @@ func TestMetricsTellHowRequestsGotTheirTokens(t *testing.T) {
 		"wait_duration_seconds_count": 0, "invalidated_tokens_total": 0,
 		`rejections_total{outcome="recovered"}`: 0, `rejections_total{outcome="refused_again"}`: 0,
 		`rejections_total{outcome="no_token"}`: 0, `rejections_total{outcome="not_repeatable"}`: 0,
-		`rejections_total{outcome="no_answer"}`: 0,
+		`rejections_total{outcome="no_answer"}`: 0, `rejections_total{outcome="path"}`: 0,
+		"refusing_upstreams": 0, "last_refusal_timestamp_seconds": 0,
 	})
 
 	answers := make(chan []reply)
@@ -289,7 +291,10 @@ func TestMetricsTellHowRefusedRequestsEnded(t *testing.T) {
 			auth.script(test.reanswer)
 			up.script(test.answer)
 			post().want(t, test.status)
-			want := series{"invalidated_tokens_total": 1}
+			want := series{
+				"invalidated_tokens_total":   1,
+				`token_state{state="fresh"}`: 1, // it is the upstream that refuses
+			}
 			for _, outcome := range refusalOutcomes {
 				want[fmt.Sprintf("rejections_total{outcome=%q}", outcome)] = 0
 			}
@@ -303,6 +308,66 @@ func TestMetricsTellHowRefusedRequestsEnded(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A request that was refused for its path is not sent once more.
+func TestMetricsTellARefusedPath(t *testing.T) {
+	m := newClientMetrics(newName())
+	repl := caddy.NewReplacer()
+	ctx := context.WithValue(t.Context(), caddy.ReplacerCtxKey, repl)
+	m.requested(ctx, acquisition{use: tokenFresh})
+	m.refused(ctx, refusalPath)
+	if _, _, refusals := m.counts(); refusals["path"] != 1 {
+		t.Errorf("got %v, want the refused path", refusals)
+	}
+	if got, _ := repl.Get(phRetried); got != false {
+		t.Errorf("got %s %v, want false", phRetried, got)
+	}
+}
+
+// statusCollector makes the metrics of sources that have these statuses.
+type statusCollector []sourceStatus
+
+func (statusCollector) Describe(chan<- *prometheus.Desc) {}
+
+func (c statusCollector) Collect(collected chan<- prometheus.Metric) { collectStatuses(c, collected) }
+
+// Clients of one name are counted together, whichever of them is in the worst state.
+func TestMetricsTellWhichUpstreamsRefuse(t *testing.T) {
+	at := func(seconds int64) time.Time { return time.Unix(seconds, 0) }
+	refusing := func(seconds int64) upstreamStatus {
+		return upstreamStatus{"a:443", verdictToken, true, at(seconds)}
+	}
+	statuses := statusCollector{
+		{key: sourceKey{1}, description: description{name: "orders"}, state: stateFresh, upstreams: []upstreamStatus{refusing(100), refusing(300)}},
+		{key: sourceKey{2}, description: description{name: "orders"}, state: stateAbsent, upstreams: []upstreamStatus{refusing(200)}},
+		{key: sourceKey{3}, description: description{name: "orders"}, state: stateFresh},
+		{key: sourceKey{4}, description: description{name: "billing"}, state: stateFresh, upstreams: []upstreamStatus{
+			{"b:443", verdictToken, false, at(500)}, // has accepted another since
+			{"c:443", verdictPath, false, at(600)},
+			{"d:443", verdictPath, true, at(700)},
+		}},
+		{key: sourceKey{5}, description: description{name: "search"}, state: stateFresh},
+	}
+	registry := prometheus.NewPedanticRegistry()
+	registry.MustRegister(statuses)
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make(series)
+	for _, family := range families {
+		for _, m := range family.GetMetric() {
+			if labels := m.GetLabel(); len(labels) == 1 {
+				got[family.GetName()+" "+labels[0].GetValue()] = m.GetGauge().GetValue()
+			}
+		}
+	}
+	got.want(t, series{
+		"caddy_oauth2_refusing_upstreams orders": 3, "caddy_oauth2_last_refusal_timestamp_seconds orders": 300,
+		"caddy_oauth2_refusing_upstreams billing": 0, "caddy_oauth2_last_refusal_timestamp_seconds billing": 0,
+		"caddy_oauth2_refusing_upstreams search": 0, "caddy_oauth2_last_refusal_timestamp_seconds search": 0,
+	})
 }
 
 func TestMetricsTellTheStateOfTheToken(t *testing.T) {

@@ -154,3 +154,20 @@ type refusal struct {
 	isPath bool // the refusal was about the path, as far as anybody could see
 	news   bool // operators are to be told of that
 }
+
+// What the last refusal of an upstream was about.
+const (
+	verdictToken = "token" // the upstream does not accept the token
+	verdictPath  = "path"  // the upstream refuses the request, whatever the token
+)
+
+// upstreamStatus is what one upstream has made of a source's tokens.
+type upstreamStatus struct {
+	address  string    // as in the config, see dialAddress.String
+	verdict  string    // verdictToken or verdictPath: what its last refusal was about
+	refusing bool      // it has accepted no request since it refused the token
+	refused  time.Time // when it last refused one
+}
+
+// statuses returns the statuses of the upstreams that have refused a token.
+func (p *places) statuses() []upstreamStatus { return nil }

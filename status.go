@@ -4,14 +4,16 @@ package outboundauth
 
 import (
 	"slices"
+	"strings"
 	"time"
 )
 
-// The states of a client's token, best first.
+// The states of a client's token, best first. What upstreams make of the token is
+// another matter: one may refuse what others accept.
 const (
 	stateFresh   = "fresh"   // not due to be replaced
 	stateStale   = "stale"   // due to be replaced
-	stateExpired = "expired" // not used any more, or refused by an upstream
+	stateExpired = "expired" // past its end
 	stateAbsent  = "absent"  // there is no token
 )
 
@@ -31,6 +33,26 @@ type sourceStatus struct {
 	failures int
 	err      error
 	retryAt  time.Time
+
+	upstreams []upstreamStatus // those that have refused a token, by address
+}
+
+// refusesToken reports whether the token is of no use at the upstream now.
+func (u upstreamStatus) refusesToken() bool { return u.refusing && u.verdict == verdictToken }
+
+// refusing returns how many upstreams refuse the token, and when one of them last did
+// so. The instant is zero if none refuses it.
+func (s sourceStatus) refusing() (upstreams int, last time.Time) {
+	for _, u := range s.upstreams {
+		if !u.refusesToken() {
+			continue
+		}
+		upstreams++
+		if u.refused.After(last) {
+			last = u.refused
+		}
+	}
+	return upstreams, last
 }
 
 // worseThan reports whether operators should look at s rather than at other.
@@ -80,9 +102,12 @@ func (s *tokenSource) statuses(now time.Time) []sourceStatus {
 // statusAlone returns the status of s, which describes no client yet. It also
 // returns the clients, the newest first.
 func (s *tokenSource) statusAlone(now time.Time) (sourceStatus, []requester) {
+	upstreams := s.places.statuses()
+	slices.SortFunc(upstreams, func(a, b upstreamStatus) int { return strings.Compare(a.address, b.address) })
+
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	status := sourceStatus{state: stateAbsent, failures: s.failures, fetching: s.inflight != nil}
+	status := sourceStatus{state: stateAbsent, failures: s.failures, fetching: s.inflight != nil, upstreams: upstreams}
 	if t := s.current; t != nil {
 		status.obtained, status.renewal, status.expires = t.obtained, t.refreshAt, t.expires
 		switch {

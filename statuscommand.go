@@ -36,7 +36,8 @@ func init() {
 		Short: "Shows the state of the OAuth clients of a running Caddy",
 		Long: `
 Asks the admin API of a running Caddy for its OAuth clients, and shows for each
-the state of its token, how long it lives, and what went wrong last.
+the state of its token, how long it lives, and what went wrong last. A second
+table shows the upstreams that have refused a token.
 
 The admin API is expected at its default address, unless --address names
 another, or --config a config that does. --watch repeats it every second, until
@@ -165,6 +166,33 @@ func statusTable(statuses []clientStatus, now time.Time) string {
 		}
 		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", oneLine(s.ID), oneLine(s.Name), oneLine(state),
 			until(s.Expires, now, "ago"), until(s.Renewal, now, "due"), strconv.Itoa(s.Failures), until(s.RetryAt, now, "due"), oneLine(lastError))
+	}
+	_ = table.Flush() // can't fail: it writes to memory
+	return b.String() + upstreamTable(statuses, now)
+}
+
+// upstreamTable returns one line for each upstream that has refused a token of a client,
+// below an empty line. Without such upstreams, it returns nothing.
+func upstreamTable(statuses []clientStatus, now time.Time) string {
+	var b strings.Builder
+	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(table, "\nCLIENT\tUPSTREAM\tVERDICT\tREFUSED")
+	some := false
+	for _, s := range statuses {
+		for _, u := range s.Upstreams {
+			some = true
+			verdict := u.Verdict
+			if u.Refusing {
+				verdict += ", refusing"
+			}
+			fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", oneLine(s.Name), oneLine(u.Address), oneLine(verdict), until(&u.LastRefused, now, "ago"))
+		}
+		if s.UpstreamsLeftOut > 0 {
+			fmt.Fprintf(table, "%s\tand %d more\t\t\n", oneLine(s.Name), s.UpstreamsLeftOut)
+		}
+	}
+	if !some {
+		return ""
 	}
 	_ = table.Flush() // can't fail: it writes to memory
 	return b.String()

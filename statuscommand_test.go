@@ -44,6 +44,35 @@ func TestStatusTable(t *testing.T) {
 	}
 }
 
+func TestStatusTableOfUpstreams(t *testing.T) {
+	now := time.Date(2025, 3, 1, 12, 0, 0, 0, time.UTC)
+	ago := func(d time.Duration) time.Time { return now.Add(-d) }
+	got := statusTable([]clientStatus{
+		{ID: "0a0a0a0a0a0a", Name: "orders", State: stateFresh, Upstreams: []reportedUpstream{
+			{"api.example.com:443", verdictToken, true, ago(3 * time.Second)},
+			{"unix//run/api.sock", verdictPath, false, ago(time.Hour)},
+		}},
+		{ID: "0b0b0b0b0b0b", Name: "well", State: stateFresh},
+		{ID: "0c0c0c0c0c0c", Name: "search", State: stateFresh, UpstreamsLeftOut: 924, Upstreams: []reportedUpstream{
+			{"10.0.0.1:80", verdictToken, false, ago(400 * time.Millisecond)},
+		}},
+	}, now)
+	want := `ID            CLIENT  TOKEN  EXPIRES  RENEWAL  FAILURES  RETRY  LAST ERROR
+0a0a0a0a0a0a  orders  fresh  -        -        0         -      
+0b0b0b0b0b0b  well    fresh  -        -        0         -      
+0c0c0c0c0c0c  search  fresh  -        -        0         -      
+
+CLIENT  UPSTREAM             VERDICT          REFUSED
+orders  api.example.com:443  token, refusing  3s ago
+orders  unix//run/api.sock   path             1h0m0s ago
+search  10.0.0.1:80          token            0s ago
+search  and 924 more                          
+`
+	if got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
 // goodAndFailing are two clients.
 const goodAndFailing = `reverse_proxy $A $B {
 	lb_policy header X-To {
@@ -212,7 +241,10 @@ func TestStatusCommandWithoutAnAdminAPI(t *testing.T) {
 // What comes from the config or a server must not control the terminal.
 func TestStatusCommandShowsNoControlCharacters(t *testing.T) {
 	evil := "evil\x1b[31m\x07\u009b31m\u202e\n\rclient\tx\x7f"
-	status := clientStatus{ID: evil, Name: evil, State: evil, LastError: &reportedError{Code: evil, Description: evil, Hint: evil}}
+	status := clientStatus{
+		ID: evil, Name: evil, State: evil, LastError: &reportedError{Code: evil, Description: evil, Hint: evil},
+		Upstreams: []reportedUpstream{{Address: evil, Verdict: evil}},
+	}
 	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { _ = answerJSON(w, []clientStatus{status}) }))
 	t.Cleanup(server.Close)
 	for _, asJSON := range []bool{false, true} {
@@ -224,8 +256,8 @@ func TestStatusCommandShowsNoControlCharacters(t *testing.T) {
 		if i := strings.IndexFunc(got, func(r rune) bool { return r != '\n' && !unicode.IsPrint(r) }); i >= 0 {
 			t.Errorf("JSON %v: got %q, want printable characters only", asJSON, got)
 		}
-		if lines := strings.Count(got, "\n"); lines != map[bool]int{false: 2, true: 1}[asJSON] {
-			t.Errorf("JSON %v: got %d lines in %q, want one for each client", asJSON, lines, got)
+		if lines := strings.Count(got, "\n"); lines != map[bool]int{false: 5, true: 1}[asJSON] {
+			t.Errorf("JSON %v: got %d lines in %q, want one for each client and upstream", asJSON, lines, got)
 		}
 	}
 }
