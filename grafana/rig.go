@@ -31,6 +31,7 @@ type Client struct {
 	Name     string
 	Lifetime time.Duration // the lifetime of its tokens
 	Every    time.Duration // the interval of its requests; 0: no requests
+	Noise    time.Duration // the interval of its requests for the noisy path, see Rig.Noise; 0: none
 	Settings string        // more lines for its transport in the Caddyfile
 	Fault    http.HandlerFunc
 }
@@ -87,7 +88,16 @@ func Start(ctx context.Context, dir, rules string, clients ...Client) (_ *Rig, e
 	for _, c := range clients {
 		if c.Every > 0 {
 			r.answers[c.Name] = make(map[int]int)
-			r.traffic.Go(func() { r.send(ctx, c) })
+			r.traffic.Go(func() {
+				r.send(ctx, c.Every, "/"+c.Name, func(status int) {
+					r.mu.Lock()
+					defer r.mu.Unlock()
+					r.answers[c.Name][status]++
+				})
+			})
+		}
+		if c.Noise > 0 {
+			r.traffic.Go(func() { r.send(ctx, c.Noise, "/"+c.Name+noisyPath, func(int) {}) })
 		}
 	}
 	return r, nil
@@ -118,7 +128,7 @@ func (r *Rig) caddyfile(site, admin string, clients []Client) string {
 		r.auth.lifetimes[c.Name] = c.Lifetime
 		r.auth.fail(c.Name, c.Fault)
 		r.upstreams[c.Name] = new(upstream)
-		fmt.Fprintf(&b, "\treverse_proxy /%s %s {\n\t\ttransport oauth2 {\n\t\t\tname %[1]s\n\t\t\ttoken_url %[3]s\n"+
+		fmt.Fprintf(&b, "\t@%s path /%[1]s /%[1]s/*\n\treverse_proxy @%[1]s %[2]s {\n\t\ttransport oauth2 {\n\t\t\tname %[1]s\n\t\t\ttoken_url %[3]s\n"+
 			"\t\t\tclient_id %[1]s\n\t\t\tclient_secret secret\n\t\t\t%[4]s\n\t\t}\n\t}\n",
 			c.Name, r.serve(r.upstreams[c.Name]), auth, c.Settings)
 	}
@@ -230,19 +240,15 @@ func (r *Rig) holdAddress() (string, error) {
 	return fmt.Sprintf("127.0.0.1:%d", bound.(*syscall.SockaddrInet4).Port), nil
 }
 
-// send sends the requests for a client, and counts the statuses of the answers.
-func (r *Rig) send(ctx context.Context, c Client) {
-	ticker := time.NewTicker(c.Every)
+// send sends a request for a path again and again. It calls answered with the status of
+// each answer.
+func (r *Rig) send(ctx context.Context, every time.Duration, path string, answered func(status int)) {
+	ticker := time.NewTicker(every)
 	defer ticker.Stop()
 	for {
 		select {
 		case <-ticker.C:
-			r.traffic.Go(func() {
-				status := r.get(ctx, r.url+"/"+c.Name)
-				r.mu.Lock()
-				defer r.mu.Unlock()
-				r.answers[c.Name][status]++
-			})
+			r.traffic.Go(func() { answered(r.get(ctx, r.url+path)) })
 		case <-ctx.Done():
 			return
 		}
@@ -264,7 +270,8 @@ func (r *Rig) get(ctx context.Context, url string) int {
 	return res.StatusCode
 }
 
-// Answers returns how many answers a client has had with each status.
+// Answers returns how many answers a client has had with each status. Those from the
+// noisy path don't count.
 func (r *Rig) Answers(client string) map[int]int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -280,6 +287,10 @@ func (r *Rig) Revoke(client string) { r.upstreams[client].revoke() }
 // Refuse makes a client's upstream refuse all tokens. If all is false, the
 // upstream stops that.
 func (r *Rig) Refuse(client string, all bool) { r.upstreams[client].refuse(all) }
+
+// Noise makes a client's upstream refuse all requests for one path, whatever the token.
+// If on is false, the upstream stops that.
+func (r *Rig) Noise(client string, on bool) { r.upstreams[client].noise(on) }
 
 // Wait waits until Prometheus finds something for a query.
 func (r *Rig) Wait(ctx context.Context, limit time.Duration, query string) error {

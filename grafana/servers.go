@@ -3,6 +3,7 @@ package grafana
 import (
 	"fmt"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 )
@@ -49,19 +50,24 @@ func (s *authServer) fail(client string, fault http.HandlerFunc) {
 	s.faults[client] = fault
 }
 
+// noisyPath ends the path that an upstream may refuse whatever the token.
+const noisyPath = "/noise"
+
 // upstream accepts all tokens except the one that was revoked.
 type upstream struct {
 	mu        sync.Mutex // guards all below
 	last      string
 	revoked   string
 	refuseAll bool
+	noisy     bool
 }
 
 func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.last = r.Header.Get("Authorization")
-	if u.refuseAll || u.last == "" || u.last == u.revoked {
+	noise := u.noisy && strings.HasSuffix(r.URL.Path, noisyPath)
+	if noise || u.refuseAll || u.last == "" || u.last == u.revoked {
 		w.WriteHeader(http.StatusUnauthorized)
 	}
 }
@@ -79,4 +85,12 @@ func (u *upstream) refuse(all bool) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.refuseAll = all
+}
+
+// noise makes the upstream refuse all requests for the noisy path. If on is false, the
+// upstream stops that.
+func (u *upstream) noise(on bool) {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	u.noisy = on
 }

@@ -42,6 +42,22 @@ func TestTextsDoNotOverlap(t *testing.T) {
 	}
 }
 
+// A color that is not known would draw nothing.
+func TestColorsOfTheDashboardAreKnown(t *testing.T) {
+	for _, c := range example(t).charts {
+		for _, o := range c.FieldConfig.Overrides {
+			if name := o.Properties[0].Value.FixedColor; colors[name].A == 0 {
+				t.Errorf("%s: got the color %q of %s, want one that is known", c.Title, name, o.Matcher.Options)
+			}
+		}
+		for value, m := range c.mappings() {
+			if m.color.A == 0 {
+				t.Errorf("%s: got no color of %s, want one that is known", c.Title, value)
+			}
+		}
+	}
+}
+
 // The first sample can be a little before the start.
 func TestMinutes(t *testing.T) {
 	ticks := minutes{}.Ticks(-0.01, 100)
@@ -58,7 +74,7 @@ func example(t *testing.T) *recording {
 	}
 	r := &recording{end: time.Now()}
 	r.start = r.end.Add(-5 * time.Minute)
-	for i := range 4 {
+	for i := range 5 {
 		from := r.start.Add(time.Duration(i+1) * time.Minute)
 		r.faults = append(r.faults, fault{"upstream refuses all tokens", from, from.Add(20 * time.Second)})
 	}

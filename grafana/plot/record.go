@@ -49,7 +49,7 @@ const (
 
 // clients have steady traffic.
 var clients = []grafana.Client{
-	{Name: "orders", Lifetime: lifetime, Every: 100 * time.Millisecond},
+	{Name: "orders", Lifetime: lifetime, Every: 100 * time.Millisecond, Noise: 300 * time.Millisecond},
 	{Name: "billing", Lifetime: lifetime, Every: 200 * time.Millisecond},
 	{Name: "search", Lifetime: lifetime, Every: 150 * time.Millisecond},
 }
@@ -84,7 +84,7 @@ func record(ctx context.Context, dir string) (*recording, error) {
 		s.failAll(nil)
 	})
 	s.wait(`sum(caddy_oauth2_consecutive_failures) == 0 and on () count(caddy_oauth2_token_state{state="fresh"} == 1) == 3`)
-	s.wantAllAnswered()
+	s.wantAllAnswered("the outage was shorter than the tokens' reserve", "orders", "billing", "search")
 
 	s.wait(`caddy_oauth2_token_renewal_timestamp_seconds{client="billing"} - time() < 3`)
 	s.during("billing rejected", func() {
@@ -105,9 +105,19 @@ func record(ctx context.Context, dir string) (*recording, error) {
 	s.during("upstream refuses all tokens", func() {
 		s.Refuse("search", true)
 		s.wait(`caddy_oauth2_rejections_total{client="search", outcome="refused_again"} >= 3`)
+		s.wait(`caddy_oauth2_refusing_upstreams{client="search"} == 1`)
 		s.rest()
 		s.Refuse("search", false)
 	})
+	s.wait(`caddy_oauth2_refusing_upstreams{client="search"} == 0`)
+	s.rest()
+	s.during("upstream refuses one path", func() {
+		s.Noise("orders", true)
+		s.wait(`caddy_oauth2_rejections_total{client="orders", outcome="path"} >= 20`)
+		s.rest()
+		s.Noise("orders", false)
+	})
+	s.wantAllAnswered("another path was refused", "orders")
 	s.rest()
 	s.end = time.Now()
 	s.ask()
@@ -147,11 +157,11 @@ func (s *session) failAll(fault http.HandlerFunc) {
 }
 
 // wantAllAnswered sees to it that the picture shows what it is said to show.
-func (s *session) wantAllAnswered() {
-	for _, c := range clients {
-		for status, n := range s.Answers(c.Name) {
+func (s *session) wantAllAnswered(why string, names ...string) {
+	for _, name := range names {
+		for status, n := range s.Answers(name) {
 			if status != http.StatusOK && s.err == nil {
-				s.err = fmt.Errorf("%d requests of %s were answered with %d, want none: the outage was shorter than the tokens' reserve", n, c.Name, status)
+				s.err = fmt.Errorf("%d requests of %s were answered with %d, want none: %s", n, name, status, why)
 			}
 		}
 	}
