@@ -169,5 +169,21 @@ type upstreamStatus struct {
 	refused  time.Time // when it last refused one
 }
 
-// statuses returns the statuses of the upstreams that have refused a token.
-func (p *places) statuses() []upstreamStatus { return nil }
+// statuses returns the statuses of the upstreams that have refused a token. mu is held.
+func (p *places) statuses() (all []upstreamStatus) {
+	if p.none() {
+		return nil
+	}
+	for address, at := range *p.byAddress.Load() {
+		v, refusing, refused := at.Status()
+		if v == verdict.Unknown {
+			continue // it only wants no announcements, for example
+		}
+		name := verdictToken
+		if v == verdict.Path {
+			name = verdictPath
+		}
+		all = append(all, upstreamStatus{address.String(), name, refusing, refused})
+	}
+	return all
+}

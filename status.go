@@ -102,11 +102,10 @@ func (s *tokenSource) statuses(now time.Time) []sourceStatus {
 // statusAlone returns the status of s, which describes no client yet. It also
 // returns the clients, the newest first.
 func (s *tokenSource) statusAlone(now time.Time) (sourceStatus, []requester) {
-	upstreams := s.places.statuses()
-	slices.SortFunc(upstreams, func(a, b upstreamStatus) int { return strings.Compare(a.address, b.address) })
-
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	upstreams := s.places.statuses()
+	slices.SortFunc(upstreams, func(a, b upstreamStatus) int { return strings.Compare(a.address, b.address) })
 	status := sourceStatus{state: stateAbsent, failures: s.failures, fetching: s.inflight != nil, upstreams: upstreams}
 	if t := s.current; t != nil {
 		status.obtained, status.renewal, status.expires = t.obtained, t.refreshAt, t.expires

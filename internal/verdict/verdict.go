@@ -140,6 +140,7 @@ type Place struct {
 	// What is shown of the place.
 	verdict  Verdict
 	refusing bool
+	again    bool // a new token was refused, too
 	refused  time.Time
 }
 
@@ -160,7 +161,7 @@ func (p *Place) Decide(b *Budget, r *Refusal, now time.Time) (Decision, time.Dur
 	p.forget(now)
 	switch {
 	case r.Check && p.checkSaysNothing(r):
-		p.found(Path)
+		p.foundPath()
 		return Answer, 0
 	case p.Suspects(r) && p.affordsIfStrong(b, now):
 		return p.renew(b, r, true, now), 0
@@ -213,7 +214,7 @@ func (p *Place) decideAgain(b *Budget, r *Refusal, now time.Time) (Decision, tim
 		return p.renew(b, r, false, now), 0
 	case left <= 0:
 		p.Close(r)
-		p.found(Path)
+		p.foundPath()
 		return Answer, 0
 	}
 	return Hold, min(left, holdAgain)
@@ -284,10 +285,13 @@ func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now ti
 		b.refund()
 		p.wasted--
 		p.wrong = 0
-		p.verdict, p.refusing = Token, false
+		p.verdict, p.refusing, p.again = Token, false, false
 		return Token
 	}
-	p.served, p.vain = false, !accepted
+	p.served, p.vain, p.again = false, !accepted, true
+	if accepted || r.isPath {
+		p.verdict, p.refusing = Path, false
+	}
 	p.kinds.distrust(r.Kind)
 	if r.InvalidToken {
 		p.falseChallenges++
@@ -295,7 +299,6 @@ func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now ti
 	if r.strong {
 		p.wrongAt = now
 	}
-	p.verdict = Path
 	return Path
 }
 
@@ -311,8 +314,11 @@ func (p *Place) Accept(a Acceptance) {
 	if !a.Again {
 		p.proven = a.Token
 	}
-	if a.Current && a.Sent.After(p.renewed) {
+	if p.refusing && a.Current && a.Sent.After(p.renewed) {
 		p.refusing = false
+		if p.again {
+			p.verdict = Path
+		}
 	}
 	if a.Check {
 		delete(p.checks, a.Kind)
@@ -328,7 +334,7 @@ func (p *Place) Accept(a Acceptance) {
 		}
 		r.isPath = true
 		close(r.refuted)
-		p.found(Path)
+		p.verdict, p.refusing = Path, false
 		return true
 	})
 }
@@ -348,8 +354,12 @@ func (p *Place) spaced(sent time.Time) {
 	p.accepted = sent
 }
 
-// found notes a verdict that cost nothing.
-func (p *Place) found(v Verdict) { p.verdict, p.refusing = v, false }
+// foundPath notes that a refusal is probably about the path: others are being served.
+func (p *Place) foundPath() {
+	if p.served {
+		p.verdict, p.refusing = Path, false
+	}
+}
 
 // forget forgets what is long ago.
 func (p *Place) forget(now time.Time) {
