@@ -49,7 +49,7 @@ func newBlock(cl *client) *block {
 	}
 	b.retryOn = c.RetryOn
 	if len(c.RetryOn) == 0 {
-		b.retryOn = []int{http.StatusUnauthorized}
+		b.retryOn = []int{http.StatusUnauthorized, retryGRPC}
 	} else if c.neverRetries() {
 		b.retryOn = nil
 	}

@@ -59,7 +59,7 @@ import (
 //		# the life of a token
 //		refresh_before       <duration>
 //		default_lifetime     <duration>
-//		retry_on             <status...> | off
+//		retry_on             (<status> | grpc)... | off
 //		replay_body          <size> [announce]
 //
 //		# other credentials for some of the upstreams
@@ -392,8 +392,11 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 		}
 		for _, arg := range args {
 			status, err := strconv.Atoi(arg)
-			if err != nil || status < 0 {
-				return d.Err("retry_on: write statuses such as 401, or off")
+			switch {
+			case arg == "grpc":
+				status = retryGRPC
+			case err != nil || status < 0 || status == retryGRPC: // -1 and 16 have names here
+				return d.Err("retry_on: write statuses such as 401, grpc, or off")
 			}
 			c.RetryOn = append(c.RetryOn, status)
 		}

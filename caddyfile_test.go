@@ -233,7 +233,7 @@ var settingSamples = map[string]string{
 	"bearer_header":        "X-Access-Token Token",
 	"refresh_before":       "30s",
 	"default_lifetime":     "1h",
-	"retry_on":             "401",
+	"retry_on":             "401 grpc",
 	"replay_body":          "1KiB",
 }
 

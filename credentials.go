@@ -241,11 +241,12 @@ type Credentials struct {
 	DefaultLifetime caddy.Duration `json:"default_lifetime,omitempty"`
 
 	// The statuses with which the upstream refuses the token, from 400 to 599.
-	// The gateway then replaces the token. It sends the request once more with
-	// the new token, if it can repeat the body. If the upstream refuses the
-	// new token as well, the caller gets the upstream's answer. With `[-1]`,
-	// the gateway never replaces a token that the upstream refuses. Default:
-	// `[401]`.
+	// 16 is UNAUTHENTICATED of gRPC, and `grpc` in a Caddyfile: an answer
+	// without a body that has `grpc-status: 16` in its header. The gateway
+	// then replaces the token. It sends the request once more with the new
+	// token, if it can repeat the body. If the upstream refuses the new token
+	// as well, the caller gets the upstream's answer. With `[-1]`, the gateway
+	// never replaces a token that the upstream refuses. Default: `[401, 16]`.
 	RetryOn []int `json:"retry_on,omitempty"`
 
 	// How the gateway sends a request with a body once more. Default: it keeps
@@ -319,6 +320,7 @@ const (
 	defaultAssertionLifetime = 1 * time.Minute
 
 	retryOff      = -1
+	retryGRPC     = 16 // UNAUTHENTICATED, which is no status of HTTP
 	replayNothing = -1
 )
 

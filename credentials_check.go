@@ -89,8 +89,8 @@ func (c *Credentials) check() error {
 		}
 	}
 	for _, status := range c.RetryOn {
-		if (status < 400 || status > 599) && !c.neverRetries() {
-			return errors.New("retry_on: write error statuses (400 to 599)")
+		if (status < 400 || status > 599) && status != retryGRPC && !c.neverRetries() {
+			return errors.New("retry_on: write error statuses (400 to 599), grpc (in JSON: 16), or off (in JSON: [-1])")
 		}
 	}
 	if err := c.checkReplay(); err != nil {

@@ -593,7 +593,7 @@ func TestCaddyfileAndJSONHaveTheSameDefaults(t *testing.T) {
 		"token_url": "https://auth.example.com/token", "client_id": "gateway", "client_secret": "secret",
 		"auth_method": "client_secret_basic", "basic_encoding": "form", "grant_type": "client_credentials", "token_timeout": "10s", "default_lifetime": "5m",
 		"bearer_header": map[string]string{"field": "Authorization", "scheme": "Bearer"},
-		"retry_on":      []int{401}, "replay_body": map[string]any{"size": 65536}, "token_transport": map[string]any{},
+		"retry_on":      []int{401, 16}, "replay_body": map[string]any{"size": 65536}, "token_transport": map[string]any{},
 	}
 	implicit := maps.Clone(explicit)
 	maps.DeleteFunc(implicit, func(name string, _ any) bool { return !strings.Contains(clientSettings, name) })

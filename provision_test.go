@@ -224,6 +224,11 @@ func TestJSONIsCheckedLikeTheCaddyfile(t *testing.T) {
 
 		{"retry_on that is off", `{"credentials":{` + client + `,"retry_on":[-1]}}`, ""},
 		{"retry_on off beside a status", `{"credentials":{` + client + `,"retry_on":[-1,401]}}`, "retry_on: write error statuses"},
+		{"retry_on off beside grpc", `{"credentials":{` + client + `,"retry_on":[16,-1]}}`, "retry_on: write error statuses (400 to 599), grpc (in JSON: 16), or off (in JSON: [-1])"},
+		{"retry_on grpc", `{"credentials":{` + client + `,"retry_on":[16]}}`, ""},
+		{"retry_on grpc beside a status, twice", `{"credentials":{` + client + `,"retry_on":[16,401,16]}}`, ""},
+		{"retry_on another status of gRPC", `{"credentials":{` + client + `,"retry_on":[7]}}`, "retry_on: write error statuses"},
+		{"retry_on grpc and replay_body", `{"credentials":{` + client + `,"replay_body":{"size":1},"retry_on":[16]}}`, ""},
 		{"retry_on a success", `{"credentials":{` + client + `,"retry_on":[200]}}`, "retry_on: write error statuses"},
 		{"insecure_plaintext unknown", `{"credentials":{` + client + `},"insecure_plaintext":["everywhere"]}`, "insecure_plaintext: is for token_url and upstream only"},
 		{"upstream without addresses", `{"credentials":{` + client + `},"upstreams":[{"tenant":{"value":"acme"}}]}`, "addresses is missing"},
