@@ -23,7 +23,7 @@ type block struct {
 	bearerPrefix string // the scheme and a space; "" without a scheme
 	identity     []headerTemplate
 
-	retryOn     []int // the statuses that refuse a token
+	retryOn     []int // the statuses that refuse a token, and retryGRPC
 	replayLimit int   // in bytes
 	announces   bool  // larger bodies are always announced
 
@@ -140,7 +140,10 @@ func (b *block) judge(ctx context.Context, res *http.Response, body *replay.Body
 }
 
 // refuses reports whether an answer means that the upstream does not accept the token.
-func (b *block) refuses(res *http.Response) bool { return slices.Contains(b.retryOn, res.StatusCode) }
+func (b *block) refuses(res *http.Response) bool {
+	return slices.Contains(b.retryOn, res.StatusCode) ||
+		(refusedCall(res) && slices.Contains(b.retryOn, retryGRPC))
+}
 
 // A sending is a request on its way to its upstream. The answer is evidence for and
 // against the token.
