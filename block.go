@@ -167,6 +167,23 @@ func (b *block) sending(out *http.Request, tok *token, check bool) sending {
 // kind is computed only if the upstream has a place.
 func (s sending) kind() verdict.Kind { return verdict.KindOf(s.Method, s.URL.Path, s.check) }
 
+// heard notes an answer that the client gets, and that does not refuse the token so far. A
+// gRPC call says in its trailers how it ended. It is too late then to send it again, but
+// those that come next need not be refused.
+func (b *block) heard(s sending, res *http.Response) {
+	if !isGRPC(res.Header) || !slices.Contains(b.retryOn, retryGRPC) {
+		b.accepted(s, res)
+		return
+	}
+	watchCall(res, func(refused bool) {
+		if refused {
+			b.replaceLater(s, res)
+		} else {
+			b.accepted(s, res)
+		}
+	})
+}
+
 // accepted notes an answer that does not refuse the token. It is evidence only if it says
 // that the upstream has seen the token: a cache, for example, has not.
 func (b *block) accepted(s sending, res *http.Response) {
@@ -224,7 +241,7 @@ func (b *block) settle(s sending, r *refusal, res *http.Response, err error) {
 		outcome = refusalRefusedAgain
 		b.settled(s.Context(), r, false, s.tok)
 	default:
-		b.accepted(s, res)
+		b.heard(s, res)
 		b.settled(s.Context(), r, true, s.tok)
 	}
 	if !s.check {

@@ -240,13 +240,15 @@ type Credentials struct {
 	// counts. 0 means the default. Default: `5m`.
 	DefaultLifetime caddy.Duration `json:"default_lifetime,omitempty"`
 
-	// The statuses with which the upstream refuses the token, from 400 to 599.
-	// 16 is UNAUTHENTICATED of gRPC, and `grpc` in a Caddyfile: an answer
+	// The statuses with which the upstream may refuse the token, from 400 to
+	// 599. 16 is UNAUTHENTICATED of gRPC, and `grpc` in a Caddyfile: an answer
 	// without a body that has `grpc-status: 16` in its header. The gateway
-	// then replaces the token. It sends the request once more with the new
-	// token, if it can repeat the body. If the upstream refuses the new token
-	// as well, the caller gets the upstream's answer. With `[-1]`, the gateway
-	// never replaces a token that the upstream refuses. Default: `[401, 16]`.
+	// judges by what the upstream accepts whether it refuses the token, or this
+	// request whatever the token: a wrong password, for example. If it is the
+	// token, the gateway gets a new one, and sends the request once more if it
+	// can repeat the body. Otherwise the caller gets the upstream's answer, a
+	// second later at most. With `[-1]`, the gateway never replaces a token that
+	// the upstream refuses. Default: `[401, 16]`.
 	RetryOn []int `json:"retry_on,omitempty"`
 
 	// How the gateway sends a request with a body once more. Default: it keeps

@@ -130,6 +130,32 @@ func TestRefusedCallIsSentAgain(t *testing.T) {
 	}
 }
 
+// It is too late for the call itself.
+func TestRefusalInTrailersIsForTheNextCall(t *testing.T) {
+	g, auth, up := callGateway(t, "h2c", "")
+	up.script(func(w http.ResponseWriter, r *http.Request) bool {
+		status := "0"
+		if !up.accepts(r) {
+			status = "16"
+		}
+		answerCall(w, r, "application/grpc", status)
+		return true
+	})
+	call := func(want string) {
+		t.Helper()
+		if content, _, behind := g.call("application/grpc", strings.NewReader(message)); content != message || behind != want {
+			t.Errorf("got %q and status %q, want the message and %s", content, behind, want)
+		}
+	}
+	call("0")
+	auth.revoke()
+	call("16")
+	eventually(t, func() bool { return len(auth.asked()) == 2 }, "another token")
+	eventually(t, func() bool { return theSource(t).Peek().value != "canary-token-1-of-gateway" }, "that it is used")
+	call("0")
+	auth.wantAsked(t, 2)
+}
+
 // The client has sent a part of a stream, and waits.
 func TestRefusedStreamIsSentAgain(t *testing.T) {
 	g, auth, up := callGateway(t, "h2c", "")

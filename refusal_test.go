@@ -4,9 +4,14 @@ import (
 	"context"
 	"crypto/rand"
 	"net/http"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 	"github.com/outboundauth/caddy-outbound-auth/internal/verdict"
 )
 
@@ -21,12 +26,24 @@ func refusalOf(t *token) *refusal {
 
 var anAddress = dialAddress{"tcp", "127.0.0.1:9000"}
 
-// refuse does what a request does whose token an upstream refuses, and that is gone when
-// another token comes.
-func (s *tokenSource) refuse(ctx context.Context, t *token) {
+// refuse does what a request does whose token an upstream refuses. Another token helps.
+func (s *tokenSource) refuse(ctx context.Context, t *token) answer {
 	r := refusalOf(t)
-	s.another(ctx, anAddress, r)
-	s.settled(r, true, anyToken())
+	start := time.Now()
+	fresh, _ := s.another(ctx, anAddress, r)
+	a := answer{waited: time.Since(start)}
+	if fresh != nil {
+		a.value = fresh.value
+		s.settled(r, true, fresh)
+	}
+	return a
+}
+
+// accepts lets an upstream accept a request that was sent now, with the current token.
+func (s *tokenSource) accepts(address dialAddress, t *token) {
+	if at := s.places.find(address); at != nil {
+		s.accepted(at, verdict.Acceptance{Kind: verdict.KindOf(http.MethodGet, "/", false), Token: t.value, Sent: time.Now()})
+	}
 }
 
 // drop takes the current token out of use, as DELETE /oauth2/clients/<id>/token does.
@@ -50,4 +67,300 @@ func (s *tokenSource) numberOfPlaces() int {
 	return len(*s.places.byAddress.Load())
 }
 
-var _ testing.TB
+// A token that one upstream refuses is good for all others, and at this upstream for all
+// requests that can be sent again.
+func TestOnlyWhoIsRefusedWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		refused := s.Peek()
+		r.setDelay(800 * time.Millisecond)
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if got, want := s.refuse(t.Context(), refused), (answer{value: "t2", waited: 800 * time.Millisecond}); got != want {
+				t.Errorf("who is refused gets %v, want %v", got, want)
+			}
+		})
+		time.Sleep(100 * time.Millisecond)
+		expectToken(t, s, "t1", 0)
+		sure := func(address dialAddress, value string, most time.Duration) {
+			start := time.Now()
+			got, waited := s.sure(t.Context(), address, refused)
+			if got.value != value || waited != most || time.Since(start) != most {
+				t.Errorf("who can't be repeated at %v gets %s after %v, want %s after %v", address, got.value, waited, value, most)
+			}
+		}
+		sure(dialAddress{"tcp", "127.0.0.1:9001"}, "t1", 0)
+		sure(anAddress, "t2", 700*time.Millisecond)
+		wg.Wait()
+		expectToken(t, s, "t2", 0)
+		expectRequests(t, r, 2)
+	})
+}
+
+func TestWhoCanNotBeRepeatedWaitsForASecond(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		refused := s.Peek()
+		r.setFail(outageIn(0, time.Hour).silent(true))
+		var wg sync.WaitGroup
+		wg.Go(func() { s.refuse(t.Context(), refused) })
+		time.Sleep(100 * time.Millisecond)
+		if got, waited := s.sure(t.Context(), anAddress, refused); got != refused || waited != time.Second {
+			t.Errorf("sure() = %v after %v, want the old token after a second", got.value, waited)
+		}
+		wg.Wait()
+	})
+}
+
+// Who is refused waits for a moment while the server is silent, and gets no token then.
+// Others don't wait.
+func TestRefusedTokenWhileTheServerIsSilent(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		refused := s.Peek()
+		r.setFail(outageIn(0, time.Hour).silent(true))
+		start := time.Now()
+		var wg sync.WaitGroup
+		for range 90 {
+			wg.Go(func() {
+				if got := s.refuse(t.Context(), refused); got.value != "" || got.waited > time.Second {
+					t.Errorf("who is refused gets %v, want nothing, after a second", got)
+				}
+			})
+			expectToken(t, s, "t1", 0)
+			time.Sleep(100 * time.Millisecond)
+		}
+		wg.Wait()
+		// While there is a valid token, nobody asks again beside the request.
+		if got := requestsAfter(r, start); len(got) != 2 {
+			t.Errorf("requests after %v, want one beside the first token", got)
+		}
+	})
+}
+
+// A server that has no token is asked again soon while requests are refused.
+func TestRefusedTokenWhileTheServerIsDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		refused := s.Peek()
+		o := outageIn(0, time.Minute)
+		r.setFail(o.refusing(errTransient))
+		for s.refuse(t.Context(), refused).value == "" {
+			expectToken(t, s, "t1", 0)
+			time.Sleep(10 * time.Millisecond)
+			if late := time.Since(o.to); late > maxAskedBackoff {
+				t.Fatalf("no other token %v after the outage, want one within %v", late, maxAskedBackoff)
+			}
+		}
+		if got := len(r.requests()); got < 20 || got > 60 {
+			t.Errorf("%d token requests in a minute, want one in two seconds", got)
+		}
+	})
+}
+
+// Noise while others are being served is no reason to ask a server often that is down.
+func TestNoiseWhileTheServerIsDown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		current := s.Peek()
+		r.setFail(outageIn(0, time.Hour).refusing(errTransient))
+		var wg sync.WaitGroup
+		for range 600 {
+			wg.Go(func() { s.refuse(t.Context(), current) })
+			time.Sleep(100 * time.Millisecond)
+			s.accepts(anAddress, current)
+		}
+		wg.Wait()
+		if got := len(r.requests()); got > 20 {
+			t.Errorf("%d token requests in a minute, want 20 at most", got)
+		}
+	})
+}
+
+// A fetch may fail because of a refusal while the token is fresh. The token is renewed in
+// time all the same.
+func TestFailureWhileTheTokenIsFresh(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		s.keep()
+		r.setFail(outageIn(0, time.Minute).refusing(errTransient))
+		s.refuse(t.Context(), s.Peek())
+		before := len(r.requests())
+		time.Sleep(50 * time.Minute)
+		expectRequests(t, r, before+1)
+		if got := s.Peek(); got == nil || got.value == "t1" {
+			t.Error("the token is not renewed, want that it is")
+		}
+	})
+}
+
+// Who waits for a token that is on its way anyway need not wait for all of it.
+func TestRefusalIsRefutedWhileItWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		current := s.Peek()
+		r.setDelay(2 * time.Second)
+		s.mu.Lock()
+		s.start(false)
+		s.mu.Unlock()
+		var wg sync.WaitGroup
+		refusal := refusalOf(current)
+		wg.Go(func() {
+			start := time.Now()
+			got, _ := s.another(t.Context(), anAddress, refusal)
+			if waited := time.Since(start); got != nil || waited != 300*time.Millisecond {
+				t.Errorf("another() = %v after %v, want none when another request was accepted", got, waited)
+			}
+			if !refusal.isPath || !refusal.news {
+				t.Errorf("verdict path: %v, operators are told: %v, want both", refusal.isPath, refusal.news)
+			}
+		})
+		time.Sleep(300 * time.Millisecond)
+		s.accepts(anAddress, current)
+		wg.Wait()
+		time.Sleep(2 * time.Second)
+	})
+}
+
+// In its last part, the token has expired by the upstream's clock.
+func TestRefusalInTheReserveIsNoEvidence(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Minute}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		refused := s.Peek()
+		r.setFail(during(time.Second, time.Hour, errTransient))
+		time.Sleep(59 * time.Second)
+		ask(t.Context(), s) // the renewal fails
+		time.Sleep(300 * time.Millisecond)
+		if got := s.refuse(t.Context(), refused); got != (answer{}) {
+			t.Errorf("who is refused gets %v, want the upstream's answer at once", got)
+		}
+		if v, _, _ := s.places.find(anAddress).Status(); v != verdict.Unknown {
+			t.Errorf("the verdict is %d, want none", v)
+		}
+	})
+}
+
+func TestServerRepeatsTheRefusedToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := newTestSource(t, repeating{r})
+		expectToken(t, s, "same", 0)
+		for range 600 {
+			if got := s.refuse(t.Context(), s.Peek()); got.value != "" || got.waited > time.Second {
+				t.Fatalf("who is refused gets %v, want no other token", got)
+			}
+			time.Sleep(time.Second)
+		}
+		if got := len(r.requests()); got > 12+4*20 {
+			t.Errorf("%d token requests in 20 minutes, want 4 a minute at most", got)
+		}
+	})
+}
+
+// repeating grants the same token each time.
+type repeating struct{ *scriptedRequester }
+
+func (r repeating) request(ctx context.Context, granted redact.Secrets) (grant, error) {
+	g, err := r.scriptedRequester.request(ctx, granted)
+	g.accessToken = "same"
+	return g, err
+}
+
+// Callers that leave leave nothing behind.
+func TestRefusedCallersThatLeave(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		s.refuse(t.Context(), s.Peek())
+		current := s.Peek()
+		s.accepts(anAddress, current)
+		r.setDelay(200 * time.Millisecond)
+		var wg sync.WaitGroup
+		for i := range 1000 {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Duration(i)*time.Millisecond)
+			defer cancel()
+			wg.Go(func() { s.refuse(ctx, current) })
+		}
+		wg.Wait()
+		if got := s.places.find(anAddress).Waiting(); got != 0 {
+			t.Errorf("%d refusals are left, want none", got)
+		}
+	})
+}
+
+// What an upstream has made of a token outlives a reload.
+func TestPlacesSurviveReloads(t *testing.T) {
+	g, auth, up := gateAndFakes(t, "")
+	g.get().want(t, http.StatusOK)
+	auth.revoke()
+	g.get().want(t, http.StatusOK)
+	g.load(proxySite(up, auth, "header X-New config"))
+	if v, _, _ := theSource(t).places.find(dialAddress{"tcp", up.addr}).Status(); v != verdict.Token {
+		t.Errorf("the verdict is %d after a reload, want that it is the token still", v)
+	}
+}
+
+// A refused health check is sent again, too: its upstream must not be down because of a
+// token.
+func TestRefusedHealthCheckIsSentAgain(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	g := startGateway(t, expand(checkedSite, "$UP", up.addr, "$AUTH", auth.URL, "$PROXY", ""))
+	eventually(t, func() bool { return g.get().status == http.StatusOK }, "an upstream that is up")
+	for range 5 {
+		auth.revoke()
+		before := len(up.checks())
+		eventually(t, func() bool { return len(up.checks()) > before+3 }, "checks")
+		time.Sleep(time.Second) // tokens that are refused more often are replaced later
+	}
+	g.wantNeverDown(t)
+}
+
+// An upload that would be refused waits for the token, and one to another upstream does
+// not.
+func TestUploadWaitsForTheNewToken(t *testing.T) {
+	auth := newAuthServer(t)
+	up, other := newUpstream(t, auth), newUpstream(t, nil)
+	g := startGateway(t, "handle /other {\n"+proxySite(other, auth, "")+"\n}\n"+proxySite(up, auth, ""))
+	long := strings.Repeat("x", 2*defaultReplayBody)
+	g.send(http.MethodPost, "/", strings.NewReader(long)).want(t, http.StatusOK)
+	auth.revoke()
+	release := auth.hang()
+	refused := make(chan reply, 1)
+	go func() { refused <- g.get() }()
+	source := theSource(t)
+	eventually(t, func() bool { return source.waiters() == 1 }, "a request that waits for another token")
+	g.send(http.MethodPost, "/other", strings.NewReader(long)).want(t, http.StatusOK)
+	var sent atomic.Bool
+	upload := make(chan reply, 1)
+	go func() {
+		r := g.send(http.MethodPost, "/", strings.NewReader(long))
+		sent.Store(true)
+		upload <- r
+	}()
+	eventually(t, func() bool { return source.waiters() == 2 }, "an upload that waits")
+	if sent.Load() {
+		t.Error("the upload does not wait, want that it does")
+	}
+	release()
+	(<-refused).want(t, http.StatusOK)
+	(<-upload).want(t, http.StatusOK)
+	auth.wantAsked(t, 2)
+}

@@ -132,7 +132,7 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 	var refused *refusal
 	switch b.judge(req.Context(), res, body) {
 	case accept:
-		b.accepted(first, res)
+		b.heard(first, res)
 		return res, nil
 	case giveUp:
 		if b.refuses(res) {

@@ -302,6 +302,9 @@ func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now ti
 	return Path
 }
 
+// Waiting returns how many refusals an acceptance could refute now.
+func (p *Place) Waiting() int { return len(p.open) }
+
 // Close notes that nothing more will be known about a refusal.
 func (p *Place) Close(r *Refusal) {
 	p.open = slices.DeleteFunc(p.open, func(other *Refusal) bool { return other == r })

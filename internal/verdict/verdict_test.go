@@ -268,7 +268,7 @@ func TestWasteIsForgotten(t *testing.T) {
 	if r.Place.wasted != 8 {
 		t.Fatalf("%d tokens were of no use, want 8", r.Place.wasted)
 	}
-	r.after(3*forgetOne + time.Second).renewal("/", true)
+	r.after(3*forgetOne+time.Second).renewal("/", true)
 	if r.Place.wasted != 5 {
 		t.Errorf("%d of 8 are remembered after 15 minutes, want 5", r.Place.wasted)
 	}
