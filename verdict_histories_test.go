@@ -60,10 +60,10 @@ const (
 
 // Those with 500 requests a second are shorter, because each request takes real time.
 const (
-	halfTime       = 4 * time.Minute
-	halfRevokedAt  = 3 * time.Minute
-	shortTime      = 150 * time.Second
-	shortRevokedAt = 100 * time.Second
+	halfTime       = 3 * time.Minute
+	halfRevokedAt  = 150 * time.Second
+	shortTime      = 110 * time.Second
+	shortRevokedAt = 80 * time.Second
 )
 
 func (h verdictHistory) mends() []time.Duration {
@@ -93,7 +93,7 @@ func (h verdictHistory) play(t *testing.T) *verdictRecord {
 	}
 	rig.play(calls)
 	time.Sleep(h.lasts - rig.now())
-	return &verdictRecord{h, calls, rig.server.requests()}
+	return &verdictRecord{h, calls, rig.server.requests(), rig.server.tokens()}
 }
 
 // A rigStream is a number of requests that are much alike.
@@ -279,7 +279,7 @@ func verdictHistories() []verdictHistory {
 // atRevocation is when tokens are revoked in most histories.
 func atRevocation() []time.Duration { return []time.Duration{revokedAt} }
 
-// anyPath is one of so many paths that hardly any comes twice in a minute.
+// anyPath is one of 10,000 paths.
 var anyPath = anyOf(10_000, "GET /x%d")
 
 func noisyHistories() []verdictHistory {

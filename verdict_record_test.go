@@ -12,7 +12,7 @@ import (
 // an answer. To this comes the time of a token request.
 const longestHold = 1 * time.Second
 
-// maxHeld is how many refused requests of an address may wait for one new token.
+// maxHeld is how many refused requests of an address may be held at a time.
 const maxHeld = 64
 
 // verdictRecord is what happened in a history.
@@ -20,6 +20,7 @@ type verdictRecord struct {
 	history verdictHistory
 	calls   []*rigCall
 	asked   []time.Duration // when the token requests came
+	tokens  []*rigToken
 }
 
 // minutes returns the token requests of each minute.
@@ -186,9 +187,39 @@ func (r *verdictRecord) checkRefused(t *testing.T) {
 		}
 		return // one tells enough
 	}
-	// The one that had the token replaced, and those that waited meanwhile.
-	if got, most := r.sentAgain(), len(r.asked)*(1+maxHeld); got > most {
-		t.Errorf("%d requests were sent twice though their token was good, want at most %d after %d token requests", got, most, len(r.asked))
+	r.checkSentAgain(t)
+}
+
+// checkSentAgain compares how many requests of others were sent once more with a new
+// token. So many may be at one address: the one that had the token replaced, those that
+// were held until then, and those that were refused while the token was on its way.
+func (r *verdictRecord) checkSentAgain(t *testing.T) {
+	t.Helper()
+	type renewal struct {
+		address string
+		token   int
+	}
+	again, begun := make(map[renewal]int), make(map[string][]time.Duration)
+	for _, c := range r.calls {
+		if c.good {
+			continue
+		}
+		begun[c.address] = append(begun[c.address], c.at)
+		if len(c.receipts) > 1 {
+			again[renewal{c.address, c.receipts[1].token}]++
+		}
+	}
+	for at, n := range again {
+		tok := r.tokens[at.token]
+		between := func(from, to time.Duration) int {
+			i, _ := slices.BinarySearch(begun[at.address], from)
+			j, _ := slices.BinarySearch(begun[at.address], to)
+			return j - i
+		}
+		held := min(maxHeld, between(tok.asked-longestHold-2*rigAnswer, tok.asked-rigAnswer))
+		if most := 1 + held + between(tok.asked-rigAnswer, tok.born+1); n > most {
+			t.Errorf("%d refused requests to %s were sent again with the token of %v, want at most %d", n, at.address, tok.born, most)
+		}
 	}
 }
 

@@ -205,16 +205,18 @@ func (c *rigCall) request(ctx context.Context) *http.Request {
 type rigServer struct {
 	settings rigSettings
 
-	mu      sync.Mutex // guards all fields below
-	started time.Time
-	asked   []time.Duration // when the token requests came
-	granted []*rigToken
-	revoked int // so many of the first tokens are revoked
+	mu       sync.Mutex // guards all fields below
+	started  time.Time
+	asked    []time.Duration // when the token requests came
+	underWay []time.Duration // when those came that have no answer yet
+	granted  []*rigToken
+	revoked  int // so many of the first tokens are revoked
 }
 
 // rigToken is a token as the server knows it.
 type rigToken struct {
 	number int
+	asked  time.Duration // when the first token request came that was under way then
 	born   time.Duration
 }
 
@@ -244,13 +246,18 @@ func (s *rigServer) requests() []time.Duration {
 	return slices.Clone(s.asked)
 }
 
+// tokens returns all tokens that were granted, by their numbers.
+func (s *rigServer) tokens() []*rigToken {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.granted)
+}
+
 // RoundTrip implements http.RoundTripper.
 func (s *rigServer) RoundTrip(req *http.Request) (*http.Response, error) {
 	req.Body.Close()
-	s.mu.Lock()
-	at := time.Since(s.started)
-	s.asked = append(s.asked, at)
-	s.mu.Unlock()
+	at := s.receive()
+	defer s.finish(at)
 	takes := s.settings.takes
 	if s.settings.hangs.has(at) {
 		takes = s.settings.hangs.to - at
@@ -265,6 +272,23 @@ func (s *rigServer) RoundTrip(req *http.Request) (*http.Response, error) {
 	return rigResponse(req, http.StatusOK, http.Header{"Content-Type": {"application/json"}}, body), nil
 }
 
+// receive notes a token request.
+func (s *rigServer) receive() (at time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at = time.Since(s.started)
+	s.asked, s.underWay = append(s.asked, at), append(s.underWay, at)
+	return at
+}
+
+// finish notes the end of a token request.
+func (s *rigServer) finish(at time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i := slices.Index(s.underWay, at)
+	s.underWay = slices.Delete(s.underWay, i, i+1)
+}
+
 // grant returns the number of the token that answers a request.
 func (s *rigServer) grant(asked time.Duration) int {
 	s.mu.Lock()
@@ -272,7 +296,7 @@ func (s *rigServer) grant(asked time.Duration) int {
 	if n := len(s.granted); n > 0 && s.settings.repeats.has(asked) {
 		return n - 1
 	}
-	s.granted = append(s.granted, &rigToken{len(s.granted), time.Since(s.started)})
+	s.granted = append(s.granted, &rigToken{len(s.granted), s.underWay[0], time.Since(s.started)})
 	return len(s.granted) - 1
 }
 
