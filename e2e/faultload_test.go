@@ -20,6 +20,9 @@ type steadyLoad struct {
 	resend bool
 	limit  time.Duration // how long an answer may take; default: 15 s
 
+	// compose returns the n-th request; default: every other one has a body.
+	compose func(n int) (*http.Request, error)
+
 	client   *http.Client
 	again    *http.Client // for what is sent again
 	stopped  chan struct{}
@@ -32,6 +35,7 @@ type steadyLoad struct {
 
 // outcome is what became of one request.
 type outcome struct {
+	n          int // the first is 0
 	due        time.Time
 	sent       time.Time     // later than due if the machine is busy
 	took       time.Duration // since it was due
@@ -55,6 +59,9 @@ func (l *steadyLoad) start() {
 	transport.MaxIdleConnsPerHost = 4 * l.rate
 	l.client = &http.Client{Transport: transport, Timeout: cmp.Or(l.limit, 15*time.Second)}
 	l.again = resender(l.client)
+	if l.compose == nil {
+		l.compose = l.everyOtherWithBody
+	}
 	l.stopped, l.done = make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(l.done)
@@ -81,7 +88,7 @@ func (l *steadyLoad) stop() outcomes {
 	return l.outcomes
 }
 
-// request makes the n-th request; every other one has a body.
+// request makes the n-th request.
 func (l *steadyLoad) request(n int, due time.Time) {
 	sent := time.Now()
 	o := l.send(l.client, n)
@@ -90,18 +97,23 @@ func (l *steadyLoad) request(n int, due time.Time) {
 		o = l.send(l.again, n)
 		o.resent = resent
 	}
-	o.due, o.sent, o.took = due, sent, time.Since(due)
+	o.n, o.due, o.sent, o.took = n, due, sent, time.Since(due)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.outcomes = append(l.outcomes, o)
 }
 
-func (l *steadyLoad) send(client *http.Client, n int) outcome {
+// everyOtherWithBody is compose by default.
+func (l *steadyLoad) everyOtherWithBody(n int) (*http.Request, error) {
 	method, body := http.MethodGet, ""
 	if n%2 == 1 {
 		method, body = http.MethodPost, fmt.Sprintf(`{"n":%d}`, n)
 	}
-	req, err := http.NewRequest(method, fmt.Sprintf("%s/%d", l.url, n), strings.NewReader(body))
+	return http.NewRequest(method, fmt.Sprintf("%s/%d", l.url, n), strings.NewReader(body))
+}
+
+func (l *steadyLoad) send(client *http.Client, n int) outcome {
+	req, err := l.compose(n)
 	if err != nil {
 		return outcome{err: err}
 	}

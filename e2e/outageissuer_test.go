@@ -27,9 +27,10 @@ const issuerTakes = 100 * time.Millisecond
 // outageIssuer is an authorization server that can be out. It knows its tokens by
 // heart, so that its upstream needs no keys that may be out as well.
 type outageIssuer struct {
-	url  string
-	addr string
-	life time.Duration // of its tokens
+	url   string
+	addr  string
+	life  time.Duration // of its tokens
+	takes time.Duration // for a token; set before use
 
 	mu     sync.Mutex // guards all below
 	server *http.Server
@@ -49,7 +50,7 @@ type outageToken struct {
 func newOutageIssuer(t *testing.T, life time.Duration) *outageIssuer {
 	t.Helper()
 	// The address is held while nobody listens there, as that of the injector is.
-	i := &outageIssuer{addr: heldAddress(t), life: life}
+	i := &outageIssuer{addr: heldAddress(t), life: life, takes: issuerTakes}
 	i.url = "http://" + i.addr
 	i.serve(t)
 	t.Cleanup(func() { i.server.Close() })
@@ -110,7 +111,7 @@ func (i *outageIssuer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	id, _, _ := r.BasicAuth()
 	id, _ = url.QueryUnescape(id)
 	token := outageToken{value: rand.Text(), client: id, expires: time.Now().Add(i.life)}
-	time.Sleep(issuerTakes)
+	time.Sleep(i.takes)
 	// The upstream has to know the token before the gateway does.
 	i.mu.Lock()
 	token.answered = time.Now()
