@@ -87,13 +87,13 @@ func TestTrailersThatArriveDuringTheRetry(t *testing.T) {
 	const retries = 60
 	auth := newAuthServer(t)
 	up := newUpstream(t, auth)
-	// A transport for each retry, as one spaces out its replacements.
+	// A token for each retry, as a source spaces out its replacements.
 	var site strings.Builder
 	for i := range retries {
-		fmt.Fprintf(&site, "handle /%d {\n%s\n}\n", i, proxySite(up, auth, ""))
+		fmt.Fprintf(&site, "handle /%d {\n%s\n}\n", i, proxySite(up, auth, fmt.Sprint("audience a", i)))
 	}
 	g := startGateway(t, site.String())
-	eventually(t, func() bool { return cached() == 1 }, "the token of the warm-up")
+	eventually(t, func() bool { return cached() == retries }, "the tokens of the warm-up")
 	up.script(up.refuseEarly)
 	asked := make(chan struct{})
 	auth.script(func(http.ResponseWriter, tokenRequest) bool { asked <- struct{}{}; return false })

@@ -15,13 +15,20 @@ import (
 const MaxPause = 100 * time.Millisecond
 
 // MayOutgrow reports whether the body of out is longer, or may be longer, than
-// the part that can be recorded.
-func (b *Body) MayOutgrow(out *http.Request) bool { return MayOutgrow(out, b.limit) }
+// the part that can be recorded. The upstream can then be asked whether it wants
+// the body.
+func (b *Body) MayOutgrow(out *http.Request) bool {
+	return MayOutgrow(out, b.limit) && (out.ContentLength >= 0 || !isConversation(out))
+}
 
-// MayOutgrow is Body.MayOutgrow for a body that is not recorded yet. The limit is in
-// bytes.
+// MayOutgrow reports whether the body of out is longer, or may be longer, than
+// limit, in bytes. A body of unknown length may be an upload. But an HTTP/3
+// request without a body has an unknown length, too.
 func MayOutgrow(out *http.Request, limit int) bool {
-	return out.ContentLength > int64(limit) || (out.ContentLength < 0 && mayBeLarge(out))
+	if out.ContentLength >= 0 {
+		return out.ContentLength > int64(limit)
+	}
+	return out.Method == http.MethodPost || out.Method == http.MethodPut || out.Method == http.MethodPatch
 }
 
 // Expected reports whether only Announce asked the upstream. It is false if the
@@ -57,14 +64,8 @@ func (b *Body) Announce(out *http.Request) *http.Request {
 	return out.WithContext(ctx)
 }
 
-// mayBeLarge reports whether a body of unknown length is an upload, which may be
-// longer than what can be recorded. Other bodies must not wait for an interim
-// answer. An HTTP/3 request without a body has an unknown length, too. In a gRPC
-// call or on an upgraded connection, both sides talk at the same time.
-func mayBeLarge(out *http.Request) bool {
-	switch out.Method {
-	case http.MethodPost, http.MethodPut, http.MethodPatch:
-		return !strings.HasPrefix(out.Header.Get("Content-Type"), "application/grpc") && out.Header.Get("Upgrade") == ""
-	}
-	return false
+// isConversation reports whether both sides talk at the same time, as in a gRPC call or
+// on an upgraded connection. Such a body must not wait for an interim answer.
+func isConversation(out *http.Request) bool {
+	return strings.HasPrefix(out.Header.Get("Content-Type"), "application/grpc") || out.Header.Get("Upgrade") != ""
 }

@@ -171,8 +171,8 @@ func (p *Place) Decide(b *Budget, r *Refusal, now time.Time) (Decision, time.Dur
 	case !r.Check && !p.kinds.knows(r.Kind) && b.since(now) >= maxDistance && b.affords(now):
 		// What was accepted may have needed no token at all.
 		return p.renew(b, r, false, now), 0
-	case len(p.open) >= maxHeld:
-		return Answer, 0
+	case p.vain, len(p.open) >= maxHeld:
+		return Answer, 0 // there is nothing to wait for, or it is too much
 	}
 	p.open = append(p.open, r)
 	wait := mostHold
