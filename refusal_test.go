@@ -282,7 +282,7 @@ func (r repeating) request(ctx context.Context, granted redact.Secrets) (grant, 
 	return g, err
 }
 
-// Callers that leave leave nothing behind.
+// No caller that goes away leaves anything behind.
 func TestRefusedCallersThatLeave(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &scriptedRequester{lifetime: time.Hour}

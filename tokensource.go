@@ -29,7 +29,7 @@ import (
 //	Token        the token  the token; fetch   waits for a fetch,    waits for a fetch,
 //	                                           see patience; then    see patience; then
 //	                                           the token             the last error
-//	another      see decide: may fetch, and waits                    waits for a fetch
+//	another      see decide: may fetch, and waits                    a fetch
 //	Peek         the token  the token          -                     no token
 //	Warm         -          -                  fetch                 a fetch
 //	FetchNow     waits for a fetch, whatever the state, unless it is too early
