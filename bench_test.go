@@ -146,6 +146,13 @@ func BenchmarkRoundTrip(b *testing.B) {
 				run("http", t.HTTPTransport, dressed.Header)
 			}
 			run("oauth2", t, nil)
+			if connection == "stub" && credentials == 1 { // upstreams have refused a token: another one, and this one
+				source := t.routes[dial].source
+				source.doubts(dialAddress{"tcp", "127.0.0.1:1"})
+				run("oauth2, another place", t, nil)
+				source.doubts(dial)
+				run("oauth2, its place", t, nil)
+			}
 		}
 	}
 }

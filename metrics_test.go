@@ -523,6 +523,14 @@ func TestRoundTripAllocatesLittle(t *testing.T) {
 	if whole-bare > 5 {
 		t.Errorf("got %v allocations more than the http transport's %v, want at most 5", whole-bare, bare)
 	}
+
+	// Nor does it matter that upstreams have refused tokens.
+	for _, refused := range []dialAddress{{"tcp", "127.0.0.1:2"}, dial} {
+		transport.routes[dial].source.doubts(refused)
+		if again := run(transport); again > whole {
+			t.Errorf("got %v allocations when %v has refused a token, want %v as before", again, refused, whole)
+		}
+	}
 	repl := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)
 	if got, _ := repl.GetString(phToken); got != "fresh" {
 		t.Errorf("got the placeholder %q, want fresh: or this test sees nothing", got)

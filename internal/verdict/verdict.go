@@ -9,10 +9,7 @@
 // concurrent use: the owner of places guards them.
 package verdict
 
-import (
-	"slices"
-	"time"
-)
+import "time"
 
 // A Verdict is what a refusal is about.
 type Verdict int
@@ -56,6 +53,10 @@ const (
 	mostHold  = 1 * time.Second
 	holdAgain = 100 * time.Millisecond
 	maxHeld   = 64
+
+	// Of those that wait for a new token, so many can be refuted: each acceptance looks
+	// at all of them.
+	maxJoined = 1024
 
 	// How often the upstream may call a good token invalid until it is not believed.
 	maxFalseChallenges = 3
@@ -135,7 +136,7 @@ type Place struct {
 	proven string // the last token that was accepted the first time that a request was sent
 
 	// Those that an acceptance may refute: they are held, or wait for a new token.
-	open []*Refusal
+	open map[*Refusal]struct{}
 
 	// What is shown of the place.
 	verdict  Verdict
@@ -174,7 +175,7 @@ func (p *Place) Decide(b *Budget, r *Refusal, now time.Time) (Decision, time.Dur
 	case p.vain, len(p.open) >= maxHeld:
 		return Answer, 0 // there is nothing to wait for, or it is too much
 	}
-	p.open = append(p.open, r)
+	p.wait(r)
 	wait := mostHold
 	if p.gap > 0 {
 		wait = min(max(patience*p.gap, leastHold), mostHold)
@@ -195,8 +196,8 @@ func (p *Place) Join(r *Refusal, now time.Time) Decision {
 	case p.Suspects(r):
 	case r.isPath, p.vain:
 		return Answer
-	case !slices.Contains(p.open, r):
-		p.open = append(p.open, r)
+	case len(p.open) < maxJoined:
+		p.wait(r)
 	}
 	return Renew
 }
@@ -242,9 +243,7 @@ func (p *Place) renew(b *Budget, r *Refusal, strong bool, now time.Time) Decisio
 		p.wrong++
 		p.wrongAt = now
 	}
-	if !slices.Contains(p.open, r) {
-		p.open = append(p.open, r)
-	}
+	p.wait(r)
 	p.verdict, p.refusing = Token, true
 	return Renew
 }
@@ -257,9 +256,9 @@ func (p *Place) NoToken(b *Budget, r *Refusal) {
 	}
 	r.renewed = false
 	b.refund()
-	p.wasted--
+	p.wasted = max(0, p.wasted-1) // 0 if the time has taken it
 	if r.strong {
-		p.wrong--
+		p.wrong = max(0, p.wrong-1)
 	}
 	p.Close(r)
 }
@@ -283,8 +282,7 @@ func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now ti
 	}
 	if accepted && !r.isPath && !chance {
 		b.refund()
-		p.wasted--
-		p.wrong = 0
+		p.wasted, p.wrong = max(0, p.wasted-1), 0
 		p.verdict, p.refusing, p.again = Token, false, false
 		return Token
 	}
@@ -305,10 +303,16 @@ func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now ti
 // Waiting returns how many refusals an acceptance could refute now.
 func (p *Place) Waiting() int { return len(p.open) }
 
-// Close notes that nothing more will be known about a refusal.
-func (p *Place) Close(r *Refusal) {
-	p.open = slices.DeleteFunc(p.open, func(other *Refusal) bool { return other == r })
+// wait notes that an acceptance may refute a refusal from now on.
+func (p *Place) wait(r *Refusal) {
+	if p.open == nil {
+		p.open = make(map[*Refusal]struct{})
+	}
+	p.open[r] = struct{}{}
 }
+
+// Close notes that nothing more will be known about a refusal.
+func (p *Place) Close(r *Refusal) { delete(p.open, r) }
 
 // Accept notes that the upstream has accepted a request. A health check says nothing
 // about other requests: its path may need no token.
@@ -331,15 +335,14 @@ func (p *Place) Accept(a Acceptance) {
 		p.served, p.vain = true, false
 		p.spaced(a.Sent)
 	}
-	p.open = slices.DeleteFunc(p.open, func(r *Refusal) bool {
-		if r.isPath || r.Token != a.Token || !a.Sent.After(r.at) {
-			return false
+	for r := range p.open {
+		if r.Token == a.Token && a.Sent.After(r.at) {
+			r.isPath = true
+			close(r.refuted)
+			delete(p.open, r)
+			p.verdict, p.refusing = Path, false
 		}
-		r.isPath = true
-		close(r.refuted)
-		p.verdict, p.refusing = Path, false
-		return true
-	})
+	}
 }
 
 // spaced notes when an accepted request was sent.

@@ -260,6 +260,25 @@ func TestNoToken(t *testing.T) {
 	r.renewal("/", true)
 }
 
+// The answer comes so late that the waste is forgotten.
+func TestLateNews(t *testing.T) {
+	r := newRig(t)
+	r.renewal("/", true)
+	r.accepts("/")
+	for _, end := range []func(*Refusal){
+		func(refusal *Refusal) { r.Place.NoToken(&r.Budget, refusal) },
+		func(refusal *Refusal) { r.Place.Judge(&r.Budget, refusal, true, r.current(), r.now) },
+	} {
+		refusal := r.after(time.Minute).wantRefused("/", Renew)
+		r.after(time.Hour).wantRefused("/x", Renew)
+		end(refusal)
+		if r.Place.wasted < 0 || r.Place.wrong < 0 {
+			t.Errorf("%d and %d new tokens were of no use, want no less than none", r.Place.wasted, r.Place.wrong)
+		}
+		r.after(time.Minute).wantRefused("/", Renew)
+	}
+}
+
 func TestWasteIsForgotten(t *testing.T) {
 	r := newRig(t)
 	for range 8 {
