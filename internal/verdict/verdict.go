@@ -79,6 +79,7 @@ type Refusal struct {
 	at      time.Time
 	renewed bool // it has brought about a new token
 	strong  bool // and the evidence was strong
+	chance  bool // and if that is accepted, it may be by chance
 	refuted chan struct{}
 	isPath  bool // refuted is closed
 }
@@ -237,6 +238,7 @@ func (p *Place) Served() bool { return p.served }
 func (p *Place) renew(b *Budget, r *Refusal, strong bool, now time.Time) Decision {
 	b.spend(now)
 	r.renewed, r.strong = true, strong
+	r.chance = r.Token == p.helped && r.Token != p.proven
 	p.renewed, p.forgiven = now, now
 	p.wasted++
 	if strong {
@@ -276,11 +278,10 @@ func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now ti
 	if !r.renewed {
 		return Unknown
 	}
-	chance := r.Token == p.helped && r.Token != p.proven
 	if accepted {
 		p.helped = fresh
 	}
-	if accepted && !r.isPath && !chance {
+	if accepted && !r.isPath && !r.chance {
 		b.refund()
 		p.wasted, p.wrong = max(0, p.wasted-1), 0
 		p.verdict, p.refusing, p.again = Token, false, false

@@ -222,6 +222,20 @@ func TestTokensThatSeemToHelp(t *testing.T) {
 	}
 }
 
+// The token that helped last is revoked, too. Another request is accepted with the next
+// one, before the upstream has answered the request that brought it about.
+func TestTokenThatHelpsAgain(t *testing.T) {
+	r := newRig(t)
+	r.renewal("/", true)
+	r.accepts("/")
+	refusal := r.after(2*time.Second).wantRefused("/", Renew)
+	r.token++
+	r.accepts("/")
+	if got := r.Place.Judge(&r.Budget, refusal, true, r.current(), r.now); got != Token {
+		t.Errorf("the verdict is %d, want the token", got)
+	}
+}
+
 func TestHealthChecksThatAreAlwaysRefused(t *testing.T) {
 	r := newRig(t)
 	kind := KindOf("GET", "/health", true)
