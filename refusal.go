@@ -47,10 +47,11 @@ func (s *tokenSource) another(ctx context.Context, address dialAddress, r *refus
 			switch {
 			case err == nil && !next.is(r.of):
 				return next, waited
-			case r.IsPath():
-				s.notice(r, time.Now())
 			case err == nil && s.lastErr == nil && s.inflight == nil && s.current.is(r.of):
 				s.judge(r, false, r.Token) // the server repeats the token
+			}
+			if r.IsPath() {
+				s.notice(r, time.Now())
 			}
 		}
 		r.at.Close(&r.Refusal)

@@ -273,6 +273,33 @@ func TestServerRepeatsTheRefusedToken(t *testing.T) {
 	})
 }
 
+// A new token that is the old one is of no use, even if that is known before it comes.
+func TestServerRepeatsTheTokenOfARefutedRefusal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := newTestSource(t, repeating{r})
+		expectToken(t, s, "same", 0)
+		current := s.Peek()
+		s.refuse(t.Context(), current)
+		s.accepts(anAddress, current)
+		r.setDelay(200 * time.Millisecond)
+		time.Sleep(time.Minute)
+		refusal := refusalOf(current)
+		refusal.Kind = verdict.KindOf(http.MethodGet, "/", false)
+		var wg sync.WaitGroup
+		wg.Go(func() { s.another(t.Context(), anAddress, refusal) })
+		time.Sleep(100 * time.Millisecond)
+		s.accepts(anAddress, current)
+		wg.Wait()
+		if s.places.find(anAddress).Suspects(&refusal.Refusal) {
+			t.Error("a refusal of this kind is strong evidence still, want that it is noisy")
+		}
+		if !refusal.isPath {
+			t.Error("the verdict is not the path, want that it is")
+		}
+	})
+}
+
 // repeating grants the same token each time.
 type repeating struct{ *scriptedRequester }
 
