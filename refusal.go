@@ -95,6 +95,10 @@ func (s *tokenSource) decide(address dialAddress, r *refusal, now time.Time) (ve
 	}
 	switch {
 	case !s.current.is(r.of):
+		if !r.Renewed() && r.at.Cleared(&r.Refusal) {
+			s.notice(r, now)
+			return verdict.Answer, 0
+		}
 		return verdict.Renew, 0
 	case s.inflight != nil:
 		if r.at.Suspects(&r.Refusal) {

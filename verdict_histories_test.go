@@ -43,6 +43,7 @@ type verdictHistory struct {
 	name     string
 	seed     uint64 // default: 1
 	streams  []rigStream
+	attack   func(lasts time.Duration) []*rigCall
 	revoked  []time.Duration // when all tokens are
 	healable []time.Duration // from when on losses must end; default: revoked
 	lasts    time.Duration   // default: verdictTime
@@ -85,6 +86,9 @@ func (h verdictHistory) play(t *testing.T) *verdictRecord {
 	var calls []*rigCall
 	for _, s := range h.streams {
 		calls = append(calls, s.calls(random, h.lasts)...)
+	}
+	if h.attack != nil {
+		calls = append(calls, h.attack(h.lasts)...)
 	}
 	slices.SortStableFunc(calls, func(a, b *rigCall) int { return int(a.at - b.at) })
 	rig := newVerdictRig(t, h.settings)
@@ -265,7 +269,7 @@ func (b verdictBounds) sparing(address string) verdictBounds {
 
 // verdictHistories are the histories, with the defaults filled in.
 func verdictHistories() []verdictHistory {
-	all := slices.Concat(noisyHistories(), trickyHistories(), reseededHistories(), otherHistories(), sharedHistories())
+	all := slices.Concat(noisyHistories(), trickyHistories(), reseededHistories(), otherHistories(), sharedHistories(), attacks())
 	for i := range all {
 		h := &all[i]
 		h.seed = max(h.seed, 1)

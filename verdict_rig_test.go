@@ -115,6 +115,9 @@ type rigCall struct {
 	check   bool       // it is an active health check
 	refusal rigRefusal // of the request; default: 401 without a challenge
 
+	leaves time.Duration // so long after it came, its client goes away; 0: never
+	slow   time.Duration // how much longer the upstream takes for it
+
 	receipts []rigReceipt // what the upstream got, in this order
 	status   int          // 0: there was no answer
 	err      error
@@ -182,7 +185,11 @@ func (c *rigCall) context() (context.Context, context.CancelFunc) {
 	if c.check {
 		return context.WithTimeout(ctx, rigCheckTime)
 	}
-	return context.WithCancel(context.WithValue(ctx, caddyhttp.VarsCtxKey, make(map[string]any)))
+	ctx, cancel := context.WithCancel(context.WithValue(ctx, caddyhttp.VarsCtxKey, make(map[string]any)))
+	if c.leaves > 0 {
+		time.AfterFunc(c.leaves, cancel)
+	}
+	return ctx, cancel
 }
 
 func (c *rigCall) request(ctx context.Context) *http.Request {
@@ -360,10 +367,10 @@ func (u *rigUpstream) RoundTrip(req *http.Request) (*http.Response, error) {
 		io.Copy(io.Discard, req.Body)
 		req.Body.Close()
 	}
-	if err := pause(req.Context(), rigAnswer, nil); err != nil {
+	call := req.Context().Value(rigCallKey{}).(*rigCall)
+	if err := pause(req.Context(), rigAnswer+call.slow, nil); err != nil {
 		return nil, err
 	}
-	call := req.Context().Value(rigCallKey{}).(*rigCall)
 	tok, alive := u.server.look(req.Header)
 	if tok == nil {
 		return nil, fmt.Errorf("the upstream got Authorization %q, want a token of the server", req.Header["Authorization"])

@@ -8,8 +8,9 @@ const (
 	budget = 10
 	refill = 30 * time.Second
 
-	// What noise can't use up. It is for strong evidence, and for an upstream that has
-	// refused nothing before: its first refusal must not wait because others are noisy.
+	// What noise can't use up. Half of it is for strong evidence, and the other half for
+	// an upstream that has refused nothing before, or is silent: clients can bring about
+	// strong evidence, but not those.
 	reserve = 2
 )
 
@@ -28,7 +29,10 @@ func (b *Budget) since(now time.Time) time.Duration { return now.Sub(b.last) }
 // affords reports whether one more new token may be of no use.
 func (b *Budget) affords(now time.Time) bool { return b.left(now) >= 1+reserve }
 
-// affordsReserve is affords for those that the reserve is for.
+// affordsHalf is affords for those who may use half of the reserve.
+func (b *Budget) affordsHalf(now time.Time) bool { return b.left(now) >= 1+reserve/2 }
+
+// affordsReserve is affords for those who may use all of it.
 func (b *Budget) affordsReserve(now time.Time) bool { return b.left(now) >= 1 }
 
 func (b *Budget) left(now time.Time) float64 {

@@ -131,6 +131,10 @@ type Place struct {
 	accepted time.Time     // when the last of them was sent
 	gap      time.Duration // the mean distance between them; 0 if it is unknown
 
+	// The longest distances in this half of a minute, and in the one before.
+	longest, longestBefore time.Duration
+	half                   time.Time // when this one began
+
 	falseChallenges int
 
 	helped string // the token that helped last
@@ -138,6 +142,8 @@ type Place struct {
 
 	// Those that an acceptance may refute: they are held, or wait for a new token.
 	open map[*Refusal]struct{}
+
+	cleared string // the last token that was replaced here in vain
 
 	// What is shown of the place.
 	verdict  Verdict
@@ -170,7 +176,7 @@ func (p *Place) Decide(b *Budget, r *Refusal, now time.Time) (Decision, time.Dur
 	case !p.served && p.affords(b, now):
 		// Nobody is being served here, so there is nothing to lose.
 		return p.renew(b, r, false, now), 0
-	case !r.Check && !p.kinds.knows(r.Kind) && b.since(now) >= maxDistance && b.affords(now):
+	case !r.Check && !p.kinds.trusts(r.Kind) && b.since(now) >= maxDistance && b.affords(now):
 		// What was accepted may have needed no token at all.
 		return p.renew(b, r, false, now), 0
 	case p.vain, len(p.open) >= maxHeld:
@@ -206,11 +212,10 @@ func (p *Place) Join(r *Refusal, now time.Time) Decision {
 // decideAgain is Decide for a refusal that was held.
 func (p *Place) decideAgain(b *Budget, r *Refusal, now time.Time) (Decision, time.Duration) {
 	left := mostHold - now.Sub(r.at)
-	quiet := p.served && p.gap > 0 && now.Sub(p.accepted) >= min(patience*p.gap, maxDistance)
 	switch {
 	case r.isPath:
 		return Answer, 0
-	case quiet && p.affordsIfStrong(b, now):
+	case p.quiet(now) && b.since(now) >= strongDistance && b.affordsReserve(now):
 		return p.renew(b, r, true, now), 0
 	case p.affords(b, now):
 		return p.renew(b, r, false, now), 0
@@ -222,12 +227,29 @@ func (p *Place) decideAgain(b *Budget, r *Refusal, now time.Time) (Decision, tim
 	return Hold, min(left, holdAgain)
 }
 
+// quiet reports whether an upstream accepts nothing any more that usually does. If strong
+// evidence was wrong here, it must be quieter than it has been in the last minute: whoever
+// has many requests accepted, and stops then, makes the usual distance short.
+func (p *Place) quiet(now time.Time) bool {
+	if !p.served || p.gap == 0 {
+		return false
+	}
+	needed := patience * p.gap
+	if p.wrong > 0 {
+		needed = max(needed, mostHold, max(p.longest, p.longestBefore)*7/5)
+	}
+	return now.Sub(p.accepted) >= min(needed, maxDistance)
+}
+
 // Suspects reports whether there is strong evidence that a refusal is about the token:
 // the upstream says so, and has not been wrong too often; or it has accepted requests of
 // this kind, and a new token has always helped them.
 func (p *Place) Suspects(r *Refusal) bool {
 	return r.InvalidToken && p.falseChallenges < maxFalseChallenges || p.kinds.trusts(r.Kind)
 }
+
+// Cleared reports whether the token of a refusal was replaced here, and that was of no use.
+func (p *Place) Cleared(r *Refusal) bool { return r.Token == p.cleared && !p.Suspects(r) }
 
 // Served reports whether the upstream has accepted the newest token since the last one
 // that did not help.
@@ -288,6 +310,7 @@ func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now ti
 		return Token
 	}
 	p.served, p.vain, p.again = false, !accepted, true
+	p.cleared = r.Token
 	if accepted || r.isPath {
 		p.verdict, p.refusing = Path, false
 	}
@@ -353,6 +376,12 @@ func (p *Place) spaced(sent time.Time) {
 	}
 	if !p.accepted.IsZero() {
 		gap := min(sent.Sub(p.accepted), maxDistance)
+		if p.renewed.Before(p.accepted) { // otherwise it was silent because of a refusal
+			if sent.Sub(p.half) >= strongMemory/2 {
+				p.half, p.longestBefore, p.longest = sent, p.longest, 0
+			}
+			p.longest = max(p.longest, gap)
+		}
 		if p.gap > 0 {
 			gap = time.Duration((1-gapWeight)*float64(p.gap) + gapWeight*float64(gap))
 		}
@@ -394,7 +423,7 @@ func (p *Place) affords(b *Budget, now time.Time) bool {
 // affordsIfStrong reports whether a new token may be had on strong evidence.
 func (p *Place) affordsIfStrong(b *Budget, now time.Time) bool {
 	distance := min(strongDistance<<min(p.wrong, 5), maxDistance)
-	return b.since(now) >= distance && b.affordsReserve(now)
+	return b.since(now) >= distance && b.affordsHalf(now)
 }
 
 // refusedTokens counts the tokens that a health check was refused, since one was
