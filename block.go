@@ -171,24 +171,32 @@ func (s sending) kind() verdict.Kind { return verdict.KindOf(s.Method, s.URL.Pat
 // gRPC call says in its trailers how it ended. It is too late then to send it again, but
 // those that come next need not be refused.
 func (b *block) heard(s sending, res *http.Response) {
-	if !isGRPC(res.Header) || !slices.Contains(b.retryOn, retryGRPC) {
+	replaces := slices.Contains(b.retryOn, retryGRPC)
+	switch {
+	case !isGRPC(res.Header):
 		b.accepted(s, res)
-		return
+	case replaces || !s.sent.IsZero():
+		watchCall(res, func(refused bool) {
+			switch {
+			case !refused:
+				b.accepted(s, res)
+			case replaces:
+				b.replaceLater(s, res)
+			}
+		})
 	}
-	watchCall(res, func(refused bool) {
-		if refused {
-			b.replaceLater(s, res)
-		} else {
-			b.accepted(s, res)
-		}
-	})
+}
+
+// succeeded reports whether an answer says that the upstream has accepted the request. A
+// redirect may lead to a login.
+func succeeded(res *http.Response) bool {
+	return res.StatusCode/100 == 2 || res.StatusCode == http.StatusNotModified || res.StatusCode == http.StatusSwitchingProtocols
 }
 
 // accepted notes an answer that does not refuse the token. It is evidence only if it says
 // that the upstream has seen the token: a cache, for example, has not.
 func (b *block) accepted(s sending, res *http.Response) {
-	success := res.StatusCode/100 == 2 || res.StatusCode == http.StatusNotModified
-	if s.sent.IsZero() || !success || s.Method == http.MethodOptions || res.Header["Age"] != nil {
+	if s.sent.IsZero() || !succeeded(res) || s.Method == http.MethodOptions || res.Header["Age"] != nil {
 		return
 	}
 	if at := b.source.places.find(dialAddressOf(s.Context())); at != nil {
@@ -223,26 +231,36 @@ func (b *block) replace(s sending, res *http.Response) (*token, *refusal) {
 
 // replaceLater replaces a refused token for the requests that come next.
 func (b *block) replaceLater(s sending, res *http.Response) {
-	b.endpoint.metrics.refused(s.Context(), refusalNotRepeatable)
-	if r := b.refusal(s, res); r != nil {
+	outcome := refusalNotRepeatable
+	r := b.refusal(s, res)
+	if r != nil {
 		b.anotherLater(s.Context(), r)
+	}
+	if r == nil || r.isPath {
+		outcome = refusalPath
+	}
+	if !s.check {
+		b.endpoint.metrics.refused(s.Context(), outcome)
 	}
 }
 
 // settle notes how a request ended after it was sent once more with a new token. It ended
-// with an answer, or with err.
-func (b *block) settle(s sending, r *refusal, res *http.Response, err error) {
+// with an answer, which may refuse the token again, or with err. Of some errors nobody
+// knows whether the upstream has looked at the token.
+func (b *block) settle(s sending, r *refusal, res *http.Response, again bool, err error) {
 	outcome := refusalRecovered
 	switch {
 	case err != nil:
 		outcome = refusalNoAnswer
 		b.source.unsettled(r)
-	case b.refuses(res):
+	case again:
 		outcome = refusalRefusedAgain
 		b.settled(s.Context(), r, false, s.tok)
-	default:
+	case succeeded(res):
 		b.heard(s, res)
 		b.settled(s.Context(), r, true, s.tok)
+	default:
+		b.source.unsettled(r)
 	}
 	if !s.check {
 		b.endpoint.metrics.refused(s.Context(), outcome)

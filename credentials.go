@@ -247,7 +247,7 @@ type Credentials struct {
 	// request whatever the token: a wrong password, for example. If it is the
 	// token, the gateway gets a new one, and sends the request once more if it
 	// can repeat the body. Otherwise the caller gets the upstream's answer, a
-	// second later at most. With `[-1]`, the gateway never replaces a token that
+	// few seconds later at most. With `[-1]`, the gateway never replaces a token that
 	// the upstream refuses. Default: `[401, 16]`.
 	RetryOn []int `json:"retry_on,omitempty"`
 

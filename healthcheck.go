@@ -74,11 +74,12 @@ func (t *Transport) check(req *http.Request, dial reverseproxy.DialInfo, target 
 	if err != nil {
 		return t.repeatAnswer(req, target)
 	}
-	res, err := t.checkWith(req, r.block, tok)
+	res, sent, err := t.checkWith(req, r.block, tok)
+	waited = waited || sent != tok
 	if err != nil && waited && outOfTime(req.Context()) {
 		return t.repeatAnswer(req, target) // the upstream had too little of the check's time
 	}
-	if err == nil && tok.inReserve(time.Now()) && t.refusesCheck(r.block, res) {
+	if err == nil && sent.inReserve(time.Now()) && t.refusesCheck(r.block, res) {
 		_ = res.Body.Close()
 		return t.repeatAnswer(req, target) // the token has expired by the upstream's clock
 	}
@@ -87,38 +88,41 @@ func (t *Transport) check(req *http.Request, dial reverseproxy.DialInfo, target 
 }
 
 // checkWith sends a check with a token, and once more if the upstream has refused the
-// token and there is another one: otherwise it would be down until the next check.
-func (t *Transport) checkWith(req *http.Request, b *block, tok *token) (*http.Response, error) {
+// token and there is another one: otherwise it would be down until the next check. It
+// returns the token that was sent last.
+func (t *Transport) checkWith(req *http.Request, b *block, tok *token) (*http.Response, *token, error) {
 	out, err := t.outbound(req, b, tok)
 	if err != nil {
-		return t.fail(req, http.StatusBadGateway, err)
+		res, err := t.fail(req, http.StatusBadGateway, err)
+		return res, tok, err
 	}
 	first := b.sending(out, tok, true)
 	res, err := t.sendCheck(out, b, tok)
 	switch {
 	case err != nil:
-		return nil, err
+		return nil, tok, err
 	case !t.refusesCheck(b, res):
-		b.accepted(first, res)
-		return res, nil
+		b.heard(first, res)
+		return res, tok, nil
 	}
 	next, refused := b.replace(first, res)
 	if next == nil {
-		return res, nil
+		return res, tok, nil
 	}
 	again, err := t.outbound(req, b, next)
 	if err == nil && req.GetBody != nil {
 		again.Body, err = req.GetBody()
 	}
 	if err != nil {
-		return res, nil //nolint:nilerr // unlikely: both could be had the first time
+		b.source.unsettled(refused)
+		return res, tok, nil //nolint:nilerr // unlikely: both could be had the first time
 	}
 	go discard(res.Body)
 	second := b.sending(again, next, true)
 	second.again = true
 	res, err = t.sendCheck(again, b, next)
-	b.settle(second, refused, res, err)
-	return res, err
+	b.settle(second, refused, res, err == nil && t.refusesCheck(b, res), err)
+	return res, next, err
 }
 
 // repeatAnswer answers a check that is not sent. The time of the check may be over.

@@ -50,7 +50,7 @@ func (s *tokenSource) another(ctx context.Context, address dialAddress, r *refus
 			case err == nil && s.lastErr == nil && s.inflight == nil && s.current.is(r.of):
 				s.judge(r, false, r.Token) // the server repeats the token
 			}
-			if r.IsPath() {
+			if r.WasRefuted() {
 				s.notice(r, time.Now())
 			}
 		}
@@ -83,7 +83,7 @@ func (s *tokenSource) anotherLater(address dialAddress, r *refusal) (certain boo
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	_, _ = s.decide(address, r, time.Now())
-	r.at.Close(&r.Refusal)
+	r.at.Unjudged(&r.Refusal)
 	return r.Renewed() && r.Strong()
 }
 
@@ -93,12 +93,12 @@ func (s *tokenSource) decide(address dialAddress, r *refusal, now time.Time) (ve
 	if r.at == nil {
 		r.at = s.places.at(address)
 	}
+	other := !s.current.is(r.of)
 	switch {
-	case !s.current.is(r.of):
-		if !r.Renewed() && r.at.Cleared(&r.Refusal) {
-			s.notice(r, now)
-			return verdict.Answer, 0
-		}
+	case r.WasRefuted(), other && r.at.Cleared(&r.Refusal):
+		s.notice(r, now)
+		return verdict.Answer, 0
+	case other:
 		return verdict.Renew, 0
 	case s.inflight != nil:
 		if r.at.Suspects(&r.Refusal) {
@@ -167,8 +167,8 @@ func (s *tokenSource) unsettled(r *refusal) {
 	r.at.Close(&r.Refusal)
 }
 
-// notice decides whether operators are told of a refusal that is not about the token. mu
-// is held.
+// notice notes that a refusal is not about the token, and decides whether operators are
+// told. mu is held.
 func (s *tokenSource) notice(r *refusal, now time.Time) {
 	r.isPath = true
 	if now.Sub(r.at.told) >= tellAgain {

@@ -3,6 +3,7 @@ package outboundauth
 import (
 	"context"
 	"crypto/rand"
+	"io"
 	"net/http"
 	"strings"
 	"sync"
@@ -164,6 +165,127 @@ func TestRefusedTokenWhileTheServerIsDown(t *testing.T) {
 			t.Errorf("%d token requests in a minute, want one in two seconds", got)
 		}
 	})
+}
+
+// The same, beside an upstream that goes on to serve, with and without noise.
+func TestRevocationInAnOutageHealsWithIt(t *testing.T) {
+	for _, noise := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			r := &scriptedRequester{lifetime: 100 * time.Hour}
+			s := newTestSource(t, r)
+			expectToken(t, s, "t1", 0)
+			revoking, serving := dialAddress{"tcp", "a:1"}, dialAddress{"tcp", "b:1"}
+			current := s.Peek()
+			s.doubts(revoking)
+			s.doubts(serving)
+			ctx, cancel := context.WithCancel(t.Context())
+			serve := func() { s.accepts(serving, current); time.Sleep(100 * time.Millisecond) }
+			for range 20 {
+				s.accepts(revoking, current)
+				serve()
+			}
+			o := outageIn(0, time.Minute)
+			r.setFail(o.refusing(errTransient))
+			var all sync.WaitGroup
+			all.Go(func() {
+				for ctx.Err() == nil {
+					serve()
+					if noise {
+						all.Go(func() { s.another(ctx, serving, refusalOf(current)) })
+					}
+				}
+			})
+			for {
+				refusal := &refusal{of: current, Refusal: verdict.Refusal{Kind: verdict.KindOf(http.MethodGet, "/", false), Token: current.value}}
+				if fresh, _ := s.another(ctx, revoking, refusal); fresh != nil {
+					break
+				}
+				time.Sleep(50 * time.Millisecond)
+			}
+			if late := time.Since(o.to); late > maxAskedBackoff {
+				t.Errorf("noise %v: another token %v after the outage, want it within %v", noise, late, maxAskedBackoff)
+			}
+			cancel()
+			all.Wait()
+		})
+	}
+}
+
+// Nobody sees whether a new token helps a request that is not sent again. So such refusals
+// are believed less and less.
+func TestNoiseThatCanNotBeRepeated(t *testing.T) {
+	for _, invalid := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			r := &scriptedRequester{lifetime: 100 * time.Hour}
+			s := newTestSource(t, r)
+			expectToken(t, s, "t1", 0)
+			s.doubts(anAddress)
+			certain := 0
+			for range 3600 {
+				s.accepts(anAddress, s.Peek())
+				time.Sleep(500 * time.Millisecond)
+				refusal := refusalOf(s.Peek())
+				refusal.InvalidToken = invalid
+				if !invalid {
+					refusal.Kind = verdict.KindOf(http.MethodGet, "/", false) // as in accepts
+				}
+				if s.anotherLater(anAddress, refusal) {
+					certain++
+				}
+				time.Sleep(500 * time.Millisecond)
+			}
+			if n := len(r.requests()); n > 130 || certain > 3 {
+				t.Errorf("invalid_token %v: %d token requests in an hour, %d of them on strong evidence, want 130 and 3 at most", invalid, n, certain)
+			}
+		})
+	}
+}
+
+// It heals all the same.
+func TestRevocationWhereNothingCanBeRepeated(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: 100 * time.Hour}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		s.doubts(anAddress)
+		kind := verdict.KindOf(http.MethodGet, "/", false)
+		for range 5 {
+			for range 100 {
+				s.accepts(anAddress, s.Peek())
+				time.Sleep(time.Second)
+			}
+			revoked, since := s.Peek(), time.Now()
+			for s.Peek() == revoked {
+				s.anotherLater(anAddress, &refusal{of: revoked, Refusal: verdict.Refusal{Kind: kind, Token: revoked.value}})
+				time.Sleep(time.Second)
+				synctest.Wait()
+			}
+			if took := time.Since(since); took > 30*time.Second {
+				t.Errorf("another token after %v, want it within 30 s", took)
+			}
+		}
+	})
+}
+
+// A call that ends with UNAUTHENTICATED was not accepted, even if retry_on does not have
+// it.
+func TestRefusedCallIsNoWitness(t *testing.T) {
+	const dial = "127.0.0.1:9000"
+	b := newBlock(newTestClient(t, Credentials{TokenURL: testTokenURL, ClientID: newName(), ClientSecret: "s", RetryOn: []int{401}}, nil))
+	tok := anyToken()
+	b.source.current = tok
+	b.source.doubts(dialAddress{"tcp", dial})
+	for _, status := range []string{"16", "0"} {
+		res := &http.Response{
+			StatusCode: http.StatusOK, ContentLength: -1, Body: io.NopCloser(strings.NewReader("")),
+			Header: http.Header{"Content-Type": {"application/grpc"}}, Trailer: http.Header{"Grpc-Status": {status}},
+		}
+		b.heard(b.sending(benchRequest(upstreamContext(t, dial), "http://"+dial+"/svc/M"), tok, false), res)
+		_, _ = io.Copy(io.Discard, res.Body)
+		if got := b.source.places.find(dialAddress{"tcp", dial}).Served(); got != (status == "0") {
+			t.Errorf("grpc-status %s: accepted: %v", status, got)
+		}
+	}
 }
 
 // Noise while others are being served is no reason to ask a server often that is down.

@@ -152,6 +152,9 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 func (t *Transport) sendAgain(req *http.Request, b *block, tok *token, refused *refusal, res *http.Response, body *replay.Body, trailer http.Header) (*http.Response, error) {
 	out, err := t.outbound(req, b, tok)
 	if err != nil {
+		if refused != nil {
+			b.source.unsettled(refused)
+		}
 		return res, nil //nolint:nilerr // unlikely: the same headers could be set the first time
 	}
 	if body != nil {
@@ -162,7 +165,7 @@ func (t *Transport) sendAgain(req *http.Request, b *block, tok *token, refused *
 	second.again = true
 	res, err = t.send(out, b, tok)
 	if refused != nil {
-		b.settle(second, refused, res, err)
+		b.settle(second, refused, res, err == nil && b.refuses(res), err)
 	}
 	if err != nil {
 		return nil, sentBefore(err, body)

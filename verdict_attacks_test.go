@@ -85,14 +85,37 @@ func attacks() []verdictHistory {
 		streams: []rigStream{goodStream(20, "GET /strict")}, revoked: revocations(),
 		settings: rigSettings{rule: oneOfTwoHosts()},
 		bounds:   usually.losing(20, time.Second),
-	}, {
+	}, slowPasswords(), {
+		id: "A8", name: "wrong passwords 5/s get 401, and then 429, right ones 0.2/s",
+		streams:  []rigStream{noiseStream(5, "POST /login"), goodStream(0.2, "POST /login")},
+		settings: rigSettings{rule: tooManyAttempts},
+		bounds:   usually,
+	}}
+}
+
+// slowPasswords is an attack on the accounts of others: each wrong password is to be
+// counted twice.
+func slowPasswords() verdictHistory {
+	h := verdictHistory{
 		id: "A7", name: "wrong passwords 1/s that take 5 s, noise 50/s, good 5/s, then revoked",
-		streams: []rigStream{good, noiseStreamOf(50, anyPath)}, revoked: atRevocation(),
+		streams: []rigStream{goodStream(5, "GET /strict"), noiseStreamOf(50, anyPath)}, revoked: atRevocation(),
 		attack: each(time.Second, func(_ int, at time.Duration) []*rigCall {
 			return []*rigCall{{at: at, address: addressA, kind: "POST /login", slow: 5 * time.Second}}
 		}),
-		bounds: usually.waiting(12 * time.Second), // some are sent twice
-	}}
+		bounds: usually.waiting(12 * time.Second),
+	}
+	h.bounds.slowAgain = 40
+	return h
+}
+
+// tooManyAttempts is the rule of an upstream that answers the second attempt of a request
+// with another error.
+func tooManyAttempts(s rigSight) rigJudgement {
+	if !s.good && len(s.receipts) > 0 {
+		s.rigCall.refusal = rigRefusal{429, ""}
+		return refusesRequest
+	}
+	return judgeByToken(s)
 }
 
 // oneOfTwoHosts is the rule of an address with two hosts behind it, of which one never

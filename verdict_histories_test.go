@@ -226,6 +226,7 @@ type verdictBounds struct {
 	lost      int           // good requests
 	healing   time.Duration // how long after a revocation good requests may be lost
 	wait      time.Duration // of a request, at most
+	slowAgain int           // requests of others that are answered slowly, and are sent twice
 	untouched string        // no request to this address waits
 }
 

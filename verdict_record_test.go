@@ -187,7 +187,21 @@ func (r *verdictRecord) checkRefused(t *testing.T) {
 		}
 		return // one tells enough
 	}
+	if n := r.slowSentAgain(); n > r.history.bounds.slowAgain {
+		t.Errorf("%d requests with a slow answer were sent twice, want %d at most", n, r.history.bounds.slowAgain)
+	}
 	r.checkSentAgain(t)
+}
+
+// slowSentAgain returns how many requests of others were sent again whose upstream takes
+// long to answer.
+func (r *verdictRecord) slowSentAgain() (n int) {
+	for _, c := range r.calls {
+		if c.slow > 0 && len(c.receipts) > 1 {
+			n++
+		}
+	}
+	return n
 }
 
 // checkSentAgain compares how many requests of others were sent once more with a new
@@ -201,7 +215,7 @@ func (r *verdictRecord) checkSentAgain(t *testing.T) {
 	}
 	again, begun := make(map[renewal]int), make(map[string][]time.Duration)
 	for _, c := range r.calls {
-		if c.good {
+		if c.good || c.slow > 0 { // what is answered late is refused late
 			continue
 		}
 		begun[c.address] = append(begun[c.address], c.at)

@@ -77,15 +77,16 @@ type Refusal struct {
 	InvalidToken bool   // the upstream says that the token is invalid (RFC 6750 §3.1)
 
 	at      time.Time
-	renewed bool // it has brought about a new token
-	strong  bool // and the evidence was strong
-	chance  bool // and if that is accepted, it may be by chance
+	renewed bool      // it has brought about a new token
+	strong  bool      // and the evidence was strong
+	chance  bool      // and if that is accepted, it may be by chance
+	before  time.Time // when a refusal had brought about a new token before
 	refuted chan struct{}
 	isPath  bool // refuted is closed
 }
 
-// Refuted is closed when an acceptance has refuted a refusal that waits. It is nil if
-// nothing can: the refusal has brought about a new token, or the evidence is strong.
+// Refuted is closed when an acceptance has refuted a refusal that waits. It is nil if the
+// refusal has brought about a new token: then the request is sent again in any case.
 func (r *Refusal) Refuted() <-chan struct{} {
 	if r.renewed {
 		return nil
@@ -93,8 +94,8 @@ func (r *Refusal) Refuted() <-chan struct{} {
 	return r.refuted
 }
 
-// IsPath reports whether an acceptance has refuted the refusal.
-func (r *Refusal) IsPath() bool { return r.isPath }
+// WasRefuted reports whether an acceptance has refuted the refusal.
+func (r *Refusal) WasRefuted() bool { return r.isPath }
 
 // Renewed reports whether the refusal has brought about a new token.
 func (r *Refusal) Renewed() bool { return r.renewed }
@@ -148,7 +149,8 @@ type Place struct {
 	// What is shown of the place.
 	verdict  Verdict
 	refusing bool
-	again    bool // a new token was refused, too
+	suspect  string // the last token that was replaced because of a refusal here
+	again    bool   // a new token was refused, too
 	refused  time.Time
 }
 
@@ -172,6 +174,8 @@ func (p *Place) Decide(b *Budget, r *Refusal, now time.Time) (Decision, time.Dur
 		p.foundPath()
 		return Answer, 0
 	case p.Suspects(r) && p.affordsIfStrong(b, now):
+		return p.renew(b, r, true, now), 0
+	case p.affordsIfQuiet(b, now):
 		return p.renew(b, r, true, now), 0
 	case !p.served && p.affords(b, now):
 		// Nobody is being served here, so there is nothing to lose.
@@ -215,7 +219,7 @@ func (p *Place) decideAgain(b *Budget, r *Refusal, now time.Time) (Decision, tim
 	switch {
 	case r.isPath:
 		return Answer, 0
-	case p.quiet(now) && b.since(now) >= strongDistance && b.affordsReserve(now):
+	case p.affordsIfQuiet(b, now):
 		return p.renew(b, r, true, now), 0
 	case p.affords(b, now):
 		return p.renew(b, r, false, now), 0
@@ -258,6 +262,7 @@ func (p *Place) Served() bool { return p.served }
 // renew notes that a refusal brings about a new token. Its cost counts from now on: the
 // client may go away, and then nobody sees whether the token helps.
 func (p *Place) renew(b *Budget, r *Refusal, strong bool, now time.Time) Decision {
+	r.before = b.last
 	b.spend(now)
 	r.renewed, r.strong = true, strong
 	r.chance = r.Token == p.helped && r.Token != p.proven
@@ -268,7 +273,7 @@ func (p *Place) renew(b *Budget, r *Refusal, strong bool, now time.Time) Decisio
 		p.wrongAt = now
 	}
 	p.wait(r)
-	p.verdict, p.refusing = Token, true
+	p.verdict, p.refusing, p.suspect = Token, true, r.Token
 	return Renew
 }
 
@@ -280,6 +285,9 @@ func (p *Place) NoToken(b *Budget, r *Refusal) {
 	}
 	r.renewed = false
 	b.refund()
+	if b.last.Equal(p.renewed) { // the next one need not come later for that
+		b.last = r.before
+	}
 	p.wasted = max(0, p.wasted-1) // 0 if the time has taken it
 	if r.strong {
 		p.wrong = max(0, p.wrong-1)
@@ -306,6 +314,9 @@ func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now ti
 	if accepted && !r.isPath && !r.chance {
 		b.refund()
 		p.wasted, p.wrong = max(0, p.wasted-1), 0
+		if r.InvalidToken {
+			p.falseChallenges = 0
+		}
 		p.verdict, p.refusing, p.again = Token, false, false
 		return Token
 	}
@@ -314,14 +325,29 @@ func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now ti
 	if accepted || r.isPath {
 		p.verdict, p.refusing = Path, false
 	}
-	p.kinds.distrust(r.Kind)
-	if r.InvalidToken {
-		p.falseChallenges++
-	}
+	p.believeLess(r)
 	if r.strong {
 		p.wrongAt = now
 	}
 	return Path
+}
+
+// Unjudged notes that nobody will see whether the new token helps that a refusal has
+// brought about: its request is not sent again. If that was no reason to believe such
+// refusals less, noise could have it at any time.
+func (p *Place) Unjudged(r *Refusal) {
+	p.Close(r)
+	if r.renewed {
+		p.believeLess(r)
+	}
+}
+
+// believeLess makes the evidence of a refusal weaker.
+func (p *Place) believeLess(r *Refusal) {
+	p.kinds.distrust(r.Kind)
+	if r.InvalidToken {
+		p.falseChallenges++
+	}
 }
 
 // Waiting returns how many refusals an acceptance could refute now.
@@ -347,7 +373,7 @@ func (p *Place) Accept(a Acceptance) {
 	}
 	if p.refusing && a.Current && a.Sent.After(p.renewed) {
 		p.refusing = false
-		if p.again {
+		if p.again || a.Token == p.suspect {
 			p.verdict = Path
 		}
 	}
@@ -418,6 +444,12 @@ func (p *Place) affords(b *Budget, now time.Time) bool {
 		distance = maxDistance
 	}
 	return b.since(now) >= distance && b.affords(now)
+}
+
+// affordsIfQuiet reports whether a new token may be had because the upstream is quiet.
+// What clients can do does not delay that.
+func (p *Place) affordsIfQuiet(b *Budget, now time.Time) bool {
+	return p.quiet(now) && b.since(now) >= strongDistance && b.affordsReserve(now)
 }
 
 // affordsIfStrong reports whether a new token may be had on strong evidence.

@@ -110,11 +110,11 @@ func TestAcceptanceRefutes(t *testing.T) {
 			r.Place.Accept(test.Acceptance)
 			select {
 			case <-refusal.Refuted():
-				if !test.want || !refusal.IsPath() {
-					t.Errorf("refuted, verdict path: %v", refusal.IsPath())
+				if !test.want || !refusal.WasRefuted() {
+					t.Errorf("refuted, verdict path: %v", refusal.WasRefuted())
 				}
 			default:
-				if test.want || refusal.IsPath() {
+				if test.want || refusal.WasRefuted() {
 					t.Error("not refuted, want that it is")
 				}
 			}
