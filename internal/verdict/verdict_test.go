@@ -142,6 +142,20 @@ func TestSilenceOfABusyUpstream(t *testing.T) {
 	}
 }
 
+// Who is refused when the upstream has been silent for long is not held first: a request
+// that can't be sent again is not held at all.
+func TestRefusalAfterSilence(t *testing.T) {
+	r := newRig(t)
+	r.accepts("/y")
+	r.renewal("/x", false)
+	for range 50 {
+		r.after(100 * time.Millisecond).accepts("/y")
+	}
+	r.Place.kinds.distrust(KindOf("GET", "/y", false))
+	r.wantRefused("/y", Hold)
+	r.after(2*time.Second).wantRefused("/y", Renew)
+}
+
 func TestHeldRefusalsAreFewAndShort(t *testing.T) {
 	r := newRig(t)
 	r.renewal("/x", false)
