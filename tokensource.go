@@ -38,8 +38,8 @@ import (
 //
 // An upstream that refuses the token changes none of these states: others may accept it.
 // Within a back-off, no fetch starts. If there is no token that is valid, a request
-// shortens the back-off. If no config runs that uses the source, only Token and FetchNow
-// start a fetch.
+// shortens the back-off. If no config runs that uses the source, a fetch starts only if
+// somebody asks for it: Token, another and FetchNow do.
 type tokenSource struct {
 	mu sync.Mutex // guards all fields below; never held during I/O
 
