@@ -360,10 +360,11 @@ func TestRefusalIsRefutedWhileItWaits(t *testing.T) {
 
 // Whatever happens in the same moment, a refusal that was refuted is not sent again.
 func TestRefutedRefusalIsNotSentAgain(t *testing.T) {
-	for _, happens := range []func(s *tokenSource){
-		func(s *tokenSource) { s.start(false) },
-		func(s *tokenSource) { s.succeed(testLife.token(grant{accessToken: "t2", issued: time.Now()}, time.Now())) },
-	} {
+	fetch := func(s *tokenSource) { s.start(false) }
+	grantAnother := func(s *tokenSource) {
+		s.succeed(testLife.token(grant{accessToken: "t2", issued: time.Now()}, time.Now()))
+	}
+	for _, happens := range []func(s *tokenSource){fetch, grantAnother} {
 		synctest.Test(t, func(t *testing.T) {
 			s := newTestSource(t, &scriptedRequester{lifetime: time.Hour})
 			expectToken(t, s, "t1", 0)
