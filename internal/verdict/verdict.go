@@ -312,8 +312,11 @@ func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now ti
 		p.helped = fresh
 	}
 	if accepted && !r.isPath && !r.chance {
-		b.refund()
-		p.wasted, p.wrong = max(0, p.wasted-1), 0
+		if p.kinds.knows(r.Kind) { // or each of this kind may be accepted the second time
+			b.refund()
+			p.wasted = max(0, p.wasted-1)
+		}
+		p.wrong = 0
 		if r.InvalidToken {
 			p.falseChallenges = 0
 		}
@@ -367,8 +370,8 @@ func (p *Place) Close(r *Refusal) { delete(p.open, r) }
 // Accept notes that the upstream has accepted a request. A health check says nothing
 // about other requests: its path may need no token.
 func (p *Place) Accept(a Acceptance) {
-	p.kinds.accept(a.Kind)
 	if !a.Again {
+		p.kinds.accept(a.Kind)
 		p.proven = a.Token
 	}
 	if p.refusing && a.Current && a.Sent.After(p.renewed) {

@@ -228,11 +228,35 @@ func TestFalseChallenges(t *testing.T) {
 func TestTokensThatSeemToHelp(t *testing.T) {
 	r := newRig(t)
 	r.renewal("/", true)
-	refusal := r.after(2*time.Second).wantRefused("/", Renew)
+	refusal := r.after(30*time.Second).wantRefused("/", Renew)
 	r.token++
 	r.Place.Accept(Acceptance{Kind: refusal.Kind, Token: r.current(), Current: true, Again: true, Sent: r.now})
 	if got := r.Place.Judge(&r.Budget, refusal, true, r.current(), r.now); got != Path {
 		t.Errorf("the verdict is %d, want the path: no other request was accepted with the last token", got)
+	}
+}
+
+// The same, while others are being served: a token that helps says nothing about a kind
+// that was only accepted the second time. So it is paid for.
+func TestRequestsThatAreAcceptedTheSecondTime(t *testing.T) {
+	r := newRig(t)
+	renewed := 0
+	for range 600 {
+		refusal, d, _ := r.after(800 * time.Millisecond).refuses("/twice")
+		if d == Hold {
+			d, _ = r.Place.Decide(&r.Budget, refusal, r.now)
+		}
+		if d == Renew {
+			renewed++
+			r.token++
+			r.Place.Accept(Acceptance{Kind: refusal.Kind, Token: r.current(), Current: true, Again: true, Sent: r.now})
+			r.Place.Judge(&r.Budget, refusal, true, r.current(), r.now)
+		}
+		r.Place.Close(refusal)
+		r.after(200 * time.Millisecond).accepts("/")
+	}
+	if renewed > 30 {
+		t.Errorf("got %d new tokens in ten minutes, want 30 at most", renewed)
 	}
 }
 
@@ -315,6 +339,7 @@ func TestWasteIsForgotten(t *testing.T) {
 	if r.Place.wasted != 8 {
 		t.Fatalf("%d tokens were of no use, want 8", r.Place.wasted)
 	}
+	r.accepts("/")
 	r.after(3*forgetOne+time.Second).renewal("/", true)
 	if r.Place.wasted != 5 {
 		t.Errorf("%d of 8 are remembered after 15 minutes, want 5", r.Place.wasted)
