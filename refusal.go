@@ -47,7 +47,7 @@ func (s *tokenSource) another(ctx context.Context, address dialAddress, r *refus
 			switch {
 			case err == nil && !next.is(r.of):
 				return next, waited
-			case err == nil && s.lastErr == nil && s.inflight == nil && s.current.is(r.of):
+			case err == nil && got.use == tokenWaited:
 				s.judge(r, false, r.Token) // the server repeats the token
 			}
 			if r.WasRefuted() {

@@ -461,6 +461,30 @@ func TestServerRepeatsTheTokenOfARefutedRefusal(t *testing.T) {
 	})
 }
 
+// A fetch that was given up says nothing about the upstream.
+func TestRefusalWhoseFetchIsGivenUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := attachedSource(r)
+		expectToken(t, s, "t1", 0)
+		s.refuse(t.Context(), s.Peek())
+		current := s.Peek()
+		s.accepts(anAddress, current)
+		time.Sleep(time.Minute)
+		r.setFail(outageIn(0, time.Hour).silent(true))
+		refusal := refusalOf(current)
+		refusal.Kind = verdict.KindOf(http.MethodGet, "/", false)
+		var wg sync.WaitGroup
+		wg.Go(func() { s.another(t.Context(), anAddress, refusal) })
+		time.Sleep(100 * time.Millisecond)
+		s.detach(r, func() {}) // the one who waits is the last who needs the fetch
+		wg.Wait()
+		if !s.places.find(anAddress).Suspects(&refusal.Refusal) {
+			t.Error("the kind of request counts as noisy, want that it is strong evidence still")
+		}
+	})
+}
+
 // repeating grants the same token each time.
 type repeating struct{ *scriptedRequester }
 
