@@ -324,7 +324,9 @@ func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now ti
 		return Token
 	}
 	p.served, p.vain, p.again = false, !accepted, true
-	p.cleared = r.Token
+	if fresh != r.Token { // otherwise the server repeats it
+		p.cleared = r.Token
+	}
 	if accepted || r.isPath {
 		p.verdict, p.refusing = Path, false
 	}

@@ -302,6 +302,21 @@ func TestHealthChecksThatAreAlwaysRefused(t *testing.T) {
 	}
 }
 
+// A token is cleared when another one was of no use. It is not if the server repeats it:
+// then another one may help later.
+func TestTokenThatIsRepeatedIsNotCleared(t *testing.T) {
+	r := newRig(t)
+	late := &Refusal{Kind: 1, Token: r.current()}
+	r.Place.Judge(&r.Budget, r.wantRefused("/", Renew), false, r.current(), r.now)
+	if r.Cleared(late) {
+		t.Error("the token is cleared, want that it is not: there was no other")
+	}
+	r.after(time.Minute).renewal("/", false)
+	if !r.Cleared(late) {
+		t.Error("the token is not cleared, want that it is: another one was of no use")
+	}
+}
+
 // The authorization server has no token. That costs the upstream nothing.
 func TestNoToken(t *testing.T) {
 	r := newRig(t)
