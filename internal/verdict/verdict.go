@@ -83,6 +83,9 @@ type Refusal struct {
 	before  time.Time // when a refusal had brought about a new token before
 	refuted chan struct{}
 	isPath  bool // refuted is closed
+
+	unjudged bool // nobody will see whether the new token helps
+	trusted  bool // and its kind was trusted until then
 }
 
 // Refuted is closed when an acceptance has refuted a refusal that waits. It is nil if the
@@ -292,6 +295,9 @@ func (p *Place) NoToken(b *Budget, r *Refusal) {
 	if r.strong {
 		p.wrong = max(0, p.wrong-1)
 	}
+	if r.unjudged {
+		p.believeAgain(r)
+	}
 	p.Close(r)
 }
 
@@ -343,6 +349,7 @@ func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now ti
 func (p *Place) Unjudged(r *Refusal) {
 	p.Close(r)
 	if r.renewed {
+		r.unjudged, r.trusted = true, p.kinds.trusts(r.Kind)
 		p.believeLess(r)
 	}
 }
@@ -352,6 +359,16 @@ func (p *Place) believeLess(r *Refusal) {
 	p.kinds.distrust(r.Kind)
 	if r.InvalidToken {
 		p.falseChallenges++
+	}
+}
+
+// believeAgain takes back believeLess: there was no new token.
+func (p *Place) believeAgain(r *Refusal) {
+	if r.trusted {
+		p.kinds.put(r.Kind, false)
+	}
+	if r.InvalidToken {
+		p.falseChallenges = max(0, p.falseChallenges-1)
 	}
 }
 

@@ -346,6 +346,27 @@ func TestLateNews(t *testing.T) {
 	}
 }
 
+// The same if the request that was refused is not sent again. It is believed as before.
+func TestNoTokenForARequestThatIsNotSentAgain(t *testing.T) {
+	r := newRig(t)
+	r.renewal("/", true)
+	r.accepts("/")
+	for range 100 {
+		refusal := &Refusal{Kind: KindOf("GET", "/", false), Token: r.current(), InvalidToken: true}
+		if d, _ := r.Place.Decide(&r.Budget, refusal, r.after(time.Second).now); d != Renew || !refusal.Strong() {
+			t.Fatalf("Decide() = %d, strong %v, want a new token on strong evidence", d, refusal.Strong())
+		}
+		r.Place.Unjudged(refusal)
+		if r.Place.kinds.trusts(refusal.Kind) {
+			t.Fatal("the kind is trusted, want that it is not while a new token is on its way")
+		}
+		r.Place.NoToken(&r.Budget, refusal)
+	}
+	if r.Place.falseChallenges != 0 {
+		t.Errorf("%d challenges count as false, want none", r.Place.falseChallenges)
+	}
+}
+
 func TestWasteIsForgotten(t *testing.T) {
 	r := newRig(t)
 	for range 8 {
