@@ -330,7 +330,7 @@ func (p *Place) Judge(b *Budget, r *Refusal, accepted bool, fresh string, now ti
 		return Token
 	}
 	p.served, p.vain, p.again = false, !accepted, true
-	if fresh != r.Token { // otherwise the server repeats it
+	if (!accepted || r.isPath) && fresh != r.Token { // otherwise the server repeats it
 		p.cleared = r.Token
 	}
 	if accepted || r.isPath {

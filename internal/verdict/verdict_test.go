@@ -234,6 +234,9 @@ func TestTokensThatSeemToHelp(t *testing.T) {
 	if got := r.Place.Judge(&r.Budget, refusal, true, r.current(), r.now); got != Path {
 		t.Errorf("the verdict is %d, want the path: no other request was accepted with the last token", got)
 	}
+	if r.Cleared(&Refusal{Kind: 1, Token: refusal.Token}) {
+		t.Error("the last token is cleared, want that it is not: the new one was accepted")
+	}
 }
 
 // The same, while others are being served: a token that helps says nothing about a kind
