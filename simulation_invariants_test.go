@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"slices"
+	"sort"
 	"time"
 )
 
@@ -69,8 +70,7 @@ var invariants = []struct {
 	{"no request waits longer than its bound", waitsAreShort},
 	{"no request gives up too soon", waitsAreLongEnough},
 	{"no expired token", noExpiredToken},
-	{"no refused token while there is another", noRefusedToken},
-	{"a refused token is replaced", refusedIsReplaced},
+	{"no older token", noOlderToken},
 	{"no valid token withheld", noTokenWithheld},
 	{"no error after the server is back", noLateError},
 	{"tried again soon", triedAgainSoon},
@@ -81,6 +81,20 @@ var invariants = []struct {
 	{"nothing that nobody wants", nothingUnwanted},
 	{"nothing without users", restsWithoutUsers},
 	{"nothing left", nothingLeft},
+	{"who was refused does not wait long", refusedWaitsAreShort},
+	{"who waits to be sure has a reason", sureForGoodReason},
+	{"sent again with another token", sentAgainWithAnother},
+	{"a token that was replaced is no reason to wait", oldTokensAreNoReason},
+	{"what is refused itself is not sent again", pathsAreNotSentAgain},
+	{"a refusal that the client gets has a reason", answersForGoodReason},
+	{"new tokens of no use are few", wasteIsLimited},
+	{"new tokens of no use make waits longer", wasteSlowsDown},
+	{"strong evidence has a reason", strongForGoodReason},
+	{"healed at once", healedAtOnce},
+	{"healed at last", healedAtLast},
+	{"verdicts have a reason", verdictsForGoodReason},
+	{"a health check brings few tokens", checksBringFew},
+	{"tidy places", placesAreTidy},
 }
 
 // violations returns where rules are broken, one place for each rule.
@@ -120,7 +134,7 @@ func besideForGoodReason(m *model, report report) {
 		if len(m.beside(a)) == 0 {
 			continue
 		}
-		if t := m.holdingAt(a.start); t.good(a.start) {
+		if t := m.holdingAt(a.start); t.valid(a.start) {
 			report(a.start, "request %d beside another, and %s is valid", a.n, t.value)
 		}
 		if !m.anybodyWaits(a.start) {
@@ -138,11 +152,11 @@ func besideForGoodReason(m *model, report report) {
 }
 
 func (m *model) anybodyWaits(at time.Duration) bool {
-	for _, c := range m.calls {
-		if c.asked > at {
+	for _, w := range m.waits {
+		if w.from > at {
 			break
 		}
-		if c.answered >= at {
+		if w.to >= at {
 			return true
 		}
 	}
@@ -235,14 +249,14 @@ func waitsAreShort(m *model, report report) {
 
 func (m *model) bound(asked time.Duration) time.Duration {
 	t := m.holdingAt(asked)
-	if before := m.holdingAt(asked - 1); before != t && !before.good(asked) {
+	if before := m.holdingAt(asked - 1); before != t && !before.valid(asked) {
 		t = before // the token came in this instant, and maybe too late
 	}
 	usual := time.Duration(0)
 	if _, most, ok := m.usual(asked); ok {
 		usual = most
 	}
-	if t.good(asked) {
+	if t.valid(asked) {
 		if asked < t.reserveFrom() {
 			return 0
 		}
@@ -338,27 +352,13 @@ func noExpiredToken(m *model, report report) {
 	}
 }
 
-// A token that an upstream has refused is used only if there is no other.
-func noRefusedToken(m *model, report report) {
+// Whoever asks gets the newest token. What upstreams make of it changes nothing: others
+// may accept it.
+func noOlderToken(m *model, report report) {
 	for _, c := range m.calls {
 		t := m.holdingAt(c.asked)
-		if c.value != "" && t.good(c.answered) && t == m.holdingAt(c.answered) && t.from < c.asked && c.value != t.value {
+		if c.value != "" && t.valid(c.answered) && t == m.holdingAt(c.answered) && t.from < c.asked && c.value != t.value {
 			report(c.answered, "got %s, want %s", c.value, t.value)
-		}
-	}
-}
-
-// After an upstream has refused a token, the next request brings about another one. Only
-// while a fetch fails or is not due, requests go on with the refused token.
-func refusedIsReplaced(m *model, report report) {
-	for _, c := range m.calls {
-		t := m.holdingAt(c.asked)
-		if t == nil || c.value != t.value || c.asked <= t.refused || c.asked < t.from || m.failed(c.asked+1) {
-			continue
-		}
-		// A renewal may have been under way when the token was refused.
-		if next := m.nextAttempt(m.fetchStart(t.refused) - 1); next == nil || next.start > c.asked {
-			report(c.answered, "asked at %v, got %s, which was refused at %v, and there was no request since", c.asked, c.value, t.refused)
 		}
 	}
 }
@@ -551,7 +551,7 @@ func idleWaits(m *model, report report) {
 			continue
 		}
 		wait, most := f.retryAt-f.at, min(promisedIdleWait, max(promisedLeastWait, f.at-m.failingFrom(f.at)))
-		if t := m.holdingAt(f.at); t.good(f.at) {
+		if t := m.holdingAt(f.at); t.valid(f.at) {
 			most = min(most, max(promisedLeastWait, (t.most-f.at)/2))
 		}
 		switch asked := min(retryAfter(f.err), promisedRetryAfter); {
@@ -569,7 +569,7 @@ func idleWaits(m *model, report report) {
 }
 
 // A request is the first one, or it is due for one of these reasons: a token is in the
-// second half of its life, has ended or was refused; a request failed, at least 250 ms
+// second half of its life or has ended, or an upstream has refused it; a request failed, at least 250 ms
 // after its start; one of two quick retries of a first fetch; another attempt beside a
 // silent one (see besideForGoodReason); what the server asked for is over; the secret
 // has changed.
@@ -604,7 +604,7 @@ func requestsAreDue(m *model, report report) {
 		case gotToken:
 			throttles, refusals, quick = 0, 0, 0
 			t := m.holdingAt(a.start - 1)
-			if t.good(a.start) && a.start < t.by.start+(t.least-t.by.start)/2-slack && t.from < a.start {
+			if m.isYoung(t, a.start) && !m.anyRefused(t.value, a.start) {
 				report(a.start, "request %d, and %s is good until %v", a.n, t.value, t.least)
 			}
 			continue
@@ -650,6 +650,11 @@ func requestsAreDue(m *model, report report) {
 	}
 }
 
+// isYoung reports whether a token is certainly in the first half of its life.
+func (m *model) isYoung(t *holding, at time.Duration) bool {
+	return t.valid(at) && at < t.by.start+(t.least-t.by.start)/2-slack && t.from < at
+}
+
 // fetchEnded reports whether a fetch ended from then on, and before another began.
 func (m *model) fetchEnded(from, to time.Duration) bool {
 	for _, f := range m.fetches {
@@ -661,8 +666,9 @@ func (m *model) fetchEnded(from, to time.Duration) bool {
 }
 
 func (m *model) wasFetched(at time.Duration) bool {
-	for _, f := range m.fetches {
-		if f.at == at && f.err == nil {
+	i := sort.Search(len(m.fetches), func(i int) bool { return m.fetches[i].at >= at })
+	for ; i < len(m.fetches) && m.fetches[i].at == at; i++ {
+		if m.fetches[i].err == nil {
 			return true
 		}
 	}
@@ -701,7 +707,7 @@ func renewedInTime(m *model, report report) {
 			due = min(due, max(t.least-before, t.least-t.life/2))
 		}
 		due = max(due, t.from)
-		if due >= simulatedTime || m.goesAway(t.from, due) || t.refused < due || !m.usedBetween(t.from, due-1) {
+		if due >= simulatedTime || m.goesAway(t.from, due) || !m.usedBetween(t.from, due-1) {
 			continue
 		}
 		if i+1 < len(m.holdings) && m.holdings[i+1].from <= due+slack {
@@ -754,8 +760,8 @@ func nothingUnwanted(m *model, report report) {
 			continue
 		}
 		wanted := false
-		for _, c := range m.calls {
-			wanted = wanted || c.answered >= from && c.asked <= a.start
+		for _, w := range m.waits {
+			wanted = wanted || w.to >= from && w.from <= a.start
 		}
 		if !wanted {
 			report(a.start, "request %d, and nobody has asked since %v", a.n, from)

@@ -21,14 +21,10 @@ type holding struct {
 	least, most time.Duration // when it expires, as far as the gateway can know: between these
 	thought     time.Duration // the same, as the gateway said
 	named       bool          // the server has said when it expires
-	refused     time.Duration // when an upstream first refused it; never
 }
 
-// valid reports whether the token may certainly be used, if there is nothing better.
+// valid reports whether the token may certainly be used.
 func (t *holding) valid(at time.Duration) bool { return t != nil && at < t.least }
-
-// good reports whether the token may certainly be used, and is not refused.
-func (t *holding) good(at time.Duration) bool { return t.valid(at) && at < t.refused }
 
 // over reports whether the token has certainly expired.
 func (t *holding) over(at time.Duration) bool { return t == nil || at >= t.most }
@@ -43,6 +39,10 @@ type model struct {
 	holdings []*holding
 	epochs   []time.Duration // when a source began that knows nothing
 	away     []span          // when no config used the source
+	waits    []span          // of requests, by from
+	places   map[*trip]*placeModel
+	refusals []*trip    // by refused
+	renewals []*renewal // by at
 }
 
 type span struct{ from, to time.Duration }
@@ -67,6 +67,7 @@ func newModel(h *history) *model {
 		m.away = append(m.away, span{gone, never})
 	}
 	m.hold()
+	m.sortTrips()
 	for _, t := range m.holdings {
 		for _, e := range m.epochs {
 			if t.from < e {
@@ -98,7 +99,7 @@ func (m *model) hold() {
 			continue // bringsNoStrangers says so
 		}
 		t := &holding{
-			from: f.at, to: never, value: f.value, by: by, refused: never, took: by.end - by.start,
+			from: f.at, to: never, value: f.value, by: by, took: by.end - by.start,
 			least: least, most: most, thought: f.expires,
 			named: by.lifetime > 0 || before != nil && before.value == f.value && before.named,
 		}
@@ -106,12 +107,6 @@ func (m *model) hold() {
 		t.wholeLife = t.life
 		if before != nil && before.value == f.value {
 			t.wholeLife = max(t.life, before.wholeLife)
-		}
-		for _, r := range m.refusals {
-			if r.what == t.value && r.at >= t.from {
-				t.refused = r.at
-				break
-			}
 		}
 		if before != nil {
 			before.to = f.at
@@ -306,6 +301,17 @@ func (m *model) backSince(at time.Duration) (since, answer time.Duration, ok boo
 		}
 	}
 	return since, answer, ok
+}
+
+// sourceAt returns the source of that time.
+func (m *model) sourceAt(at time.Duration) *tokenSource {
+	var last *tokenSource
+	for _, s := range m.pool.sources {
+		if s.from <= at {
+			last = s.source
+		}
+	}
+	return last
 }
 
 // isAway reports whether no config uses the source then.

@@ -1,6 +1,7 @@
 package outboundauth
 
 import (
+	"fmt"
 	"slices"
 	"sync"
 	"time"
@@ -13,9 +14,15 @@ type simulatedPool struct {
 	pool  *caddy.UsagePool
 	count int // of all users so far
 
-	mu     sync.Mutex // guards the fields below, for callers
+	mu      sync.Mutex // guards the fields below, for callers
+	source  *tokenSource
+	users   []*simulatedUser
+	sources []sourceSince // all so far
+}
+
+type sourceSince struct {
+	from   time.Duration
 	source *tokenSource
-	users  []*simulatedUser
 }
 
 // current returns the source, or nil if no config uses it: nothing asks for the
@@ -42,6 +49,9 @@ func (p *simulatedPool) attach(u *simulatedUser) {
 	s.begin(u)
 	p.mu.Lock()
 	defer p.mu.Unlock()
+	if s != p.source {
+		p.sources = append(p.sources, sourceSince{u.now(), s})
+	}
 	p.source, p.users = s, append(p.users, u)
 }
 
@@ -66,6 +76,25 @@ func (p *simulatedPool) leftover() (found []string) {
 	}
 	if _, ok := p.pool.References("key"); ok {
 		found = append(found, "the source")
+	}
+	return found
+}
+
+// untidy says what is left of refusals, and whether there are too many places.
+func (p *simulatedPool) untidy() (found []string) {
+	for _, s := range p.sources {
+		if s.source.places.none() {
+			continue
+		}
+		all := *s.source.places.byAddress.Load()
+		if n := len(all); n > promisedPlaces {
+			found = append(found, fmt.Sprintf("%d places, want %d at most", n, promisedPlaces))
+		}
+		for address, at := range all {
+			if n := at.Waiting(); n > 0 {
+				found = append(found, fmt.Sprintf("%d refusals are open at %v", n, address))
+			}
+		}
 	}
 	return found
 }

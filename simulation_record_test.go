@@ -91,13 +91,14 @@ type record struct {
 
 	attempts []*attemptRecord
 	calls    []*call // by asked
+	trips    []*trip
 	fetches  []fetchEnd
-	refusals []moment // of tokens, by upstreams
 	notes    []moment
 	secrets  []time.Duration // when the secret changed
 	userLog  []usersNote
 	endedAt  time.Duration // from here on, nothing may happen
 	leftover []string
+	untidy   []string // about places
 }
 
 func (h *history) note(format string, args ...any) {
@@ -156,10 +157,11 @@ func (h *history) answered(c *call, t *token, err error) {
 	}
 }
 
-func (h *history) refused(t *token) {
+// began notes a request that has its token.
+func (h *history) began(x *trip) {
 	h.recording.Lock()
 	defer h.recording.Unlock()
-	h.refusals = append(h.refusals, moment{h.now(), t.value})
+	h.trips = append(h.trips, x)
 }
 
 func (h *history) secretChanged() {
@@ -199,8 +201,8 @@ func (h *history) lines(from, to time.Duration) string {
 	for _, u := range h.userLog {
 		add(u.at, "users: %+v", u.lives)
 	}
-	for _, r := range h.refusals {
-		add(r.at, "upstreams refuse %s", r.what)
+	for _, x := range h.trips {
+		x.lines(add)
 	}
 	for _, a := range h.attempts {
 		add(a.start, "  request %d by user %d, the server %v", a.n, a.user, a.mode)
@@ -234,4 +236,35 @@ func (h *history) lines(from, to time.Duration) string {
 		fmt.Fprintf(&b, "%16v %s\n", m.at, m.what)
 	}
 	return b.String()
+}
+
+var judgementNames = [...]string{"accepts", "refuses", "refuses the token of"}
+
+// lines shows a trip.
+func (x *trip) lines(add func(at time.Duration, format string, args ...any)) {
+	name := fmt.Sprintf("%v %v%x", x.to.address, x.kind.path, x.random%0x1000)
+	if x.kind.check {
+		name += " (check)"
+	}
+	if x.unrepeatable {
+		name += " (once)"
+	}
+	if x.sure.to > x.sure.from {
+		add(x.sure.to, "      %s waited to be sure since %v", name, x.sure.from)
+	}
+	for _, s := range x.sends {
+		if s.answered != never {
+			add(s.answered, "      %v %s, sent at %v with %s", judgementNames[s.judgement], name, s.sent, s.value)
+		}
+	}
+	switch {
+	case x.refusal == nil:
+	case x.fresh != "":
+		add(x.decided, "      %s gets %s, refused at %v, renewed %t, strong %t", name, x.fresh, x.refused, x.refusal.Renewed(), x.refusal.Strong())
+	default:
+		add(x.decided, "      %s gets its answer, refused at %v, renewed %t, path %t", name, x.refused, x.refusal.Renewed(), x.refusal.isPath)
+	}
+	if x.settled {
+		add(x.sends[1].answered, "      %s: verdict %v", name, x.verdict)
+	}
 }

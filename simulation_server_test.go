@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"sort"
+	"strconv"
 	"sync"
 	"time"
 
@@ -48,6 +49,7 @@ type phase struct {
 type serverToken struct {
 	value   string
 	expires time.Duration // when upstreams begin to refuse it
+	shifted time.Duration // when that last changed
 }
 
 // simulatedServer is an authorization server, and what upstreams know of its
@@ -193,17 +195,21 @@ func (s *simulatedServer) issue() (value string, lifetime time.Duration) {
 	return t.value, c.lifetime
 }
 
-// accepts reports whether an upstream accepts a token now.
-func (s *simulatedServer) accepts(value string) bool {
+// look returns which token this is, and whether it is good. If it is not, look also says
+// since when.
+func (s *simulatedServer) look(value string) (n int, good bool, since time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	now := s.now()
-	for _, t := range s.issued {
-		if t.value == value {
-			return now < t.expires
-		}
-	}
-	return false
+	n, _ = strconv.Atoi(value[1:])
+	t := s.issued[n-1]
+	return n, s.now() < t.expires, max(t.expires, t.shifted)
+}
+
+// newest returns which token was issued last.
+func (s *simulatedServer) newest() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.issued)
 }
 
 // shift lets all tokens so far end earlier or later than the server said: its
@@ -213,6 +219,7 @@ func (s *simulatedServer) shift(by time.Duration) {
 	defer s.mu.Unlock()
 	for _, t := range s.issued {
 		t.expires += by
+		t.shifted = s.now()
 	}
 }
 

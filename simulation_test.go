@@ -1,11 +1,9 @@
 package outboundauth
 
 import (
-	"context"
 	"fmt"
 	"math"
 	"math/rand/v2"
-	"net/http"
 	"os"
 	"runtime"
 	"slices"
@@ -15,14 +13,12 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
-
-	"github.com/outboundauth/caddy-outbound-auth/internal/verdict"
 )
 
 // An hour of virtual time is long enough for all waits: the longest is 7½ minutes.
 const (
 	simulatedTime     = time.Hour
-	maxSimulatedSteps = 300
+	maxSimulatedSteps = 220
 
 	longestTimeout = 30 * time.Second
 
@@ -154,11 +150,12 @@ type rejection struct {
 
 // history is one simulated hour, and the record of what happened in it.
 type history struct {
-	seed   uint64
-	config simulationConfig
-	steps  []step
-	server *simulatedServer
-	pool   simulatedPool
+	seed      uint64
+	config    simulationConfig
+	steps     []step
+	server    *simulatedServer
+	upstreams []*simulatedUpstream
+	pool      simulatedPool
 
 	started time.Time
 	callers sync.WaitGroup
@@ -176,9 +173,10 @@ func (h *history) now() time.Duration { return time.Since(h.started) }
 
 func newHistory(seed uint64) *history {
 	h := &history{seed: seed}
-	g := &historyMaker{h, rand.New(rand.NewPCG(seed, 13))}
+	g := &historyMaker{history: h, Rand: rand.New(rand.NewPCG(seed, 13))}
 	h.config = g.newConfig()
 	h.server = &simulatedServer{history: h, config: h.config}
+	g.makeUpstreams()
 	g.makeSteps()
 	return h
 }
@@ -203,6 +201,7 @@ func (h *history) run() {
 	synctest.Wait()
 	h.endedAt = h.now()
 	h.leftover = append(h.leftover, h.pool.leftover()...)
+	h.untidy = h.pool.untidy()
 	time.Sleep(24 * time.Hour)
 	synctest.Wait()
 	if n := h.inFlight(); n > 0 {
@@ -237,61 +236,11 @@ func (h *history) noteUsers() {
 	h.usersAre(lives)
 }
 
-// call does what a request of the gateway does: it asks for a token, and once
-// more if the upstream refuses the first one. It leaves after a while, unless
-// patience is 0.
-func (h *history) call(patience time.Duration) {
-	ctx := context.Background()
-	if patience > 0 {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, patience)
-		defer cancel()
-	}
-	source := h.pool.current()
-	if source == nil {
-		return
-	}
-	t := h.ask(ctx, source, patience)
-	if t == nil {
-		return
-	}
-	kind := verdict.KindOf(http.MethodGet, "/", false)
-	if h.server.accepts(t.value) {
-		if at := source.places.find(anAddress); at != nil {
-			source.accepted(at, verdict.Acceptance{Kind: kind, Token: t.value, Sent: time.Now()})
-		}
-		return
-	}
-	r := &refusal{of: t, Refusal: verdict.Refusal{Kind: kind, Token: t.value}}
-	fresh, _ := source.another(ctx, anAddress, r)
-	if fresh != nil {
-		source.settled(r, h.server.accepts(fresh.value), fresh)
-	}
-}
-
-func (h *history) ask(ctx context.Context, source *tokenSource, patience time.Duration) *token {
-	c := h.asks(patience)
-	t, _, err := source.Token(ctx)
-	h.answered(c, t, err)
-	return t
-}
-
-// start makes so many calls, at this distance.
-func (h *history) start(n int, distance, patience time.Duration) {
-	h.callers.Go(func() {
-		for i := range n {
-			if i > 0 && distance > 0 {
-				time.Sleep(distance)
-			}
-			h.callers.Go(func() { h.call(patience) })
-		}
-	})
-}
-
 // historyMaker makes the steps of a history, at random.
 type historyMaker struct {
 	*history
 	*rand.Rand
+	made int // upstreams
 }
 
 // between returns a duration at random, with each order of magnitude as likely as
@@ -348,13 +297,23 @@ func (g *historyMaker) makeSteps() {
 			outages = append(outages, g.newPhase(at))
 		case x < 14:
 			rejections = append(rejections, rejection{at, at + g.between(100*time.Millisecond, 10*time.Minute), g.chance(60)})
-		case x < 18:
+		case x < 16:
 			g.add(at, "all tokens are revoked", g.server.revoke)
-		case x < 20:
+		case x < 19:
+			g.addRevocation(at)
+		case x < 21:
 			by := time.Duration((g.Float64() - 0.5) * float64(g.config.lifetime))
 			g.add(at, fmt.Sprintf("the server's clock jumps: tokens end %v later", by), func() { g.server.shift(by) })
-		case x < 25:
+		case x < 26:
 			g.addReload(at)
+		case x < 28:
+			g.addClosure(at)
+		case x < 31:
+			g.addChecks(at)
+		case x < 36:
+			g.addNoise(at)
+		case x < 39:
+			g.addTraffic(at)
 		default:
 			g.addCalls(at)
 		}
@@ -478,19 +437,18 @@ func (g *historyMaker) addReload(at time.Duration) {
 }
 
 func (g *historyMaker) addCalls(at time.Duration) {
-	h := g.history
-	var patience time.Duration
+	s := stream{n: 1, to: g.anyTarget()}
 	if g.chance(20) {
-		patience = g.between(time.Millisecond, 5*time.Second)
+		s.patience = g.between(time.Millisecond, 5*time.Second)
 	}
-	n, distance := 1, time.Duration(0)
 	switch x := g.IntN(100); {
 	case x < 35:
 	case x < 55:
-		n = 2 + g.IntN(8)
+		s.n = 2 + g.IntN(8)
 	default:
-		distance = g.between(10*time.Millisecond, 3*time.Second)
-		n = 2 + g.IntN(30)
+		s.distance = g.between(10*time.Millisecond, 3*time.Second)
+		s.n = 2 + g.IntN(30)
 	}
-	g.add(at, "", func() { h.start(n, distance, patience) })
+	s.unrepeatable = g.chance(20)
+	g.addStream(at, s)
 }
