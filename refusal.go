@@ -82,6 +82,9 @@ func (s *tokenSource) hold(ctx context.Context, r *refusal, most time.Duration) 
 func (s *tokenSource) anotherLater(address dialAddress, r *refusal) (certain bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.unused() {
+		return false // nobody comes next
+	}
 	_, _ = s.decide(address, r, time.Now())
 	r.at.Unjudged(&r.Refusal)
 	return r.Renewed() && r.Strong()

@@ -485,6 +485,19 @@ func TestRefusalWhoseFetchIsGivenUp(t *testing.T) {
 	})
 }
 
+// A token is replaced for those that come next. If no config uses the source, nobody does.
+func TestRefusalAfterTheConfigHasEnded(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := attachedSource(r)
+		expectToken(t, s, "t1", 0)
+		s.detach(r, func() {})
+		s.anotherLater(anAddress, refusalOf(s.Peek()))
+		expectRequests(t, r, 1)
+		time.Sleep(afterlife)
+	})
+}
+
 // repeating grants the same token each time.
 type repeating struct{ *scriptedRequester }
 
