@@ -7,12 +7,12 @@ import (
 	"net/http"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
+	"github.com/outboundauth/caddy-outbound-auth/internal/replay"
 	"github.com/outboundauth/caddy-outbound-auth/internal/verdict"
 )
 
@@ -561,31 +561,29 @@ func TestRefusedHealthCheckIsSentAgain(t *testing.T) {
 // An upload that would be refused waits for the token, and one to another upstream does
 // not.
 func TestUploadWaitsForTheNewToken(t *testing.T) {
-	auth := newAuthServer(t)
-	up, other := newUpstream(t, auth), newUpstream(t, nil)
-	g := startGateway(t, "handle /other {\n"+proxySite(other, auth, "")+"\n}\n"+proxySite(up, auth, ""))
-	long := strings.Repeat("x", 2*defaultReplayBody)
-	g.send(http.MethodPost, "/", strings.NewReader(long)).want(t, http.StatusOK)
-	auth.revoke()
-	release := auth.hang()
-	refused := make(chan reply, 1)
-	go func() { refused <- g.get() }()
-	source := theSource(t)
-	eventually(t, func() bool { return source.waiters() == 1 }, "a request that waits for another token")
-	g.send(http.MethodPost, "/other", strings.NewReader(long)).want(t, http.StatusOK)
-	var sent atomic.Bool
-	upload := make(chan reply, 1)
-	go func() {
-		r := g.send(http.MethodPost, "/", strings.NewReader(long))
-		sent.Store(true)
-		upload <- r
-	}()
-	eventually(t, func() bool { return source.waiters() == 2 }, "an upload that waits")
-	if sent.Load() {
-		t.Error("the upload does not wait, want that it does")
-	}
-	release()
-	(<-refused).want(t, http.StatusOK)
-	(<-upload).want(t, http.StatusOK)
-	auth.wantAsked(t, 2)
+	synctest.Test(t, func(t *testing.T) {
+		rig := newVerdictRig(t, rigSettings{takes: 800 * time.Millisecond})
+		calls := []*rigCall{
+			{at: 100 * time.Millisecond, address: addressA, kind: "GET /", good: true}, // is refused
+			{at: 200 * time.Millisecond, address: addressB, kind: "POST /", good: true, upload: true},
+			{at: 200 * time.Millisecond, address: addressA, kind: "POST /", good: true, upload: true},
+		}
+		rig.upstream.server.settings.rule = func(s rigSight) rigJudgement {
+			if s.address == addressB {
+				return acceptsRequest
+			}
+			return judgeByToken(s)
+		}
+		rig.server.revoke()
+		rig.play(calls)
+		uploaded := 700*time.Millisecond + 2*rigAnswer + replay.MaxPause // it is announced, and nobody answers that
+		for i, want := range []time.Duration{800*time.Millisecond + 2*rigAnswer, rigAnswer, uploaded} {
+			if c := calls[i]; !c.accepted() || c.took != want {
+				t.Errorf("request %d: status %d after %v, want a success after %v", i, c.status, c.took, want)
+			}
+		}
+		if n := len(calls[2].receipts); n != 1 {
+			t.Errorf("the upload was sent %d times, want once", n)
+		}
+	})
 }

@@ -115,6 +115,7 @@ type rigCall struct {
 	check   bool       // it is an active health check
 	refusal rigRefusal // of the request; default: 401 without a challenge
 
+	upload bool          // it has a body that is too long to be sent again
 	leaves time.Duration // so long after it came, its client goes away; 0: never
 	slow   time.Duration // how much longer the upstream takes for it
 
@@ -201,7 +202,10 @@ func (c *rigCall) request(ctx context.Context) *http.Request {
 		Header: make(http.Header),
 		Proto:  "HTTP/1.1", ProtoMajor: 1, ProtoMinor: 1,
 	}
-	if method == http.MethodPost {
+	if c.upload {
+		body := strings.Repeat("x", 2*defaultReplayBody)
+		req.Body, req.ContentLength = io.NopCloser(strings.NewReader(body)), int64(len(body))
+	} else if method == http.MethodPost {
 		const body = `{"amount":1}`
 		req.Body, req.ContentLength = io.NopCloser(strings.NewReader(body)), int64(len(body))
 	}
