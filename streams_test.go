@@ -2,10 +2,12 @@ package outboundauth
 
 import (
 	"bufio"
+	"bytes"
 	"fmt"
 	"io"
 	"net"
 	"net/http"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -211,9 +213,18 @@ func TestNoUpgradeToAnotherHTTP(t *testing.T) {
 				if header := up.last(t).header; want == http.StatusOK && (header["Connection"] != nil || header["Http2-Settings"] != nil) {
 					t.Errorf("got %v, want nothing of the upgrade", header)
 				}
+				// When Caddy stops, it writes to a WebSocket while that is being copied.
+				conn.Close()
+				eventually(t, func() bool { return !tunnels() }, "the end of the tunnel")
 			})
 		}
 	}
+}
+
+// tunnels reports whether the proxy has an upgraded connection.
+func tunnels() bool {
+	buf := make([]byte, 4<<20)
+	return bytes.Contains(buf[:runtime.Stack(buf, true)], []byte("handleUpgradeResponse"))
 }
 
 // The proxy would open the tunnel: it compares a 101 with what the caller asked for.

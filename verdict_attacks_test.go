@@ -2,6 +2,7 @@ package outboundauth
 
 import (
 	"fmt"
+	"sync/atomic"
 	"time"
 )
 
@@ -121,9 +122,9 @@ func tooManyAttempts(s rigSight) rigJudgement {
 // oneOfTwoHosts is the rule of an address with two hosts behind it, of which one never
 // notices that a token is revoked.
 func oneOfTwoHosts() func(rigSight) rigJudgement {
-	n := 0
+	var n atomic.Int64
 	return func(s rigSight) rigJudgement {
-		if n++; n%2 == 0 && s.good {
+		if n.Add(1)%2 == 0 && s.good {
 			return acceptsRequest
 		}
 		return judgeByToken(s)
