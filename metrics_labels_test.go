@@ -206,6 +206,9 @@ func TestMetricsAreNamedByTheConventions(t *testing.T) {
 	if err != nil || len(families) != 15 {
 		t.Fatalf("got %d metrics, err %v, want 15", len(families), err)
 	}
+	for _, family := range families { // the linter compares each with each
+		family.Metric = family.Metric[:min(len(family.Metric), 20)]
+	}
 	problems, err := promlint.NewWithMetricFamilies(families).Lint()
 	if err != nil {
 		t.Fatal(err)

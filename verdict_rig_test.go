@@ -89,7 +89,7 @@ func (r *verdictRig) newSite(t *testing.T) *Transport {
 	t.Helper()
 	// The name of the test keeps the source apart from those of other rigs.
 	cl := newTestClient(t, Credentials{
-		TokenURL: testTokenURL, ClientID: t.Name(), ClientSecret: "secret", RetryOn: r.server.settings.retryOn,
+		Name: "rig", TokenURL: testTokenURL, ClientID: t.Name(), ClientSecret: "secret", RetryOn: r.server.settings.retryOn,
 	}, r.server)
 	cl.start()
 	site := &Transport{
