@@ -81,6 +81,7 @@ type Refusal struct {
 	strong  bool      // and the evidence was strong
 	chance  bool      // and if that is accepted, it may be by chance
 	before  time.Time // when a refusal had brought about a new token before
+	wrongAt time.Time // when strong evidence was wrong before
 	refuted chan struct{}
 	isPath  bool // refuted is closed
 
@@ -265,7 +266,7 @@ func (p *Place) Served() bool { return p.served }
 // renew notes that a refusal brings about a new token. Its cost counts from now on: the
 // client may go away, and then nobody sees whether the token helps.
 func (p *Place) renew(b *Budget, r *Refusal, strong bool, now time.Time) Decision {
-	r.before = b.last
+	r.before, r.wrongAt = b.last, p.wrongAt
 	b.spend(now)
 	r.renewed, r.strong = true, strong
 	r.chance = r.Token == p.helped && r.Token != p.proven
@@ -294,6 +295,7 @@ func (p *Place) NoToken(b *Budget, r *Refusal) {
 	p.wasted = max(0, p.wasted-1) // 0 if the time has taken it
 	if r.strong {
 		p.wrong = max(0, p.wrong-1)
+		p.wrongAt = r.wrongAt
 	}
 	if r.unjudged {
 		p.believeAgain(r)

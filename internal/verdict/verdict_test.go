@@ -330,6 +330,23 @@ func TestNoToken(t *testing.T) {
 	r.renewal("/", true)
 }
 
+// While there is no token, it is forgotten that strong evidence was wrong.
+func TestNoTokenOnStrongEvidence(t *testing.T) {
+	r := newRig(t)
+	r.renewal("/", false)
+	r.accepts("/a")
+	r.accepts("/b")
+	r.after(time.Minute).renewal("/a", false)
+	for range 7 {
+		r.after(10 * time.Second).accepts("/b")
+		refusal := r.wantRefused("/b", Renew)
+		r.Place.NoToken(&r.Budget, refusal)
+	}
+	if r.Place.wrong != 0 {
+		t.Errorf("strong evidence counts as wrong %d times after 70 s, want none", r.Place.wrong)
+	}
+}
+
 // The answer comes so late that the waste is forgotten.
 func TestLateNews(t *testing.T) {
 	r := newRig(t)
