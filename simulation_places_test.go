@@ -151,7 +151,7 @@ func (p *placeModel) trusts(x *trip, at time.Duration) bool {
 // renewedAt returns when the fetch began that a refusal has brought about: the last one
 // before the request had its token, or gave up.
 func (m *model) renewedAt(x *trip) time.Duration {
-	if first := m.nextAttempt(max(x.refused, m.fetchStart(x.decided)) - 1); !x.unrepeatable && first != nil {
+	if first := m.fetchSince(x.refused, x.decided); first != nil && !x.unrepeatable {
 		return first.start
 	}
 	return x.refused
@@ -159,8 +159,19 @@ func (m *model) renewedAt(x *trip) time.Duration {
 
 // fetching reports whether a fetch is under way. It may be between two of its requests.
 func (m *model) fetching(at time.Duration) bool {
-	first := m.nextAttempt(m.fetchStart(at) - 1)
+	first := m.fetchSince(0, at)
 	return first != nil && first.start <= at
+}
+
+// fetchSince returns the first attempt since from of the fetch that ends at to, or is under
+// way, or comes next; nil if there is none.
+func (m *model) fetchSince(from, to time.Duration) *attemptRecord {
+	before := m.fetchStart(to)
+	first := m.nextAttempt(max(from, before) - 1)
+	for first != nil && first.end <= before { // it failed at once, and is the last one of a fetch
+		first = m.nextAttempt(first.start)
+	}
+	return first
 }
 
 // anyRefused reports whether a request waited then, or was told then what to do, because

@@ -291,17 +291,15 @@ func (g *historyMaker) makeSteps() {
 		if g.chance(70) {
 			at = scenes[g.IntN(len(scenes))] + time.Duration(g.ExpFloat64()*float64(20*time.Second))
 		}
-		at = min(at, simulatedTime-1)
+		at %= simulatedTime
 		switch x := g.IntN(100); {
 		case x < 12:
 			outages = append(outages, g.newPhase(at))
 		case x < 14:
 			rejections = append(rejections, rejection{at, at + g.between(100*time.Millisecond, 10*time.Minute), g.chance(60)})
-		case x < 16:
-			g.add(at, "all tokens are revoked", g.server.revoke)
-		case x < 19:
+		case x < 20:
 			g.addRevocation(at)
-		case x < 21:
+		case x < 22:
 			by := time.Duration((g.Float64() - 0.5) * float64(g.config.lifetime))
 			g.add(at, fmt.Sprintf("the server's clock jumps: tokens end %v later", by), func() { g.server.shift(by) })
 		case x < 26:
@@ -310,9 +308,9 @@ func (g *historyMaker) makeSteps() {
 			g.addClosure(at)
 		case x < 31:
 			g.addChecks(at)
-		case x < 36:
+		case x < 35:
 			g.addNoise(at)
-		case x < 39:
+		case x < 38:
 			g.addTraffic(at)
 		default:
 			g.addCalls(at)

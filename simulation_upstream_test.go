@@ -347,10 +347,25 @@ func (g *historyMaker) addStream(at time.Duration, s stream) {
 	g.add(at, "", func() { h.start(s) })
 }
 
-// addRevocation lets one upstream refuse the tokens that there are.
+// addRevocation lets one upstream or all of them refuse the tokens that there are. Most
+// revocations are noticed soon.
 func (g *historyMaker) addRevocation(at time.Duration) {
 	u := g.anyUpstream()
-	g.add(at, fmt.Sprintf("all tokens are revoked at %v", u.address), u.revoke)
+	if g.chance(60) {
+		g.add(at, fmt.Sprintf("all tokens are revoked at %v", u.address), u.revoke)
+	} else {
+		g.add(at, "all tokens are revoked", g.server.revoke)
+	}
+	if g.chance(60) {
+		g.addStream(min(at+g.between(time.Millisecond, 5*time.Second), simulatedTime-1), stream{
+			n: 1 + g.IntN(10), distance: g.between(time.Millisecond, time.Second), to: g.goodTargets(u),
+		})
+	}
+}
+
+// goodTargets returns the kinds that an upstream accepts.
+func (g *historyMaker) goodTargets(u *simulatedUpstream) []target {
+	return u.targets(func(k *simulatedKind) bool { return k.nature <= natureNew })
 }
 
 // addClosure lets one upstream refuse everything for a time.
@@ -405,7 +420,7 @@ func (g *historyMaker) addTraffic(at time.Duration) {
 	u := g.anyUpstream()
 	to := u.targets(func(*simulatedKind) bool { return true })
 	if g.chance(60) {
-		to = u.targets(func(k *simulatedKind) bool { return k.nature <= natureNew })
+		to = g.goodTargets(u)
 	}
 	g.addStream(at, stream{n: 10 + g.IntN(80), distance: g.between(10*time.Millisecond, time.Second), to: to})
 }

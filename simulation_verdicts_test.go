@@ -219,7 +219,7 @@ func (m *model) wastes(epoch time.Duration) (all []time.Duration) {
 		helped[r.at] = helped[r.at] || r.helped()
 	}
 	for _, t := range m.holdings {
-		start := m.nextAttempt(m.fetchStart(t.from) - 1).start
+		start := m.fetchSince(0, t.from).start
 		before := m.holdingAt(start - 1)
 		if m.epochOf(start) == epoch && before != nil && before.from >= epoch && m.isYoung(before, start) && !m.failed(start) && !helped[start] {
 			all = append(all, start)
