@@ -188,6 +188,9 @@ func (s *simulatedServer) issue() (value string, lifetime time.Duration) {
 		}
 	}
 	t := &serverToken{value: fmt.Sprintf("t%d", len(s.issued)+1), expires: now + c.lifetime}
+	if c.dies > 0 {
+		t.expires = min(t.expires, now+c.dies)
+	}
 	s.issued = append(s.issued, t)
 	if !c.names {
 		return t.value, 0

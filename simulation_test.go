@@ -132,6 +132,7 @@ type simulationConfig struct {
 	names        bool          // the lifetime of its tokens
 	repeats      bool          // its tokens
 	repeatedName int           // as lifetime of a repeated token: 0 nothing, 1 what is left, 2 as of a new one
+	dies         time.Duration // when upstreams refuse its tokens already; 0: at their end
 	concurrent   bool
 }
 
@@ -165,8 +166,8 @@ type history struct {
 
 func (h *history) String() string {
 	c := h.config
-	return fmt.Sprintf("tokens live %v, named %t, repeated %t (%d); answer %v; %+v; side by side %t",
-		c.lifetime, c.names, c.repeats, c.repeatedName, c.answer, c.life, c.concurrent)
+	return fmt.Sprintf("tokens live %v (%v), named %t, repeated %t (%d); answer %v; %+v; side by side %t",
+		c.lifetime, c.dies, c.names, c.repeats, c.repeatedName, c.answer, c.life, c.concurrent)
 }
 
 func (h *history) now() time.Duration { return time.Since(h.started) }
@@ -258,6 +259,9 @@ func (g *historyMaker) newConfig() simulationConfig {
 		repeats:      g.chance(25),
 		repeatedName: g.IntN(3),
 		concurrent:   g.chance(80),
+	}
+	if g.chance(10) {
+		c.dies = g.between(2*time.Second, 20*time.Second)
 	}
 	c.life = g.newLifecycle(c.lifetime)
 	c.answer = g.between(time.Millisecond, min(1500*time.Millisecond, c.life.fetchTimeout/5))

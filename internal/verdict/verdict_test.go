@@ -320,6 +320,19 @@ func TestTokenThatIsRepeatedIsNotCleared(t *testing.T) {
 	}
 }
 
+// Tokens that help cost nothing, however soon they are refused.
+func TestTokensThatHelp(t *testing.T) {
+	r := newRig(t)
+	r.renewal("/", true)
+	for range 100 {
+		r.accepts("/")
+		r.after(2*time.Second).renewal("/", true)
+	}
+	if r.Place.wasted > 1 {
+		t.Errorf("%d tokens count as of no use, want the first one at most", r.Place.wasted)
+	}
+}
+
 // The authorization server has no token. That costs the upstream nothing.
 func TestNoToken(t *testing.T) {
 	r := newRig(t)
