@@ -89,6 +89,7 @@ var invariants = []struct {
 	{"a refusal that the client gets has a reason", answersForGoodReason},
 	{"new tokens of no use are few", wasteIsLimited},
 	{"new tokens of no use make waits longer", wasteSlowsDown},
+	{"a token is replaced once", replacedOnce},
 	{"strong evidence has a reason", strongForGoodReason},
 	{"healed at once", healedAtOnce},
 	{"healed at last", healedAtLast},

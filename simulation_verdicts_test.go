@@ -18,6 +18,8 @@ const (
 
 	promisedBurst  = 10               // new tokens may be of no use at once,
 	promisedRefill = 30 * time.Second // and after that one each time
+	spared         = 2                // of the burst, that noise does not get,
+	sparedByStrong = 1                // and that strong evidence does not get
 
 	promisedHealing       = 1 * time.Second
 	promisedHealingAtLast = 30 * time.Second
@@ -211,6 +213,23 @@ func wasteIsLimited(m *model, report report) {
 	}
 }
 
+// A revocation costs one token request: refusals of a token that has been replaced bring
+// about none. A server that repeats its token replaces nothing.
+func replacedOnce(m *model, report report) {
+	type key struct {
+		value  string
+		source *tokenSource
+	}
+	replaced := map[key]bool{}
+	for _, r := range m.renewals {
+		k := key{r.sends[0].value, r.source}
+		if replaced[k] && !m.config.repeats {
+			report(r.at, "a new token for %v, and %s was replaced before", r.to.address, k.value)
+		}
+		replaced[k] = true
+	}
+}
+
 // wastes returns when young tokens were replaced since an epoch began, and the new ones
 // were of no use.
 func (m *model) wastes(epoch time.Duration) (all []time.Duration) {
@@ -280,7 +299,7 @@ func strongForGoodReason(m *model, report report) {
 func healedAtOnce(m *model, report report) {
 	for _, x := range m.refusals {
 		p := m.places[x]
-		if m.healable(x, promisedHealing) && p.trusts(x, x.refused) && p.wrong(x.refused) == 0 && m.spent(x.refused) < promisedBurst-2 {
+		if m.healable(x, promisedHealing) && p.trusts(x, x.refused) && p.wrong(x.refused) == 0 && m.spent(x.refused) < promisedBurst-1-sparedByStrong {
 			m.wantHealed(x, 0, report)
 		}
 	}
@@ -293,7 +312,7 @@ func healedAtLast(m *model, report report) {
 	for _, x := range m.refusals {
 		p := m.places[x]
 		if m.healable(x, promisedHealingAtLast) && m.refutedSince(x) && !m.fetching(x.refused) && !m.clears(p, x.sends[0].value, x.refused) &&
-			p.openAt(x.refused) < promisedHeld && m.spent(x.refused) < promisedBurst-3 {
+			p.openAt(x.refused) < promisedHeld && m.spent(x.refused) < promisedBurst-1-spared {
 			m.wantHealed(x, promisedHold, report)
 		}
 	}
