@@ -157,7 +157,9 @@ func (s *tokenSource) judge(r *refusal, accepted bool, fresh string) verdict.Ver
 	now := time.Now()
 	v := r.at.Judge(&s.places.budget, &r.Refusal, accepted, fresh, now)
 	if v == verdict.Path {
-		r.at.doubted = ""
+		if r.at.doubted == r.Token { // otherwise another one is doubted meanwhile
+			r.at.doubted = ""
+		}
 		s.notice(r, now)
 	}
 	return v

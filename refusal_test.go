@@ -117,6 +117,27 @@ func TestWhoCanNotBeRepeatedWaitsForASecond(t *testing.T) {
 	})
 }
 
+// A token was in doubt wrongly. Meanwhile, the next one is in doubt, which is another matter.
+func TestWhoCanNotBeRepeatedWaitsForTheNextToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		slow := refusalOf(s.Peek())
+		second, _ := s.another(t.Context(), anAddress, slow)
+		time.Sleep(time.Second)
+		r.setDelay(500 * time.Millisecond)
+		var wg sync.WaitGroup
+		wg.Go(func() { s.refuse(t.Context(), second) })
+		time.Sleep(100 * time.Millisecond)
+		s.settled(slow, false, second)
+		if got, waited := s.sure(t.Context(), anAddress, second); got.value != "t3" || waited != 400*time.Millisecond {
+			t.Errorf("sure() = %s after %v, want t3 when it is there", got.value, waited)
+		}
+		wg.Wait()
+	})
+}
+
 // Who is refused waits for a moment while the server is silent, and gets no token then.
 // Others don't wait.
 func TestRefusedTokenWhileTheServerIsSilent(t *testing.T) {
