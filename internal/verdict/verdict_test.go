@@ -343,6 +343,25 @@ func TestNoToken(t *testing.T) {
 	r.renewal("/", true)
 }
 
+// The next one need not come later for that.
+func TestNoTokenDelaysNothing(t *testing.T) {
+	r := newRig(t)
+	r.renewal("/", false)
+	r.after(time.Minute)
+	for range 10 {
+		r.Place.NoToken(&r.Budget, r.wantRefused("/", Renew))
+	}
+}
+
+// Where the last new token was of no use, and nobody is served, there is nothing to wait for.
+func TestNothingToWaitFor(t *testing.T) {
+	r := newRig(t)
+	r.renewal("/", false)
+	r.wantRefused("/", Answer)
+	r.accepts("/x")
+	r.wantRefused("/", Hold)
+}
+
 // While there is no token, it is forgotten that strong evidence was wrong.
 func TestNoTokenOnStrongEvidence(t *testing.T) {
 	r := newRig(t)
