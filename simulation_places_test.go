@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"math"
 	"slices"
+	"sort"
 	"time"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/verdict"
@@ -192,7 +193,9 @@ func (m *model) anyRefused(value string, at time.Duration) bool {
 // that one was sent after the refusal. Then the refusal is about the request. It is never
 // if that was not seen.
 func (m *model) refutedAt(x *trip) time.Duration {
-	for _, s := range m.places[x].accepted {
+	accepted := m.places[x].accepted
+	i := sort.Search(len(accepted), func(i int) bool { return accepted[i].answered > x.refused })
+	for _, s := range accepted[i:] {
 		if s.value == x.sends[0].value && s.sent > x.refused {
 			return s.answered
 		}

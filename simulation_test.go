@@ -18,7 +18,7 @@ import (
 // An hour of virtual time is long enough for all waits: the longest is 7½ minutes.
 const (
 	simulatedTime     = time.Hour
-	maxSimulatedSteps = 220
+	maxSimulatedSteps = 180
 
 	longestTimeout = 30 * time.Second
 

@@ -66,6 +66,21 @@ func sureForGoodReason(m *model, report report) {
 	}
 }
 
+// A request that can't be sent again does wait while its token is replaced because its
+// upstream has refused it.
+func sureIfRefused(m *model, report report) {
+	for _, x := range m.trips {
+		if !x.unrepeatable || x.patience > 0 || x.sure.to > x.sure.from {
+			continue
+		}
+		for _, r := range m.places[x].renewals {
+			if r.sends[0].value == x.asked && r.at < x.sure.from && !m.fetchEnded(r.at, x.sure.from+1) && !m.goesAway(r.at, x.sure.from) {
+				report(x.sure.from, "%v has refused %s at %v, and a request goes there that can't be sent again", x.to.address, x.asked, r.refused)
+			}
+		}
+	}
+}
+
 // hasRefused reports whether the upstream refused this token before.
 func (p *placeModel) hasRefused(value string, at time.Duration) bool {
 	return slices.ContainsFunc(p.refusals, func(x *trip) bool { return x.refused <= at && x.sends[0].value == value })
@@ -144,6 +159,50 @@ func (p *placeModel) suspects(x *trip, at time.Duration) bool {
 		}
 	}
 	return x.says() && wrong < promisedChallenges || p.trusts(x, at)
+}
+
+// Nobody waits for what is decided. A new token ends all waits. A refusal that is held is
+// decided when an acceptance has refuted it; while a fetch is under way, some are not.
+func nobodyWaitsInVain(m *model, report report) {
+	for _, x := range m.refusals {
+		t := m.holdingAt(x.refused)
+		if next := m.holdingAt(x.decided); t != nil && next != nil && !next.is(t.value) && next.from < x.decided-slack {
+			report(x.decided, "refused at %v, and waits although %s is there since %v", x.refused, next.value, next.from)
+		}
+		if refuted := m.refutedAt(x); refuted < x.decided-slack && !m.fetching(x.refused) && !m.fetching(x.decided) {
+			report(x.decided, "refused at %v, and waits although that is refuted since %v", x.refused, refuted)
+		}
+	}
+}
+
+// In its reserve, a token has expired by the clock of the upstream. That is no reason to
+// replace it before others do.
+func reserveIsNoEvidence(m *model, report report) {
+	for _, r := range m.renewals {
+		if t := m.holdingAt(r.at - 1); t.is(r.sends[0].value) && t.least == t.most && t.life == t.wholeLife && r.at > t.reserveFrom()+slack {
+			report(r.at, "a new token for %v, because %s was refused in its reserve", r.to.address, t.value)
+		}
+	}
+}
+
+// While the server has no token, it is asked again two seconds after the last time because
+// of strong evidence, or sooner. What the server has asked for comes first.
+func triedAgainForTheRefused(m *model, report report) {
+	for _, x := range m.refusals {
+		last := m.lastAttempt(x.refused - 1)
+		if !m.failed(x.refused) || x.kind.check || x.sends[0].judgement != refusesToken ||
+			last == nil || last.start+promisedAskedWait >= x.refused || m.fetching(x.refused-1) || m.isAway(x.refused) {
+			continue
+		}
+		if t := m.holdingAt(x.refused); !t.is(x.sends[0].value) || x.refused >= t.reserveFrom()-slack || m.leftAlone(x.refused) > x.refused {
+			continue
+		}
+		p := m.places[x]
+		strong := p.trusts(x, x.refused) && p.wrong(x.refused) == 0 && m.spent(x.refused) < promisedBurst-1-sparedByStrong
+		if strong && m.lastAttempt(x.refused) == last {
+			report(x.refused, "%s is refused, and there was no request since %v", x.sends[0].value, last.start)
+		}
+	}
 }
 
 // says reports whether the upstream says that the token is invalid.
