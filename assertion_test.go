@@ -28,7 +28,7 @@ import (
 // requestForm makes a token request, and returns the form that was sent.
 func requestForm(t *testing.T, cl *client, server *wire) url.Values {
 	t.Helper()
-	if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+	if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 		t.Fatalf("request() = %v, want no error", err)
 	}
 	sent := server.requests()
@@ -163,7 +163,7 @@ func TestClientSecretTooShortToSign(t *testing.T) {
 		c.ClientSecret = (canarySecret + strings.Repeat("x", need))[:need-1]
 		server := answering(http.StatusOK, goodAnswer)
 		cl := newTestClient(t, c, server)
-		_, err := cl.endpoint.request(t.Context(), nil)
+		_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 		wantTokenError(t, err, codeConfiguration, true)
 		wantError(t, err, fmt.Sprintf("client_secret: has %d bytes, too few for %s", need-1, alg))
 		wantNoCanary(t, err)
@@ -172,7 +172,7 @@ func TestClientSecretTooShortToSign(t *testing.T) {
 		}
 
 		c.ClientSecret += "x"
-		if _, err := newTestClient(t, c, server).endpoint.request(t.Context(), nil); err != nil {
+		if _, err := newTestClient(t, c, server).endpoint.locateAndRequest(t.Context(), nil); err != nil {
 			t.Errorf("%s: got %v for %d bytes, want no error", alg, err, need)
 		}
 	}
@@ -247,7 +247,7 @@ func TestAssertionIsWhatTheConfigAsksFor(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if _, err := transport.fallback.endpoint.request(t.Context(), nil); err != nil {
+			if _, err := transport.fallback.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 				t.Fatalf("request() = %v, want no error", err)
 			}
 			sent := forms()
@@ -452,7 +452,7 @@ func TestJWTBearerGrant(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := transport.fallback.endpoint.request(t.Context(), nil); err != nil {
+		if _, err := transport.fallback.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 			t.Fatalf("request() = %v, want no error", err)
 		}
 		header, claims := verified(t, forms()[0].Get("assertion"), key.Public(), "ES256")
@@ -515,7 +515,7 @@ func TestUnusableAssertionFileMakesNoRequest(t *testing.T) {
 				cl := newTestClient(t, Credentials{TokenURL: testTokenURL, AssertionFile: test.file, GrantType: grant}, server)
 				ctx, cancel := context.WithTimeout(t.Context(), patience)
 				defer cancel()
-				_, err := cl.endpoint.request(ctx, nil) // a timeout is no error of the configuration
+				_, err := cl.endpoint.locateAndRequest(ctx, nil) // a timeout is no error of the configuration
 				wantTokenError(t, err, codeConfiguration, true)
 				wantError(t, err, test.want)
 				wantNoCanary(t, err)
@@ -651,7 +651,7 @@ func TestUnusableKeyMakesNoRequest(t *testing.T) {
 		{keytest.PKCS8(t, keytest.Keys["RSA"]()), "private_key: is an RSA key, which the signing_alg ES256 does not fit"},
 	} {
 		writeFile(t, file, test.content)
-		_, err := cl.endpoint.request(t.Context(), nil)
+		_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 		wantTokenError(t, err, codeConfiguration, true)
 		wantError(t, err, test.want)
 		wantNoCanary(t, err)
@@ -742,10 +742,10 @@ func TestClaimsAreResolvedForEachRequest(t *testing.T) {
 		TokenURL: testTokenURL, ClientID: "id", GrantType: grantJWTBearer, PrivateKey: file,
 		Subject: "{env.TEST_SUBJECT}", Claims: map[string]string{"region": "{env.TEST_REGION}"},
 	}, server)
-	_, err := cl.endpoint.request(t.Context(), nil)
+	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	wantError(t, err, "subject: evaluated placeholder {env.TEST_SUBJECT} is empty")
 	t.Setenv("TEST_SUBJECT", "jane")
-	_, err = cl.endpoint.request(t.Context(), nil)
+	_, err = cl.endpoint.locateAndRequest(t.Context(), nil)
 	wantError(t, err, "claim region: evaluated placeholder {env.TEST_REGION} is empty")
 
 	fingerprints := make(map[string]bool)
@@ -786,7 +786,7 @@ func TestEchoedAssertionIsNotShown(t *testing.T) {
 				echoed = append(r.PostForm["assertion"], r.PostForm["client_assertion"]...)
 				fmt.Fprintf(w, `{"error":"invalid_client","error_description":"bad assertion %s"}`, strings.Join(echoed, " "))
 			})}
-			_, err := newTestClient(t, c, server).endpoint.request(t.Context(), nil)
+			_, err := newTestClient(t, c, server).endpoint.locateAndRequest(t.Context(), nil)
 			wantTokenError(t, err, "invalid_client", true)
 			wantError(t, err, "the server's description repeats the client's credentials")
 			if len(echoed) == 0 {
@@ -824,7 +824,7 @@ func TestEchoedClaimsAreNotShown(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			test.c.TokenURL, test.c.ClientID, test.c.PrivateKey, test.c.GrantType = testTokenURL, "id", file, grantJWTBearer
 			server := answering(http.StatusBadRequest, `{"error":"invalid_grant","error_description":"unknown: `+test.echo+`"}`)
-			_, err := newTestClient(t, test.c, server).endpoint.request(t.Context(), nil)
+			_, err := newTestClient(t, test.c, server).endpoint.locateAndRequest(t.Context(), nil)
 			if got := wantTokenError(t, err, "invalid_grant", true); strings.Contains(got.Description, test.echo) == test.hidden {
 				t.Errorf("got %v, want that %q is hidden: %v", err, test.echo, test.hidden)
 			}

@@ -3,8 +3,10 @@
 package outboundauth
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"net/url"
 	"time"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
@@ -13,10 +15,13 @@ import (
 // A requester makes the token requests of a source. All configs that need the
 // same token share one source. Each of these configs brings its own requester.
 type requester interface {
-	// request makes one token request. The grant says when the request began,
+	// locate returns the URL of the token endpoint. It may have to look the URL up.
+	locate(ctx context.Context) (*url.URL, error)
+
+	// request makes one token request at u. The grant says when the request began,
 	// and how long it took. The error shows none of the granted tokens, which the
 	// server may repeat.
-	request(ctx context.Context, granted redact.Secrets) (grant, error)
+	request(ctx context.Context, u *url.URL, granted redact.Secrets) (grant, error)
 
 	// fingerprint returns a text that changes when the client's secrets change,
 	// and that does not hold them. It may do I/O, because placeholders can name
@@ -52,7 +57,11 @@ type attempts struct {
 
 	joined <-chan struct{} // holds an element if a caller has begun to wait
 	needed func() bool     // whether callers wait, and have no token
+	queued func(*slot)     // is called when the fetch begins to wait for its turn
 
+	url     *url.URL  // the token endpoint's
+	slot    *slot     // of the fetch
+	began   time.Time // when the first request began
 	tried   time.Time // when the last request began
 	retries []retry
 	quick   int // how many of them were quick
@@ -73,7 +82,51 @@ type attempt struct {
 	err   error
 }
 
-// obtain makes the token requests of a fetch.
+// obtain makes the token requests of a fetch, when it is its turn. Until then, the time
+// of the fetch stands still.
+func (a *attempts) obtain(ctx context.Context) (*token, error) {
+	left := a.life.fetchTimeout
+	since := time.Now()
+	if err := a.find(ctx, left); err != nil {
+		return nil, err
+	}
+	left -= time.Since(since)
+
+	who := a.describe()
+	a.slot = queues.of(a.url, who.endpoint).take(cmp.Or(who.ClientID, who.name))
+	defer a.slot.release()
+	a.queued(a.slot)
+	if err := a.slot.wait(ctx, a.joined); err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, left)
+	defer cancel()
+	return a.ask(ctx)
+}
+
+// find finds the token endpoint. It tries again as ask does.
+func (a *attempts) find(ctx context.Context, timeout time.Duration) error {
+	ctx, cancel := context.WithTimeout(ctx, timeout)
+	defer cancel()
+	a.began = time.Now()
+	for {
+		a.tried = time.Now()
+		err := safely(func() (err error) {
+			a.url, err = a.locate(ctx)
+			return err
+		})
+		switch {
+		case errors.Is(context.Cause(ctx), errReleased):
+			return errReleased
+		case err == nil:
+			return nil
+		case !a.retriesQuickly(ctx, attempt{err: err}):
+			return err
+		}
+	}
+}
+
+// ask makes token requests until one brings a token.
 //
 // After a transient error it tries again, up to three times in all. It does so only if
 // the fetch before did not fail. A fetch after a failed one is a repetition already,
@@ -81,26 +134,29 @@ type attempt struct {
 // not try again at once: the next grant would be no better.
 //
 // A server may accept a request and never answer it: it has restarted, or something in
-// between has lost the connection. While callers wait without a token, obtain asks
-// again beside the request that is under way. The first token wins.
-func (a *attempts) obtain(ctx context.Context) (*token, error) {
+// between has lost the connection. While callers wait without a token, ask asks
+// again beside the request that is under way, if no other client waits for its turn. The
+// first token wins.
+func (a *attempts) ask(ctx context.Context) (*token, error) {
 	requests, cancel := context.WithCancelCause(ctx)
 	defer cancel(errSilent) // those that have lost
 	ended := make(chan attempt, maxAttempts)
-	underWay := 0
+	sent, underWay := 0, 0
 	next := time.NewTimer(a.silence)
 	defer next.Stop()
-	try := func() {
+	try := func(t *slot) {
 		a.tried = time.Now()
+		sent++
 		underWay++
 		next.Reset(a.silence)
 		go func(first bool) {
-			end := a.attempt(requests)
+			end := a.attempt(requests, t)
 			end.first = first
 			ended <- end
-		}(len(a.retries) == 0)
+		}(sent == 1)
 	}
-	try()
+	a.began = time.Now()
+	try(a.slot)
 	var told error // why an attempt failed while others went on
 	for {
 		select {
@@ -124,16 +180,22 @@ func (a *attempts) obtain(ctx context.Context) (*token, error) {
 			case !a.retriesQuickly(ctx, end):
 				return nil, end.err
 			default:
-				try()
+				try(a.slot)
 			}
 			continue
 		case <-next.C:
 		case <-a.joined:
 		}
-		if a.concurrent() && underWay < maxAttempts && time.Since(a.tried) >= a.silence && a.needed() {
-			a.retries = append(a.retries, retry{time.Now(), errSilent})
-			try()
+		if !a.concurrent() || underWay == maxAttempts || time.Since(a.tried) < a.silence || !a.needed() {
+			continue
 		}
+		extra, ok := a.slot.extra(a.slot.client)
+		if !ok {
+			next.Reset(a.silence)
+			continue
+		}
+		a.retries = append(a.retries, retry{time.Now(), errSilent})
+		try(extra)
 	}
 }
 
@@ -143,34 +205,56 @@ func (a *attempts) retriesQuickly(ctx context.Context, failed attempt) bool {
 	if ctx.Err() != nil || a.failures > 0 || a.quick == quickRetries || failed.spent || leftAlone(failed.err) {
 		return false
 	}
-	a.retries = append(a.retries, retry{time.Now(), failed.err})
+	if a.slot != nil && !a.slot.mayRepeat() {
+		return false
+	}
+	decided := time.Now()
 	delay := time.NewTimer(jitter(quickRetryDelay << a.quick))
 	defer delay.Stop()
-	a.quick++
 	select {
 	case <-delay.C:
-		return true
 	case <-ctx.Done():
 		return false
 	}
+	if a.slot != nil && !a.slot.repeat() {
+		return false
+	}
+	a.quick++
+	a.retries = append(a.retries, retry{decided, failed.err})
+	return true
 }
 
-// attempt makes one token request.
-func (a *attempts) attempt(ctx context.Context) (end attempt) {
+// attempt makes one token request, and keeps the turn for that long.
+func (a *attempts) attempt(ctx context.Context, t *slot) (end attempt) {
+	silent := time.AfterFunc(longestSlot, t.release)
+	defer silent.Stop()
+	if t != a.slot {
+		defer t.release()
+	}
 	end.err = safely(func() error {
-		t, g, err := a.life.requestToken(ctx, a.requester, a.current, a.granted)
+		t, g, err := a.life.requestToken(ctx, a.requester, a.url, a.current, a.granted)
 		end.t, end.spent = t, err != nil && g.accessToken != ""
 		return err
 	})
+	if !isGivenUp(ctx) {
+		t.answered(end.err == nil || end.spent, end.err)
+	}
 	return end
 }
 
-// requestToken makes one token request, and a token of the grant. A source and
+// isGivenUp reports whether nobody needs a token request any more. Its error then says
+// nothing about the server.
+func isGivenUp(ctx context.Context) bool {
+	cause := context.Cause(ctx)
+	return errors.Is(cause, errSilent) || errors.Is(cause, errReleased)
+}
+
+// requestToken makes one token request at u, and a token of the grant. A source and
 // `caddy oauth2-token` get all their tokens from it. If nothing is left of the
 // grant's life, requestToken returns an error together with the grant. current is the
 // token that the new one replaces, or nil.
-func (l lifecycle) requestToken(ctx context.Context, r requester, current *token, granted redact.Secrets) (*token, grant, error) {
-	g, err := r.request(ctx, granted)
+func (l lifecycle) requestToken(ctx context.Context, r requester, u *url.URL, current *token, granted redact.Secrets) (*token, grant, error) {
+	g, err := r.request(ctx, u, granted)
 	if err != nil {
 		return nil, grant{}, err
 	}

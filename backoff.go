@@ -46,6 +46,9 @@ const (
 
 	// How long a caller waits for a token after a fetch has failed, at least.
 	leastPatience = 1 * time.Second
+
+	// The patience of a caller who waits until the fetch ends, which has a timeout.
+	untilEnd = 24 * time.Hour
 )
 
 // permanent is implemented by errors that know whether a repetition can help. It
@@ -78,16 +81,25 @@ func (e *fetchError) Unwrap() error { return e.err }
 
 // errLate is the error of a caller that has waited long enough, while no fetch has
 // failed.
-var errLate = lateError{}
+var errLate = lateError("the authorization server takes longer than usual to issue a token")
 
-type lateError struct{}
+// errCrowded is the error of a caller that has waited as long as token_timeout allows,
+// while the token request waited for its turn.
+var errCrowded = lateError("the authorization server is asked for so many tokens that this one is not requested yet")
 
-func (lateError) Error() string {
-	return "the authorization server takes longer than usual to issue a token"
-}
+type lateError string
+
+func (e lateError) Error() string { return string(e) }
 
 // Is makes a lateError a timeout.
 func (lateError) Is(target error) bool { return target == context.DeadlineExceeded }
+
+// errInVain is the error of a caller whose token request waits for its turn at a server
+// that gives nobody a token.
+var errInVain = &tokenError{
+	Code:        "temporarily_unavailable",
+	Description: "the authorization server gives no client a token now; this client has not asked yet, and will in its turn",
+}
 
 // errSilent is why a token is requested again although the request before has not
 // ended.
@@ -124,7 +136,7 @@ type kind int
 
 const (
 	transientFailure kind = iota
-	throttledFailure      // the server limits the rate, and does not say for how long
+	throttledFailure      // the server limits the rate
 	permanentFailure
 )
 
@@ -152,8 +164,11 @@ func (s *streak) next(f failure) (soonest, retryAt time.Time) {
 		soonest = f.ended.Add(wait)
 		retryAt = soonest
 	case throttledFailure:
-		soonest = f.ended.Add(backoff(s.count, throttledBackoff, maxThrottledBackoff))
-		s.count++
+		soonest = f.ended // and what the server asks for
+		if retryAfter(f.err) == 0 {
+			soonest = f.ended.Add(backoff(s.count, throttledBackoff, maxThrottledBackoff))
+			s.count++
+		}
 		retryAt = soonest
 	default:
 		// Up to a quarter less, so that gateways do not all come back at once.
@@ -189,7 +204,7 @@ func kindOf(err error) kind {
 	switch failure, ok := errors.AsType[*tokenError](err); {
 	case isPermanent(err):
 		return permanentFailure
-	case ok && failure.Status == http.StatusTooManyRequests && failure.retryAfter == 0:
+	case ok && failure.Status == http.StatusTooManyRequests:
 		return throttledFailure
 	}
 	return transientFailure

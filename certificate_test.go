@@ -428,12 +428,12 @@ func TestDialThatOutlivesItsRequest(t *testing.T) {
 		}`, relay.Addr(), m.dir)).fallback.client
 	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	_, err = cl.endpoint.request(ctx, nil)
+	_, err = cl.endpoint.locateAndRequest(ctx, nil)
 	wantTokenError(t, err, codeTimeout, false)
 	second.write(t, m.dir)
 	release()
 	for range 50 { // the connection of the first may be ready before any
-		if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+		if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 			t.Fatal(err)
 		}
 		if got := m.toAuth.last(t).print; got != second.print() {

@@ -1,6 +1,7 @@
 package outboundauth
 
 import (
+	"context"
 	"encoding/base64"
 	"fmt"
 	"html"
@@ -403,4 +404,13 @@ func TestEveryFormOfTheSecretIsSensitive(t *testing.T) {
 			}
 		}
 	}
+}
+
+// locateAndRequest makes one token request, as a fetch does.
+func (e *endpoint) locateAndRequest(ctx context.Context, granted redact.Secrets) (grant, error) {
+	u, err := e.locate(ctx)
+	if err != nil {
+		return grant{}, err
+	}
+	return e.request(ctx, u, granted)
 }

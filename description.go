@@ -5,7 +5,8 @@ package outboundauth
 // description describes the client of a requester. Metrics and spans use it. The
 // admin API and `caddy oauth2-token` show it in JSON.
 type description struct {
-	name string
+	name     string
+	endpoint string // host of the token endpoint or issuer, as the config has it
 
 	TokenEndpoint string   `json:"token_endpoint,omitempty"` // empty until it has been discovered
 	Issuer        string   `json:"issuer,omitempty"`

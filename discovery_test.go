@@ -49,7 +49,7 @@ func TestMetadataIsLookedForAtBothPlaces(t *testing.T) {
 					p.publish(place, page(http.StatusOK, document(test.issuer, tokenPlace)))
 				}
 				cl, _ := discovering(t, strings.Replace(issuerSecret, testIssuer, test.issuer, 1), p)
-				if _, err := cl.endpoint.request(t.Context(), nil); (err == nil) != (phase.places != nil) {
+				if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); (err == nil) != (phase.places != nil) {
 					t.Errorf("request() = %v with metadata at %q", err, phase.places)
 				}
 				p.wantAsked(t, phase.want...)
@@ -62,7 +62,7 @@ func TestMetadataIsLookedForAtBothPlaces(t *testing.T) {
 func TestLookingUpTellsNothing(t *testing.T) {
 	p := newPublisher("")
 	cl, _ := discovering(t, issuerSecret+"token_request_header X-Api-Key "+canarySecret+"\nparam p "+canarySecret+"\nscopes a", p)
-	if _, err := cl.endpoint.request(t.Context(), nil); err == nil {
+	if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err == nil {
 		t.Error("request() = nil, want an error")
 	}
 	header, form := p.sent()
@@ -117,7 +117,7 @@ func TestFirstPlaceThatHangs(t *testing.T) {
 	cl, _ := discovering(t, issuerSecret, p)
 	synctest.Test(t, func(t *testing.T) {
 		started := time.Now()
-		if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+		if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 			t.Errorf("request() = %v, want a token", err)
 		}
 		if took := time.Since(started); took != metadataTimeout/2 {
@@ -153,7 +153,7 @@ func TestIssuerCannotLeadToThisMachine(t *testing.T) {
 		t.Run(host, func(t *testing.T) { // clients that are there at the same time share the metadata
 			p := newPublisher(document(testIssuer, "https://"+host+":2019/stop"))
 			cl, _ := discovering(t, issuerSecret, p)
-			_, err := cl.endpoint.request(t.Context(), nil)
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 			if got := wantTokenError(t, err, codeInvalidResponse, false); !strings.Contains(got.Description, "on this machine") {
 				t.Errorf("got %v, want that it is on this machine", err)
 			}
@@ -169,7 +169,7 @@ func TestIssuerCannotLeadToThisMachine(t *testing.T) {
 			p := newPublisher(document(testIssuer, endpoint))
 			p.publish(endpoint, page(http.StatusOK, goodAnswer))
 			cl, _ := discovering(t, issuerSecret, p)
-			if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+			if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 				t.Errorf("got %v, want a token", err)
 			}
 		})
@@ -255,7 +255,7 @@ func TestUnusableMetadata(t *testing.T) {
 				p.publish(openidPlace, test.openid)
 			}
 			cl, _ := discovering(t, issuerSecret, p)
-			_, err := cl.endpoint.request(t.Context(), nil)
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 			if test.code == "" {
 				if err != nil {
 					t.Errorf("request() = %v, want no error", err)
@@ -287,12 +287,12 @@ func TestEncryptedIssuerNamesNoEndpointWithoutTLS(t *testing.T) {
 	p.publish(plain+"/token", page(http.StatusOK, goodAnswer))
 	p.publish(plain+"/.well-known/oauth-authorization-server", page(http.StatusOK, document(plain, plain+"/token")))
 	cl, _ := discovering(t, issuerSecret+"insecure_plaintext token_url", p)
-	_, err := cl.endpoint.request(t.Context(), nil)
+	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	if got := wantTokenError(t, err, codeInvalidResponse, false); !strings.Contains(got.Description, "is not encrypted, though the issuer is") {
 		t.Errorf("request() = %v, want that the endpoint is not encrypted", err)
 	}
 	cl, _ = discovering(t, strings.Replace(issuerSecret, testIssuer, plain, 1)+"insecure_plaintext token_url", p)
-	if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+	if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 		t.Errorf("request() = %v from an issuer that is not encrypted either, want no error", err)
 	}
 }
@@ -304,7 +304,7 @@ func TestThrottledLookupSaysHowLong(t *testing.T) {
 		w.WriteHeader(http.StatusServiceUnavailable)
 	})
 	cl, _ := discovering(t, issuerSecret, p)
-	_, err := cl.endpoint.request(t.Context(), nil)
+	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	if got := retryAfter(err); got != 2*time.Minute {
 		t.Errorf("retryAfter() = %v of %v, want 2m", got, err)
 	}
@@ -356,7 +356,7 @@ func TestWhatTheServerDoesNotListIsWarnedOfOnce(t *testing.T) {
 			request := func() {
 				t.Helper()
 				doubt(cl)
-				if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+				if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 					t.Errorf("request() = %v, want no error: it is tried all the same", err)
 				}
 			}
@@ -404,7 +404,7 @@ func TestEndpointThatRepeatsTheSecretIsNotShown(t *testing.T) {
 				p := newPublisher(document(testIssuer, endpoint))
 				p.publish(endpoint, answer)
 				cl, logs := discovering(t, issuerSecret, p)
-				_, err := cl.endpoint.request(t.Context(), nil)
+				_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 				p.wantAsked(t, "GET "+oauthPlace, "POST "+endpoint)
 				if (err == nil) != (name == "a token") || (err != nil && !strings.HasPrefix(err.Error(), "token endpoint as.example.com: ")) {
 					t.Errorf("request() = %v, want an error that names the issuer, unless there is a token", err)
@@ -422,7 +422,7 @@ func TestPlaintextEndpointInMetadataIsNotNamed(t *testing.T) {
 	p := newPublisher("")
 	p.publish(issuer+"/.well-known/oauth-authorization-server", page(http.StatusOK, document(issuer, "http://"+canaryToken+".example/")))
 	cl, _ := discovering(t, strings.Replace(issuerSecret, testIssuer, issuer, 1), p)
-	_, err := cl.endpoint.request(t.Context(), nil)
+	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	if got := wantTokenError(t, err, codeInvalidResponse, false); !strings.Contains(got.Description, "unencrypted") {
 		t.Errorf("request() = %v, want that the credentials would go unencrypted", err)
 	}
@@ -452,7 +452,7 @@ func TestEndpointForClientsWithACertificate(t *testing.T) {
 			p := newPublisher(document(testIssuer, tokenPlace, test.more))
 			p.publish(aliasPlace, page(http.StatusOK, goodAnswer))
 			cl, _ := discovering(t, issuerClient+test.settings, p)
-			_, err := cl.endpoint.request(t.Context(), nil)
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 			if test.want == "" {
 				wantTokenError(t, err, codeInvalidResponse, false)
 				p.wantAsked(t, "GET "+oauthPlace)
@@ -481,7 +481,7 @@ func TestAssertionIsMeantForTheIssuer(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			p := newPublisher(document(testIssuer, tokenPlace))
 			cl, _ := discovering(t, test.settings, p)
-			if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+			if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 				t.Fatalf("request() = %v, want no error", err)
 			}
 			_, form := p.sent()
@@ -552,7 +552,7 @@ func TestIssuerFromAPlaceholder(t *testing.T) {
 	p := newPublisher(document(testIssuer, tokenPlace))
 	cl, _ := discovering(t, strings.Replace(issuerSecret, testIssuer, "{env.TEST_ISSUER}", 1), p)
 	t.Setenv("TEST_ISSUER", "https://another.example.com") // it is read once
-	if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+	if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 		t.Errorf("request() = %v, want no error", err)
 	}
 	p.wantAsked(t, "GET "+oauthPlace, "POST "+tokenPlace)

@@ -143,7 +143,7 @@ func TestTokenEndpointThatIsDialedOnThisMachine(t *testing.T) {
 							"insecure_plaintext token_url\ntoken_transport {\nresolvers "+resolver+settings+"\n}").fallback.client
 						publishing(cl, scheme+"://"+name+":"+port+"/token", fromHere)
 
-						_, err = cl.endpoint.request(t.Context(), nil)
+						_, err = cl.endpoint.locateAndRequest(t.Context(), nil)
 						if fromHere {
 							if err != nil || connections.Load() == 0 {
 								t.Errorf("got %v and %d connections, want a token of an issuer on this machine", err, connections.Load())
@@ -235,7 +235,7 @@ func TestIssuerOnSeveralMachines(t *testing.T) {
 		cl := newTransport(t, strings.Replace(issuerSecret, testIssuer, test.issuer, 1)+
 			"insecure_plaintext token_url\ntoken_transport {\ntls_insecure_skip_verify\nresolvers "+resolver+"\n}").fallback.client
 		publishing(cl, test.endpoint, false)
-		if _, err := cl.endpoint.request(t.Context(), nil); (err == nil) != test.want {
+		if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); (err == nil) != test.want {
 			t.Errorf("%s at %s: got %v, want a token: %v", test.endpoint, test.issuer, err, test.want)
 		}
 	}
@@ -276,7 +276,7 @@ func TestIssuerOnThisMachineByName(t *testing.T) {
 		issuer, tokenEndpoint = "http://"+test.host+":"+port, expand(test.endpoint, "$PORT", port)
 		cl := newTransport(t, strings.Replace(issuerSecret, testIssuer, issuer, 1)+
 			"insecure_plaintext token_url\ntoken_transport {\nresolvers "+resolver+"\n}").fallback.client
-		if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+		if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 			t.Errorf("%s at %s: got %v, want a token", test.endpoint, test.host, err)
 		}
 	}
@@ -293,10 +293,10 @@ func TestTokenEndpointBehindAProxyOnThisMachine(t *testing.T) {
 	cl := newTransport(t, strings.Replace(issuerSecret, testIssuer, "http://as.example.com", 1)+
 		"insecure_plaintext token_url\ntoken_transport {\nnetwork_proxy url "+proxy.URL+"\n}").fallback.client
 	publishing(cl, "http://127.1/token", false) // which is known without a connection
-	_, err := cl.endpoint.request(t.Context(), nil)
+	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	wantTokenError(t, err, codeInvalidResponse, false)
 	publishing(cl, "http://token.example.com/token", false)
-	if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+	if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 		t.Errorf("got %v, want a token", err)
 	}
 	if u := asked.Load(); u == nil || u.Host != "token.example.com" {
@@ -311,7 +311,7 @@ func TestTokenURLOnThisMachineByName(t *testing.T) {
 	_, port, _ := net.SplitHostPort(auth.Listener.Addr().String())
 	cl := newTransport(t, "token_url http://as.example.com:"+port+"/token\nclient_id gateway\nclient_secret s\n"+
 		"insecure_plaintext token_url\ntoken_transport {\nresolvers "+resolver+"\n}").fallback.client
-	if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+	if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 		t.Errorf("got %v, want a token", err)
 	}
 }

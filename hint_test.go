@@ -192,7 +192,7 @@ func TestAdviceOnARejection(t *testing.T) {
 				test.c.ClientID = "id"
 			}
 			cl := newTestClient(t, test.c, answering(test.status, test.body))
-			_, err := cl.endpoint.request(t.Context(), nil)
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 			if test.want != "" {
 				wantError(t, err, test.want)
 			} else if err == nil || strings.HasSuffix(err.Error(), ")") {
@@ -216,10 +216,10 @@ func TestAdviceWhenTheServerAskedForTheCertificate(t *testing.T) {
 		}
 		return refusing.RoundTrip(req)
 	})
-	_, err := newTestClient(t, c, asking).endpoint.request(t.Context(), nil)
+	_, err := newTestClient(t, c, asking).endpoint.locateAndRequest(t.Context(), nil)
 	wantError(t, err, "invalid_client (check client_id, client_certificate and auth_method)")
 
 	// Each request is asked anew.
-	_, err = newTestClient(t, c, refusing).endpoint.request(t.Context(), nil)
+	_, err = newTestClient(t, c, refusing).endpoint.locateAndRequest(t.Context(), nil)
 	wantError(t, err, "(the server did not ask for the client_certificate")
 }

@@ -293,6 +293,6 @@ func TestSwitchingProtocolsDoesNotHoldAFetch(t *testing.T) {
 	})
 	defer close(done)
 	cl := newTestClient(t, canaryCredentials(url), networkTransport(t))
-	_, err := cl.endpoint.request(t.Context(), nil)
+	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	wantTokenError(t, err, codeInvalidResponse, false)
 }

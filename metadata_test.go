@@ -39,7 +39,7 @@ func TestMetadataIsUsedForADay(t *testing.T) {
 			{24 * time.Hour, []string{"GET " + oauthPlace, "POST " + movedPlace}},
 		} {
 			time.Sleep(step.after)
-			if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+			if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 				t.Errorf("request() = %v, want no error", err)
 			}
 			synctest.Wait()
@@ -87,7 +87,7 @@ func TestFailureThatAMovedEndpointExplains(t *testing.T) {
 				request := func() error {
 					ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 					defer cancel()
-					_, err := cl.endpoint.request(ctx, nil)
+					_, err := cl.endpoint.locateAndRequest(ctx, nil)
 					synctest.Wait()
 					return err
 				}
@@ -138,7 +138,7 @@ func TestFailingEndpointIsNotLookedUpAllTheTime(t *testing.T) {
 			if i%2 == 0 {
 				time.Sleep(metadataPause)
 			}
-			_, err := cl.endpoint.request(t.Context(), nil)
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 			wantTokenError(t, err, codeHTTPStatus, false) // the issuer may be late to say where it is
 			p.wantAsked(t, want...)
 		}
@@ -151,14 +151,14 @@ func TestLookupOfAMovedEndpointThatHangs(t *testing.T) {
 	p := newPublisher(document(testIssuer, tokenPlace))
 	cl, _ := discovering(t, issuerSecret, p)
 	synctest.Test(t, func(t *testing.T) {
-		if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+		if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(metadataPause)
 		p.publish(tokenPlace, http.NotFound)
 		p.publish(oauthPlace, hangs)
 		started := time.Now()
-		_, err := cl.endpoint.request(t.Context(), nil)
+		_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 		wantTokenError(t, err, codeHTTPStatus, false)
 		if took := time.Since(started); took != metadataPatience {
 			t.Errorf("request() took %v, want %v", took, metadataPatience)
@@ -175,7 +175,7 @@ func TestFailedLookupOfAnotherRequest(t *testing.T) {
 	for _, serve := range []http.HandlerFunc{page(http.StatusOK, document(testIssuer, tokenPlace)), http.NotFound, refusesConnections} {
 		p.publish(oauthPlace, serve)
 		doubt(cl)
-		if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+		if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 			t.Errorf("request() = %v, want a token of the endpoint known before", err)
 		}
 	}
@@ -190,7 +190,7 @@ func TestUnusableSecretIsNoReasonToLookUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		for _, secret := range []string{assertingSecret, "", assertingSecret, "short", assertingSecret} {
 			t.Setenv("TEST_ISSUER_SECRET", secret)
-			if _, err := cl.endpoint.request(t.Context(), nil); (err == nil) != (secret == assertingSecret) {
+			if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); (err == nil) != (secret == assertingSecret) {
 				t.Errorf("request() = %v with the secret %q", err, secret)
 			}
 			time.Sleep(metadataPause)
@@ -219,7 +219,7 @@ func TestKnownEndpointIsKeptWhenLookingUpFails(t *testing.T) {
 				request := func(place string) {
 					t.Helper()
 					started := time.Now()
-					if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+					if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 						t.Errorf("request() = %v, want no error", err)
 					}
 					if took := time.Since(started); took != 0 {
@@ -265,7 +265,7 @@ func TestLogThatPanicsOrHangsDuringALookup(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		request := func() {
 			t.Helper()
-			if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+			if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 				t.Errorf("request() = %v, want no error", err)
 			}
 		}
@@ -308,7 +308,7 @@ func TestFirstLookupThatHangs(t *testing.T) {
 				ctx, cancel := context.WithTimeout(t.Context(), test.timeout)
 				defer cancel()
 				started := time.Now()
-				_, err := cl.endpoint.request(ctx, nil)
+				_, err := cl.endpoint.locateAndRequest(ctx, nil)
 				got := wantTokenError(t, err, codeTimeout, false)
 				if took := time.Since(started); took != test.took || got.Endpoint != "as.example.com" {
 					t.Errorf("request() = %v after %v, want that as.example.com gave no answer in %v", err, took, test.took)
@@ -326,13 +326,13 @@ func TestFailedLookupAnswersForAMoment(t *testing.T) {
 	cl, _ := discovering(t, issuerSecret, p)
 	synctest.Test(t, func(t *testing.T) {
 		for range 10 {
-			_, err := cl.endpoint.request(t.Context(), nil)
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 			wantTokenError(t, err, codeInvalidResponse, false)
 		}
 		p.wantAsked(t, "GET "+oauthPlace, "GET "+openidPlace)
 		time.Sleep(metadataErrorLifetime)
 		p.publish(oauthPlace, page(http.StatusOK, document(testIssuer, tokenPlace)))
-		if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+		if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 			t.Errorf("request() = %v, want a token", err)
 		}
 	})
@@ -348,10 +348,10 @@ func TestLookupOutlivesTheRequestThatStartedIt(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		_, err := cl.endpoint.request(ctx, nil)
+		_, err := cl.endpoint.locateAndRequest(ctx, nil)
 		wantTokenError(t, err, codeTimeout, false)
 		started := time.Now()
-		if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+		if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 			t.Errorf("request() = %v, want no error", err)
 		}
 		if took := time.Since(started); took != 2*time.Second {
@@ -366,10 +366,10 @@ func TestUnusableEndpointIsLookedUpAgain(t *testing.T) {
 	p := newPublisher(document(testIssuer, "/token"))
 	cl, _ := discovering(t, issuerSecret, p)
 	synctest.Test(t, func(t *testing.T) {
-		_, err := cl.endpoint.request(t.Context(), nil)
+		_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 		wantTokenError(t, err, codeInvalidResponse, false)
 		p.publish(oauthPlace, page(http.StatusOK, document(testIssuer, tokenPlace)))
-		for started := time.Now(); err != nil; _, err = cl.endpoint.request(t.Context(), nil) {
+		for started := time.Now(); err != nil; _, err = cl.endpoint.locateAndRequest(t.Context(), nil) {
 			if time.Since(started) > 2*metadataPause {
 				t.Fatalf("request() = %v after %v, want no error", err, time.Since(started))
 			}
@@ -523,7 +523,7 @@ func TestKnownEndpointIsKept(t *testing.T) {
 			cl, logs := discovering(t, issuerSecret, p)
 			synctest.Test(t, func(t *testing.T) {
 				for range 3 {
-					if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+					if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 						t.Errorf("request() = %v, want a token of the endpoint known before", err)
 					}
 					synctest.Wait()

@@ -66,7 +66,7 @@ func TestWhatNobodySeesAtTheEndsOfASecret(t *testing.T) {
 				c := Credentials{TokenURL: testTokenURL, ClientID: "id", ClientSecret: template, AuthMethod: authPost}
 				server := answering(http.StatusUnauthorized, `{"error":"invalid_client"}`)
 				cl, warnings := warned(t, c, server)
-				_, err := cl.endpoint.request(t.Context(), nil)
+				_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 				got := wantTokenError(t, err, "invalid_client", true)
 				wantNoCanary(t, err)
 				const check = "check client_id, client_secret and auth_method"
@@ -121,7 +121,7 @@ func TestOddSecretThatTheServerDoesNotMean(t *testing.T) {
 		"invalid_scope": "check scopes",
 		"E1":            "client_secret ends with a line break: correct that, or check client_id, client_secret, auth_method and basic_encoding, and scopes",
 	} {
-		_, err := newTestClient(t, c, answering(http.StatusForbidden, fmt.Sprintf(`{"error":%q}`, code))).endpoint.request(t.Context(), nil)
+		_, err := newTestClient(t, c, answering(http.StatusForbidden, fmt.Sprintf(`{"error":%q}`, code))).endpoint.locateAndRequest(t.Context(), nil)
 		if got := wantTokenError(t, err, code, true); got.Hint != want {
 			t.Errorf("%s: got %v, want the hint %q", code, err, want)
 		}
@@ -160,7 +160,7 @@ func TestSecretsThatAreNotThereWhenTheConfigIsLoaded(t *testing.T) {
 func TestSecretOfWhiteSpaceMakesNoRequest(t *testing.T) {
 	file := writeFile(t, filepath.Join(t.TempDir(), "secret"), []byte("\n \n"))
 	server := answering(http.StatusOK, goodAnswer)
-	_, err := newTestClient(t, Credentials{TokenURL: testTokenURL, ClientID: "id", ClientSecret: "{file." + file + "}"}, server).endpoint.request(t.Context(), nil)
+	_, err := newTestClient(t, Credentials{TokenURL: testTokenURL, ClientID: "id", ClientSecret: "{file." + file + "}"}, server).endpoint.locateAndRequest(t.Context(), nil)
 	if got := wantTokenError(t, err, codeConfiguration, true); got.Description != "client_secret holds nothing but white space" {
 		t.Errorf("got %v, want that there is no secret", err)
 	}

@@ -396,7 +396,7 @@ func TestProviderTokenRequests(t *testing.T) {
 			tokens := answering(http.StatusOK, p.answer)
 			transport, dial, got := loadProvider(t, strings.ReplaceAll(blocks[i].text, " /run/secrets/", " "+dir+"/"), tokens, p.metadata)
 
-			g, err := transport.fallback.endpoint.request(t.Context(), nil)
+			g, err := transport.fallback.endpoint.locateAndRequest(t.Context(), nil)
 			g.issued, g.took = time.Time{}, 0
 			if err != nil || g != p.want {
 				t.Fatalf("request() = %v, %v, want %v", g, err, p.want)
@@ -533,7 +533,7 @@ func TestProviderReadsEncodedBasic(t *testing.T) {
 		TokenURL: testTokenURL, ClientID: "sb-orders!t12345", ClientSecret: "riH+c=", AuthMethod: authBasic,
 		TokenRequestHeaders: map[string]string{"X-CF-ENCODED-CREDENTIALS": "true"},
 	}, tokens)
-	if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+	if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 		t.Fatal(err)
 	}
 	basic := base64.StdEncoding.EncodeToString([]byte("sb-orders%21t12345:riH%2Bc%3D"))
@@ -571,7 +571,7 @@ func TestProviderRefusalsAreUnderstood(t *testing.T) {
 		t.Run(test.provider, func(t *testing.T) {
 			c := Credentials{TokenURL: testTokenURL, ClientID: "id", ClientSecret: "secret"}
 			cl := newTestClient(t, c, answering(test.status, test.body))
-			_, err := cl.endpoint.request(t.Context(), nil)
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 			failure := wantTokenError(t, err, test.wantCode, true)
 			if !strings.Contains(failure.Description, test.wantIn) || strings.ContainsAny(fmt.Sprint(err), "\r\n") {
 				t.Errorf("request() = %q, want %q in one line", err, test.wantIn)

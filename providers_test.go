@@ -217,7 +217,7 @@ func TestDocumentedProvidersAreSpokenTo(t *testing.T) {
 				got = r.Header
 			}))
 
-			g, err := transport.fallback.endpoint.request(t.Context(), nil)
+			g, err := transport.fallback.endpoint.locateAndRequest(t.Context(), nil)
 			g.issued, g.took = time.Time{}, 0
 			if want := (grant{accessToken: p.wantToken, lifetime: p.wantLife, scope: p.wantScope}); err != nil || g != want {
 				t.Errorf("request() = %v, %v, want %v", g, err, want)
@@ -260,7 +260,7 @@ func TestDocumentedRefusalsAreUnderstood(t *testing.T) {
 				transport, dial := loadExample(t, p.example, p.env, p.edit, tokens, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 					t.Error("the upstream was sent a request without a token")
 				}))
-				_, err := transport.fallback.endpoint.request(t.Context(), nil)
+				_, err := transport.fallback.endpoint.locateAndRequest(t.Context(), nil)
 				got := wantTokenError(t, err, refusal.code, refusal.permanent)
 				if got.Status != refusal.status || got.Description != refusal.description {
 					t.Errorf("request() = %v, want the status %d and the description %q", err, refusal.status, refusal.description)

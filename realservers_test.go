@@ -42,7 +42,7 @@ func refuseWith(w http.ResponseWriter, status int, code string) {
 // that names these settings.
 func wantRefused(t *testing.T, cl *client, code string, settings ...string) {
 	t.Helper()
-	_, err := cl.endpoint.request(t.Context(), nil)
+	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	got := wantTokenError(t, err, code, true)
 	for _, setting := range settings {
 		if !strings.Contains(got.Hint, setting) {
@@ -53,7 +53,7 @@ func wantRefused(t *testing.T, cl *client, code string, settings ...string) {
 
 func wantGranted(t *testing.T, cl *client) {
 	t.Helper()
-	if g, err := cl.endpoint.request(t.Context(), nil); err != nil || g.accessToken != "t0ken" {
+	if g, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil || g.accessToken != "t0ken" {
 		t.Errorf("request() = %v, %v, want the token", g, err)
 	}
 }
@@ -177,7 +177,7 @@ func TestServerThatTakesOneResource(t *testing.T) {
 // upstream would take.
 func TestServerThatIssuesDPoPTokens(t *testing.T) {
 	cl := newTestClient(t, canaryCredentials(tokenPlace), answering(http.StatusOK, strings.Replace(goodAnswer, "Bearer", "DPoP", 1)))
-	g, err := cl.endpoint.request(t.Context(), nil)
+	g, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	if g.accessToken != "" {
 		t.Errorf("request() = %v, want no token", g)
 	}

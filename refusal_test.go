@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"io"
 	"net/http"
+	"net/url"
 	"strings"
 	"sync"
 	"testing"
@@ -522,8 +523,8 @@ func TestRefusalAfterTheConfigHasEnded(t *testing.T) {
 // repeating grants the same token each time.
 type repeating struct{ *scriptedRequester }
 
-func (r repeating) request(ctx context.Context, granted redact.Secrets) (grant, error) {
-	g, err := r.scriptedRequester.request(ctx, granted)
+func (r repeating) request(ctx context.Context, u *url.URL, granted redact.Secrets) (grant, error) {
+	g, err := r.scriptedRequester.request(ctx, u, granted)
 	g.accessToken = "same"
 	return g, err
 }

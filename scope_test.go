@@ -56,7 +56,7 @@ func TestLessThanTheConfiguredScopesIsWarnedOfOnce(t *testing.T) {
 			cl := newLoggingClient(t, c, server, zap.New(core))
 			for _, scope := range test.granted {
 				answer = grantOf(scope)
-				if g, err := cl.endpoint.request(t.Context(), nil); err != nil || g.accessToken != "t0ken" {
+				if g, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil || g.accessToken != "t0ken" {
 					t.Errorf("request() = %v, %v for the scope %s, want the token", g, err, scope)
 				}
 			}
@@ -83,7 +83,7 @@ func TestGrantedScopeIsNotLogged(t *testing.T) {
 		c := canaryCredentials("https://auth.example.com/token")
 		c.Scopes = []string{"a", "b"}
 		cl := newLoggingClient(t, c, answering(http.StatusOK, grantOf(`"`+scope+`"`)), zap.New(core))
-		if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+		if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 			t.Fatalf("request() = %v, want no error", err)
 		}
 		if logs.Len() != 1 {
@@ -106,7 +106,7 @@ func TestManyScopesAreAllGranted(t *testing.T) {
 	}
 	core, logs := observer.New(zapcore.WarnLevel)
 	cl := newLoggingClient(t, c, answering(http.StatusOK, grantOf(`"`+strings.Join(c.Scopes, " ")+`"`)), zap.New(core))
-	if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+	if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 		t.Fatalf("request() = %v, want no error", err)
 	}
 	if got := logs.All(); len(got) != 0 {
@@ -182,7 +182,7 @@ func TestScopesFromAPlaceholder(t *testing.T) {
 	server := answering(http.StatusOK, grantOf(`"first orders.read orders.write"`))
 	core, logs := observer.New(zapcore.WarnLevel)
 	cl := newLoggingClient(t, c, server, zap.New(core))
-	g, err := cl.endpoint.request(t.Context(), nil)
+	g, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	if err != nil || g.lifetime != time.Hour {
 		t.Fatalf("request() = %v, %v, want no error", g, err)
 	}

@@ -260,7 +260,7 @@ func TestHugeAnswerIsCutBeforeItIsSearched(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			server := answering(http.StatusBadRequest, string(encode(t, test.answer)))
-			_, err := newTestClient(t, canaryCredentials(testTokenURL), server).endpoint.request(t.Context(), nil)
+			_, err := newTestClient(t, canaryCredentials(testTokenURL), server).endpoint.locateAndRequest(t.Context(), nil)
 			got := wantTokenError(t, err, test.code, true)
 			if got.Description != test.description || got.Hint != test.hint {
 				t.Errorf("got the description %q and the hint %q, want %q and %q", got.Description, got.Hint, test.description, test.hint)
@@ -527,7 +527,7 @@ func TestTokenInTheMetadataIsNotShown(t *testing.T) {
 	p.publish(oauthPlace, page(http.StatusOK, document(testIssuer, tokenPlace)))
 	cl, _ := discovering(t, issuerSecret, p)
 	for granted, want := range map[string]string{"t0ken-that-is-valid": testIssuer, strings.TrimPrefix(tokenPlace, "/"): withheld} {
-		_, _ = cl.endpoint.request(t.Context(), redact.Secrets{granted})
+		_, _ = cl.endpoint.locateAndRequest(t.Context(), redact.Secrets{granted})
 		if got := cl.endpoint.knownURL(); !strings.Contains(got, want) {
 			t.Errorf("with the token %q, the token endpoint is shown as %q, want %q", granted, got, want)
 		}

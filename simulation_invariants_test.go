@@ -756,12 +756,13 @@ func (m *model) usedBetween(from, to time.Duration) bool {
 }
 
 // The token of a source that nobody asks is not renewed, unless a renewal has failed. A
-// source that fails comes to rest. A config that comes may begin with a request.
+// source that fails comes to rest, unless it has been warmed up, and has had no token and
+// no permanent error since. A config that comes may begin with a request.
 func nothingUnwanted(m *model, report report) {
 	for _, a := range m.attempts {
 		from := m.fetchStart(a.start)
 		last := m.lastFetch(a.start)
-		if last != nil && last.err != nil && !m.holdingAt(a.start).over(a.start) || m.usersChanged(from, a.start) {
+		if last != nil && last.err != nil && !m.holdingAt(a.start).over(a.start) || m.usersChanged(from, a.start) || m.isWarming(a.start) {
 			continue
 		}
 		wanted := false
@@ -772,6 +773,25 @@ func nothingUnwanted(m *model, report report) {
 			report(a.start, "request %d, and nobody has asked since %v", a.n, from)
 		}
 	}
+}
+
+// isWarming reports whether the source still fetches its first token, although nobody asks.
+func (m *model) isWarming(at time.Duration) bool {
+	from := time.Duration(-1)
+	for _, w := range m.warmings {
+		if w <= at {
+			from = w
+		}
+	}
+	if t := m.holdingAt(from); from < 0 || t.valid(from) && from < t.reserveFrom() {
+		return false
+	}
+	for _, f := range m.fetches {
+		if from < f.at && f.at < at && (f.err == nil || isPermanent(f.err)) {
+			return false
+		}
+	}
+	return true
 }
 
 func (m *model) usersChanged(from, to time.Duration) bool {

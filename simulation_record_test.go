@@ -95,6 +95,7 @@ type record struct {
 	fetches  []fetchEnd
 	notes    []moment
 	secrets  []time.Duration // when the secret changed
+	warmings []time.Duration // when a config began without a token
 	userLog  []usersNote
 	endedAt  time.Duration // from here on, nothing may happen
 	leftover []string
@@ -168,6 +169,14 @@ func (h *history) secretChanged() {
 	h.recording.Lock()
 	defer h.recording.Unlock()
 	h.secrets = append(h.secrets, h.now())
+}
+
+// warm does what the product does when a config has started.
+func (h *history) warm() {
+	h.recording.Lock()
+	h.warmings = append(h.warmings, h.now())
+	h.recording.Unlock()
+	h.pool.source.Warm()
 }
 
 func (h *history) usersAre(lives []lifecycle) {

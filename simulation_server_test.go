@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"net/url"
 	"sort"
 	"strconv"
 	"sync"
@@ -90,7 +91,11 @@ type simulatedUser struct {
 	life lifecycle
 }
 
-func (u *simulatedUser) request(ctx context.Context, _ redact.Secrets) (grant, error) {
+func (u *simulatedUser) locate(context.Context) (*url.URL, error) {
+	return &url.URL{Scheme: "https", Host: fmt.Sprintf("simulated-%d.example", u.seed)}, nil
+}
+
+func (u *simulatedUser) request(ctx context.Context, _ *url.URL, _ redact.Secrets) (grant, error) {
 	a := u.begin(ctx, u.n, u.phaseAt(u.now()).mode)
 	g, err := u.answer(ctx, a)
 	if err != nil && ctx.Err() != nil {

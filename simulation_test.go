@@ -433,7 +433,7 @@ func (g *historyMaker) addReload(at time.Duration) {
 		g.add(at, "all configs go", h.detachAll)
 		g.add(min(at+away, simulatedTime-1), "a config comes", func() {
 			h.attach(life)
-			h.pool.source.Warm()
+			h.warm()
 		})
 	}
 }

@@ -129,3 +129,30 @@ func (s *tokenSource) statusAlone(now time.Time) (sourceStatus, []requester) {
 	slices.Reverse(requesters)
 	return status, requesters
 }
+
+// queueStatus is the state of a queue at one moment.
+type queueStatus struct {
+	endpoint       string // the host, as the config has it
+	waiting, limit int
+	heldBack       bool // few token requests are sent
+}
+
+// queueStatuses returns the statuses of the queues of all servers.
+func queueStatuses() []queueStatus {
+	var statuses []queueStatus
+	for q := range queues.all() {
+		statuses = append(statuses, q.status())
+	}
+	return statuses
+}
+
+// status returns what operators see of a queue.
+func (q *queue) status() queueStatus {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return queueStatus{
+		endpoint: q.endpoint,
+		waiting:  q.awaited.Len() + q.others.Len(), limit: q.server.Limit(),
+		heldBack: q.server.Failing() || q.server.HeldBack(time.Now()),
+	}
+}

@@ -253,8 +253,11 @@ func (c *upstreamClient) report() tokenReport {
 		t *token
 		g grant
 	)
-	err := safely(func() (err error) {
-		t, g, err = c.endpoint.credentials.lifecycle().requestToken(ctx, c.endpoint, nil, nil)
+	err := safely(func() error {
+		u, err := c.endpoint.locate(ctx)
+		if err == nil {
+			t, g, err = c.endpoint.credentials.lifecycle().requestToken(ctx, c.endpoint, u, nil, nil)
+		}
 		return err
 	})
 	r.description = c.endpoint.describe()

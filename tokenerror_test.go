@@ -98,7 +98,7 @@ func TestRefusalIsClassified(t *testing.T) {
 				_, _ = io.WriteString(w, test.body)
 			})}
 			cl := newTestClient(t, canaryCredentials("https://auth.example.com/token"), server)
-			_, err := cl.endpoint.request(t.Context(), nil)
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 			got := wantTokenError(t, err, test.code, test.permanent)
 			if got.Status != test.status {
 				t.Errorf("Status = %d, want %d", got.Status, test.status)
@@ -120,7 +120,7 @@ func TestRetryAfterDateIsHonoured(t *testing.T) {
 		w.WriteHeader(http.StatusServiceUnavailable)
 	})}
 	cl := newTestClient(t, canaryCredentials("https://auth.example.com/token"), server)
-	_, err := cl.endpoint.request(t.Context(), nil)
+	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	got := wantTokenError(t, err, codeHTTPStatus, false)
 	if d := got.RetryAfter(); d < 110*time.Second || d > 2*time.Minute {
 		t.Errorf("RetryAfter() = %v, want about 2m", d)
@@ -145,7 +145,7 @@ func TestEchoedParametersAreNotShown(t *testing.T) {
 			test.c.TokenURL, test.c.ClientID, test.c.ClientSecret = "https://auth.example.com/token", "id", canarySecret
 			cl := newTestClient(t, test.c, answering(http.StatusBadRequest,
 				`{"error":"invalid_request","error_description":"cannot read `+test.echo+`"}`))
-			_, err := cl.endpoint.request(t.Context(), nil)
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 			wantTokenError(t, err, "invalid_request", true)
 			wantNoCanary(t, err)
 		})
@@ -216,7 +216,7 @@ func TestBrokenAnswerIsTransient(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			cl := newTestClient(t, canaryCredentials(saying(t, test.answer)), networkTransport(t))
-			_, err := cl.endpoint.request(t.Context(), nil)
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 			wantTokenError(t, err, test.code, false)
 			if err != nil && !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error = %v, want %q in it", err, test.want)
@@ -249,7 +249,7 @@ func (a *endlessAnswer) Close() error {
 func TestEndlessAnswerIsCutOff(t *testing.T) {
 	server := new(endlessAnswer)
 	cl := newTestClient(t, canaryCredentials("https://auth.example.com/token"), server)
-	_, err := cl.endpoint.request(t.Context(), nil)
+	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	wantTokenError(t, err, codeInvalidResponse, false)
 	if server.read > maxAnswer+1 || !server.closed {
 		t.Errorf("read %d bytes, closed: %v, want %d at most and true", server.read, server.closed, maxAnswer+1)
@@ -268,7 +268,7 @@ func TestResetConnectionIsNetworkError(t *testing.T) {
 		_ = conn.(*net.TCPConn).SetLinger(0)
 	})
 	cl := newTestClient(t, canaryCredentials(url), networkTransport(t))
-	_, err := cl.endpoint.request(t.Context(), nil)
+	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	wantTokenError(t, err, codeNetwork, false)
 	if err != nil && !strings.Contains(err.Error(), "connection reset by peer") {
 		t.Errorf("error = %v, want it to say that the connection was reset", err)
@@ -278,7 +278,7 @@ func TestResetConnectionIsNetworkError(t *testing.T) {
 
 func TestUnreachableServerIsNamed(t *testing.T) {
 	cl := newTestClient(t, canaryCredentials("http://"+heldAddress(t)), networkTransport(t))
-	_, err := cl.endpoint.request(t.Context(), nil)
+	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	wantTokenError(t, err, codeNetwork, false)
 	if err != nil && !strings.Contains(err.Error(), "connection refused") {
 		t.Errorf("error = %v, want it to say that the connection was refused", err)
@@ -341,7 +341,7 @@ func TestTLSFailureSaysWhatToChange(t *testing.T) {
 				t.Fatal(err)
 			}
 			cl := newTestClient(t, canaryCredentials("https://"+net.JoinHostPort(test.host, port)), networkTransport(t))
-			_, err = cl.endpoint.request(t.Context(), nil)
+			_, err = cl.endpoint.locateAndRequest(t.Context(), nil)
 			wantTokenError(t, err, test.code, false)
 			if err != nil && !strings.Contains(err.Error(), test.want) {
 				t.Errorf("error = %v, want %q in it", err, test.want)
@@ -355,7 +355,7 @@ func TestPlainRequestToTLSPortIsRefused(t *testing.T) {
 	server := httptest.NewTLSServer(http.NotFoundHandler())
 	defer server.Close()
 	cl := newTestClient(t, canaryCredentials("http://"+server.Listener.Addr().String()), networkTransport(t))
-	_, err := cl.endpoint.request(t.Context(), nil)
+	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	wantTokenError(t, err, codeHTTPStatus, true)
 	wantNoCanary(t, err)
 }

@@ -116,10 +116,39 @@ func (e *endpoint) fingerprint(ctx context.Context) string {
 	return r.fingerprint()
 }
 
-// request implements requester.
-func (e *endpoint) request(ctx context.Context, granted redact.Secrets) (grant, error) {
+// locate implements requester.
+func (e *endpoint) locate(ctx context.Context) (*url.URL, error) {
+	if e.discovery == nil {
+		return e.url, nil
+	}
 	start := time.Now()
-	g, err := e.requestUncounted(ctx, granted)
+	var u *url.URL
+	r, err := e.credentials.resolve(ctx, &e.certificates)
+	if err == nil {
+		u, err = e.lookUp(ctx, r)
+	}
+	if err != nil { // otherwise request counts
+		e.count(ctx, start, err)
+	}
+	return u, err
+}
+
+// lookUp returns the token endpoint that the issuer names.
+func (e *endpoint) lookUp(ctx context.Context, r resolved) (*url.URL, error) {
+	ctx, _ = clientcert.With(ctx, r.certificate)
+	return e.discovery.tokenEndpoint(ctx)
+}
+
+// request implements requester.
+func (e *endpoint) request(ctx context.Context, u *url.URL, granted redact.Secrets) (grant, error) {
+	start := time.Now()
+	g, err := e.requestUncounted(ctx, u, granted)
+	e.count(ctx, start, err)
+	return g, err
+}
+
+// count counts an attempt to obtain a token.
+func (e *endpoint) count(ctx context.Context, start time.Time, err error) {
 	switch cause := context.Cause(ctx); {
 	case errors.Is(cause, errReleased): // this says nothing about the server
 	case errors.Is(cause, errSilent) && err != nil:
@@ -127,28 +156,22 @@ func (e *endpoint) request(ctx context.Context, granted redact.Secrets) (grant, 
 	default:
 		e.metrics.tokenRequested(time.Since(start), err)
 	}
-	return g, err
 }
 
 // requestUncounted is request without the metrics. If the token endpoint seems
 // to have moved, requestUncounted looks it up, and requests the token once more.
-func (e *endpoint) requestUncounted(ctx context.Context, granted redact.Secrets) (grant, error) {
+func (e *endpoint) requestUncounted(ctx context.Context, u *url.URL, granted redact.Secrets) (grant, error) {
 	r, err := e.credentials.resolve(ctx, &e.certificates)
 	if err != nil {
 		return grant{}, err
 	}
 	if e.discovery == nil {
-		return e.requestAt(ctx, e.url, e.credentials.TokenURL, r, granted)
-	}
-	discovering, _ := clientcert.With(ctx, r.certificate)
-	u, err := e.discovery.tokenEndpoint(discovering)
-	if err != nil {
-		return grant{}, err
+		return e.requestAt(ctx, u, e.credentials.TokenURL, r, granted)
 	}
 	g, err := e.requestAt(ctx, u, e.credentials.Issuer, r, granted)
 	if err != nil && !isGivenUp(ctx) && mayHaveMoved(err) {
 		e.discovery.expire()
-		if moved, lookUpErr := e.discovery.tokenEndpoint(discovering); lookUpErr == nil && *moved != *u {
+		if moved, lookUpErr := e.lookUp(ctx, r); lookUpErr == nil && *moved != *u {
 			return e.requestAt(ctx, moved, e.credentials.Issuer, r, granted)
 		}
 		// The endpoint may have moved before the issuer says so. Then no server
@@ -158,13 +181,6 @@ func (e *endpoint) requestUncounted(ctx context.Context, granted redact.Secrets)
 		}
 	}
 	return g, err
-}
-
-// isGivenUp reports whether nobody needs a token request any more. Its error then says
-// nothing about the server.
-func isGivenUp(ctx context.Context) bool {
-	cause := context.Cause(ctx)
-	return errors.Is(cause, errSilent) || errors.Is(cause, errReleased)
 }
 
 // mayHaveMoved reports whether a token request may have failed because the token
@@ -387,6 +403,7 @@ func (e *endpoint) describe() description {
 	c := &e.credentials
 	return description{
 		name:          e.metrics.name,
+		endpoint:      c.host(),
 		TokenEndpoint: e.knownURL(),
 		Issuer:        c.Issuer,
 		ClientID:      c.ClientID,

@@ -102,7 +102,7 @@ func TestTokenRequestIsWhatTheConfigAsksFor(t *testing.T) {
 			server := answering(http.StatusOK, goodAnswer)
 			cl := newTestClient(t, c, server)
 			for range 2 { // the second is the same as the first
-				if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+				if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 					t.Fatalf("request() = %v, want no error", err)
 				}
 			}
@@ -145,7 +145,7 @@ func TestSecretsAreResolvedForEachRequest(t *testing.T) {
 		}
 		before = fingerprint
 
-		if _, err := cl.endpoint.request(t.Context(), nil); err != nil {
+		if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
 			t.Fatalf("request() = %v, want no error", err)
 		}
 		sent := server.requests()[i]
@@ -187,7 +187,7 @@ func TestUnusableSecretMakesNoRequest(t *testing.T) {
 			}
 			server := answering(http.StatusOK, goodAnswer)
 			cl := newTestClient(t, test.c, server)
-			_, err := cl.endpoint.request(t.Context(), nil)
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 			wantTokenError(t, err, codeConfiguration, true)
 			if err == nil || !strings.Contains(err.Error(), test.want) {
 				t.Errorf("request() = %v, want %q in it", err, test.want)
@@ -252,7 +252,7 @@ func TestRedirectsAreNotFollowed(t *testing.T) {
 			}))
 			defer first.Close()
 			cl := newTestClient(t, canaryCredentials(first.URL), networkTransport(t))
-			_, err := cl.endpoint.request(t.Context(), nil)
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 			got := wantTokenError(t, err, codeHTTPStatus, true)
 			if got.Status != status || got.Hint == "" {
 				t.Errorf("request() = %v, want the status %d and a hint", err, status)

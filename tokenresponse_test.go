@@ -126,7 +126,7 @@ func TestTokenAnswerIsReadStrictly(t *testing.T) {
 	for _, test := range answers {
 		t.Run(test.name, func(t *testing.T) {
 			cl := newTestClient(t, canaryCredentials("https://auth.example.com/token"), answering(http.StatusOK, test.body))
-			got, err := cl.endpoint.request(t.Context(), nil)
+			got, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 			got.issued, got.took = time.Time{}, 0
 			if got != test.want {
 				t.Errorf("request() = %v, want %v", got, test.want)
@@ -149,7 +149,7 @@ func TestTokenAnswerIsReadStrictly(t *testing.T) {
 func TestOnlyStatus200BringsAToken(t *testing.T) {
 	for _, status := range []int{201, 202, 203, 204, 205, 206} {
 		cl := newTestClient(t, canaryCredentials("https://auth.example.com/token"), answering(status, `{"access_token":"`+canaryToken+`"}`))
-		_, err := cl.endpoint.request(t.Context(), nil)
+		_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 		got := wantTokenError(t, err, codeInvalidResponse, false)
 		if got.Status != status {
 			t.Errorf("Status = %d, want %d", got.Status, status)
@@ -157,7 +157,7 @@ func TestOnlyStatus200BringsAToken(t *testing.T) {
 		wantNoCanary(t, err)
 	}
 	cl := newTestClient(t, canaryCredentials("https://auth.example.com/token"), answering(202, `{"error":"invalid_scope"}`))
-	_, err := cl.endpoint.request(t.Context(), nil)
+	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	wantTokenError(t, err, "invalid_scope", true)
 }
 

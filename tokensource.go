@@ -34,7 +34,8 @@ import (
 //	Warm         -          -                  fetch                 a fetch
 //	FetchNow     waits for a fetch, whatever the state, unless it is too early
 //	Forget       the token becomes absent, unless it is too early
-//	timer        -          fetch, if the token is wanted or kept, or if the last fetch failed
+//	timer        -          fetch, if the token is wanted or kept, if it is the first, or
+//	                        if the last fetch failed
 //
 // An upstream that refuses the token changes none of these states: others may accept it.
 // Within a back-off, no fetch starts. If there is no token that is valid, a request
@@ -58,6 +59,7 @@ type tokenSource struct {
 
 	current  *token
 	inflight *fetch
+	server   *queue        // of those who ask the same server, as of the last fetch; nil at first
 	granting chan struct{} // closed when another token becomes current; nil if nobody waits for that
 	timer    *time.Timer   // starts the next fetch of a source in use
 
@@ -76,6 +78,10 @@ type tokenSource struct {
 	wanted bool
 
 	kept int // how many clients' health checks need the token
+
+	// Whether the first token is fetched although nobody asks: until it is there, or the
+	// server refuses the client.
+	warming bool
 
 	// About the failures since the last success. All are zero if there was no
 	// failure.
@@ -174,8 +180,8 @@ func (s *tokenSource) other(ctx context.Context, r *refusal) (*token, acquisitio
 		return s.best(now, now, s.lastErr)
 	}
 	f := s.start(early)
-	patience, limited := s.patience(f, refused, now)
-	if limited && patience == 0 {
+	patience := s.patience(f, refused, now)
+	if patience <= 0 {
 		defer s.mu.Unlock()
 		return s.best(now, now, s.lastErr)
 	}
@@ -183,17 +189,22 @@ func (s *tokenSource) other(ctx context.Context, r *refusal) (*token, acquisitio
 	s.mu.Unlock()
 	defer s.leave(f)
 
-	var late <-chan time.Time
-	if limited {
-		timer := time.NewTimer(patience)
-		defer timer.Stop()
-		late = timer.C
-	}
-	select {
-	case <-f.done:
-	case <-late:
-	case <-refuted:
-	case <-ctx.Done():
+	late := time.NewTimer(patience)
+	defer late.Stop()
+	for patience > 0 {
+		select {
+		case <-f.done:
+			patience = 0
+		case <-late.C:
+			s.mu.Lock()
+			patience = s.patience(f, refused, now) - time.Since(now)
+			s.mu.Unlock()
+			late.Reset(patience)
+		case <-refuted:
+			patience = 0
+		case <-ctx.Done():
+			patience = 0
+		}
 	}
 	if f.ended() { // which counts, whatever came first
 		linkFrom(ctx, f.span)
@@ -234,31 +245,53 @@ func (s *tokenSource) best(since, now time.Time, err error) (*token, acquisition
 
 // whyNot returns why a caller that has waited for f gets no token. mu is held.
 func (s *tokenSource) whyNot(f *fetch) error {
-	switch {
-	case f.ended() && f.err != nil:
+	if f.ended() && f.err != nil {
 		return f.err // not errReleased: somebody has waited
-	case s.lastErr != nil:
+	}
+	if s.lastErr != nil {
 		return s.lastErr
 	}
-	return &fetchError{err: errLate, retryAt: time.Now()}
+	why := error(errLate)
+	switch since, waited, inVain := f.progress(); {
+	case inVain:
+		why = errInVain
+	case waited && since.IsZero():
+		why = errCrowded
+	}
+	return &fetchError{err: why, retryAt: time.Now()}
 }
 
-// patience returns how long a caller without a fresh token may wait for f, if that is
-// limited. An upstream may have refused the caller this token. Nobody waits long for
-// what has failed: callers that pile up are an outage of their own. It counts as failed
-// if a token is not renewed before its end. mu is held.
-func (s *tokenSource) patience(f *fetch, refused *token, now time.Time) (wait time.Duration, limited bool) {
+// patience returns how long a caller that asked for a token then waits for f in all, as
+// things are now. An upstream may have refused the caller this token. Nobody waits long
+// for what has failed: callers that pile up are an outage of their own. It counts as
+// failed if a token is not renewed before its end, and if other clients of the server
+// have failed. It does not if f waits for its turn: then the caller waits for
+// token_timeout, and looks again each second. mu is held.
+func (s *tokenSource) patience(f *fetch, refused *token, asked time.Time) time.Duration {
+	now := time.Now()
+	since, waited, inVain := f.progress()
+	sent := !since.IsZero()
+	if !sent {
+		since = now
+	}
 	good := s.valid(now) && !s.current.is(refused)
-	slow := f.started.Add(2 * s.usual.median()) // later, f takes longer than usual
+	slow := since.Add(2 * s.usual.median()) // later, f takes longer than usual
+	short := max(leastPatience, 3*s.usual.median())
 	switch {
 	case good && s.lastErr != nil:
-		return 0, true
+		return 0
 	case good && s.valid(slow):
-		return max(0, slow.Sub(now)), true
-	case s.lastErr != nil, f.renews:
-		return max(leastPatience, 3*s.usual.median()), true
+		return slow.Sub(asked)
+	case s.lastErr != nil, inVain, f.renews && (sent || !waited):
+		return short
+	case !sent && !waited: // looking up where to ask has a timeout of its own
+		return now.Sub(asked) + leastPatience
+	case !sent:
+		return min(s.life.fetchTimeout, now.Sub(asked)+leastPatience)
+	case waited && since.After(asked):
+		return s.life.fetchTimeout
 	}
-	return 0, false
+	return untilEnd
 }
 
 // due reports whether it is time for a fetch that nobody waits for. It is time
@@ -364,13 +397,17 @@ func (s *tokenSource) Forget() error {
 	return nil
 }
 
-// Warm starts the first fetch in the background. It does nothing if there is a
-// token that may be used, or if the source is in a back-off.
+// Warm has the first token fetched in the background, and again until it is there. It
+// does nothing if there is a token that may be used. In a back-off, it waits.
 func (s *tokenSource) Warm() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
-	if s.runs() && s.usable(now) == nil && s.due(now) {
+	if !s.runs() || s.usable(now) != nil {
+		return
+	}
+	s.warming = s.lastErr == nil || !isPermanent(s.lastErr)
+	if s.due(now) {
 		s.start(false)
 	}
 }
@@ -468,6 +505,10 @@ func (s *tokenSource) adapt() {
 // rest ends what the source does on its own. A fetch that somebody waits for goes on
 // until it has ended, or until nobody waits any more. mu is held.
 func (s *tokenSource) rest() {
+	s.warming = false
+	if s.server != nil {
+		s.server.remind(s, nil)
+	}
 	s.stopTimer()
 	if f := s.inflight; f != nil && f.waiters == 0 {
 		s.abandon(f)
@@ -498,12 +539,13 @@ type fetch struct {
 	failedWith string
 	lastErr    *fetchError
 
-	started  time.Time     // does not change
+	started  time.Time     // when somebody wanted it; does not change
 	renews   bool          // does not change: there was a valid token when it started
 	joined   chan struct{} // see attempts
 	attempts attempts
 
 	// Guarded by the source's mu:
+	slot    *slot // among all clients of the server; nil at first
 	waiters int
 	awaited bool         // somebody needed the token, and may have left
 	cause   *refusal     // that brought it about, or nil
@@ -518,6 +560,14 @@ func (f *fetch) ended() bool {
 	default:
 		return false
 	}
+}
+
+// progress says how far a fetch is that has not ended: see turn. The source's mu is held.
+func (f *fetch) progress() (since time.Time, waited, inVain bool) {
+	if f.slot == nil {
+		return time.Time{}, false, false
+	}
+	return f.slot.progress()
 }
 
 // start returns the fetch in flight, or starts one. With onlyIfChanged, the new
@@ -544,8 +594,8 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 	f.attempts = attempts{
 		requester: s.last, life: s.life, current: s.current, granted: slices.Clone(s.granted), failures: s.failures,
 		silence: max(s.life.fetchTimeout/silenceDivisor, 2*s.usual.median()),
-		joined:  joined, needed: func() bool { return s.needs(f) },
-		tried: now, // in case there is no attempt
+		joined:  joined, needed: func() bool { return s.needs(f) }, queued: func(t *slot) { s.queue(f, t) },
+		began: now, tried: now, // in case there is no attempt
 	}
 	if onlyIfChanged {
 		f.failedWith, f.lastErr = s.failedWith, s.lastErr
@@ -553,6 +603,26 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 	s.inflight = f
 	go s.run(ctx, f)
 	return f
+}
+
+// queue notes that f waits for its turn, or has it.
+func (s *tokenSource) queue(f *fetch, t *slot) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f.slot, s.server = t, t.queue
+}
+
+// revived is called when the server gives tokens again, after it gave nobody one. What has
+// failed need not wait for the end of its back-off.
+func (s *tokenSource) revived() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.inflight != nil || s.lastErr == nil || leftAlone(s.lastErr) {
+		return
+	}
+	now := time.Now()
+	s.lastErr = &fetchError{err: s.lastErr.err, retryAt: now, soonest: now}
+	s.schedule()
 }
 
 // join begins a caller's wait. mu is held.
@@ -587,14 +657,13 @@ func (s *tokenSource) abandon(f *fetch) {
 }
 
 // run is the goroutine of one fetch, and ends with it. The fetch ends at its
-// timeout at the latest.
+// timeout at the latest, without the time in which others have their turn.
 func (s *tokenSource) run(ctx context.Context, f *fetch) {
 	defer f.cancel(nil)
-	ctx, cancel := context.WithTimeout(ctx, f.attempts.life.fetchTimeout)
-	defer cancel()
-
 	var fingerprint string
 	err := safely(func() error {
+		ctx, cancel := context.WithTimeout(ctx, f.attempts.life.fetchTimeout)
+		defer cancel()
 		fingerprint = f.attempts.fingerprint(ctx)
 		return nil
 	})
@@ -710,7 +779,7 @@ func (s *tokenSource) refresh() {
 	refreshing := s.failures > 0 && s.valid(now)
 	// When the timer fires, somebody else may have renewed the token already.
 	// Then no fetch is due.
-	if (s.wanted || s.kept > 0 || refreshing) && s.runs() && s.due(now) {
+	if (s.wanted || s.kept > 0 || s.warming || refreshing) && s.runs() && s.due(now) {
 		s.start(false)
 	}
 }
@@ -718,12 +787,12 @@ func (s *tokenSource) refresh() {
 // fail notes that f has failed, and computes when to try again. mu is held.
 func (s *tokenSource) fail(f *fetch, err error, fingerprint string, now time.Time) *fetchError {
 	if s.failures == 0 {
-		s.failingFrom = f.started
+		s.failingFrom = f.attempts.began
 	}
 	s.failures++
 	s.failedWith = ""
 	if isPermanent(err) {
-		s.failedWith = fingerprint
+		s.failedWith, s.warming = fingerprint, false
 	}
 	last := failure{err: err, began: f.attempts.tried, ended: now, lasted: now.Sub(s.failingFrom)}
 	if s.valid(now) {
@@ -734,6 +803,9 @@ func (s *tokenSource) fail(f *fetch, err error, fingerprint string, now time.Tim
 		retryAt = soonest // requests are refused meanwhile
 	}
 	s.lastErr = &fetchError{err: err, retryAt: retryAt, soonest: soonest}
+	if s.server != nil && !leftAlone(err) {
+		s.server.remind(s, s.revived)
+	}
 	return s.lastErr
 }
 
@@ -749,5 +821,6 @@ func (s *tokenSource) succeed(t *token) {
 		s.granted = s.granted[max(0, len(s.granted)-maxGranted):]
 	}
 	s.usual.add(t.grant.took)
+	s.warming = false
 	s.failures, s.failingFrom, s.lastErr, s.streak, s.failedWith = 0, time.Time{}, nil, streak{}, ""
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"slices"
 	"strings"
 	"sync"
@@ -25,13 +26,24 @@ type scriptedRequester struct {
 	alone    bool                                       // one request at a time
 
 	mu     sync.Mutex
+	host   string
 	delay  time.Duration // of each answer
 	sent   []time.Time   // the requests
 	ended  []time.Time   // the same, when each was answered or given up
 	looked int           // at the secret
 }
 
-func (r *scriptedRequester) request(ctx context.Context, _ redact.Secrets) (grant, error) {
+// locate gives each requester a server of its own.
+func (r *scriptedRequester) locate(context.Context) (*url.URL, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.host == "" {
+		r.host = anyHost()
+	}
+	return &url.URL{Scheme: "https", Host: r.host}, nil
+}
+
+func (r *scriptedRequester) request(ctx context.Context, _ *url.URL, _ redact.Secrets) (grant, error) {
 	r.mu.Lock()
 	r.sent = append(r.sent, time.Now())
 	n, delay, fail, sent := len(r.sent), r.delay, r.fail, time.Now()
@@ -385,9 +397,47 @@ func TestWarmRespectsTheBackoff(t *testing.T) {
 		s.Warm()
 		expectRequests(t, r, 1)
 		time.Sleep(time.Nanosecond)
-		expectRequests(t, r, 1) // a source that nobody asked is not retried by itself
-		s.Warm()
 		expectRequests(t, r, 2)
+	})
+}
+
+// A client whose first token is late is not forgotten: its first request would wait.
+func TestWarmGoesOnUntilThereIsAToken(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		down := true
+		r := &scriptedRequester{lifetime: time.Hour, fail: func(context.Context, int) error {
+			if down {
+				return &scriptedError{}
+			}
+			return nil
+		}}
+		s := newTestSource(t, r)
+		s.Warm()
+		time.Sleep(5 * time.Minute)
+		r.mu.Lock()
+		down = false
+		r.mu.Unlock()
+		time.Sleep(maxTransientBackoff)
+		if s.Peek() == nil {
+			t.Errorf("no token %v after the server is back", maxTransientBackoff)
+		}
+		n := len(r.requests())
+		if n > 40 {
+			t.Errorf("%d token requests in 5 minutes, want at most 40", n)
+		}
+		time.Sleep(2 * time.Hour)
+		expectRequests(t, r, n) // nobody asks for the next token
+	})
+}
+
+// Who was refused may be locked out by the next try.
+func TestWarmEndsWithARefusal(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{fail: func(context.Context, int) error { return &scriptedError{permanent: true} }}
+		s := newTestSource(t, r)
+		s.Warm()
+		time.Sleep(time.Hour)
+		expectRequests(t, r, 1)
 	})
 }
 

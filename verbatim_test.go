@@ -152,7 +152,7 @@ func TestSecretsOfAnyBytes(t *testing.T) {
 		"claim x": {GrantType: grantJWTBearer, PrivateKey: key, Claims: map[string]string{"x": placeholder}},
 	} {
 		c.TokenURL, c.ClientID = testTokenURL, "id"
-		_, err := newTestClient(t, c, answering(http.StatusOK, goodAnswer)).endpoint.request(t.Context(), nil)
+		_, err := newTestClient(t, c, answering(http.StatusOK, goodAnswer)).endpoint.locateAndRequest(t.Context(), nil)
 		if got := wantTokenError(t, err, codeConfiguration, true); !strings.HasPrefix(got.Description, setting+": is not UTF-8") {
 			t.Errorf("got %v, want that %s is not UTF-8", err, setting)
 		}
