@@ -138,7 +138,7 @@ func newClientStatus(s sourceStatus) clientStatus {
 		status.LastError = reportError(s.err)
 	}
 	status.Upstreams, status.UpstreamsLeftOut = reportUpstreams(s.upstreams)
-	status.Requests, status.TokenRequests, status.Rejections = metricsOf(s.name).counts()
+	status.Requests, status.TokenRequests, status.Rejections = countersOf(s.name).counts()
 	return status
 }
 

@@ -358,8 +358,7 @@ const (
 	basicRaw  = "raw"
 )
 
-// name returns the client's name. It is valid UTF-8, because labels have to be, and
-// the host of a URL can hold any bytes.
+// name returns the client's name. It is valid UTF-8, because labels have to be.
 func (c *Credentials) name() string {
 	name := c.ClientID
 	if host := c.host(); host != "" {
@@ -368,14 +367,15 @@ func (c *Credentials) name() string {
 	return strings.ToValidUTF8(cmp.Or(c.Name, name), "\uFFFD")
 }
 
-// host returns the host of the authorization server, for names, logs and
-// errors.
+// host returns the host of the authorization server, for names, metrics, logs and
+// errors. It is valid UTF-8, because labels have to be, and the host of a URL can hold
+// any bytes.
 func (c *Credentials) host() string {
 	u, err := url.Parse(cmp.Or(c.TokenURL, c.Issuer))
 	if err != nil {
 		return ""
 	}
-	return u.Host
+	return strings.ToValidUTF8(u.Host, "\uFFFD")
 }
 
 // authMethod returns how the client authenticates. If auth_method is not set,

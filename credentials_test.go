@@ -577,7 +577,7 @@ func TestFailedProvisionReleasesWhatWasAcquired(t *testing.T) {
 			if got := references(held.fallback.client); got != 1 {
 				t.Errorf("got %d references, want 1 of the transport that is in use", got)
 			}
-			if _, ok := metricsByName.Load("never-ran"); ok {
+			if _, ok := countersByName.Load("never-ran"); ok {
 				t.Error("got metrics of a client that has never run")
 			}
 		})

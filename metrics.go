@@ -47,7 +47,8 @@ const codeOther = "other"
 
 // The metrics belong to the process. So they go on counting when a config is
 // reloaded, although each config has its own registry. Clients that have the
-// same name share their metrics.
+// same name share their counters. Histograms have a dozen series and more, so
+// all clients of a token endpoint's host share one.
 var (
 	tokenRequestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "token_requests_total",
@@ -55,16 +56,16 @@ var (
 	}, []string{"client", "result"})
 	tokenRequestDuration = prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "token_request_duration_seconds",
-		Help: "How long token requests took.",
-	}, []string{"client"})
+		Help: "How long token requests took, by the host of the token endpoint as it is configured.",
+	}, []string{"endpoint"})
 	requestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "requests_total",
 		Help: "Requests to upstreams by how they got their token: fresh and stale ones from the cache, fetched, or none.",
 	}, []string{"client", "token"})
 	waitDuration = prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "wait_duration_seconds",
-		Help: "How long requests waited, of those that had to wait for a token.",
-	}, []string{"client"})
+		Help: "How long requests waited, of those that had to wait for a token, by the host of the token endpoint as it is configured.",
+	}, []string{"endpoint"})
 	refusedRequestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Namespace: "caddy", Subsystem: "oauth2", Name: "rejections_total",
 		Help: "Requests that the upstream refused, by how they ended: path if the token was not the reason.",
@@ -92,16 +93,20 @@ func registerMetrics(ctx caddy.Context) error {
 	return nil
 }
 
-// clientMetrics are the metrics of the clients that have one name. They are
-// looked up only once; see metricsOf. All series except those of errors exist
-// from the beginning, with the value 0: a rate needs a value to start from.
+// clientMetrics are the metrics of one client.
 type clientMetrics struct {
+	*clientCounters
+	waits, duration prometheus.Observer // shared by the clients of one host
+}
+
+// clientCounters are the counters of the clients that have one name. They are
+// looked up only once; see countersOf. All series except those of errors exist
+// from the beginning, with the value 0: a rate needs a value to start from.
+type clientCounters struct {
 	name          string
 	client        any                 // the value of phClient
 	values        [len(tokenUses)]any // the values of phToken
 	uses          [len(tokenUses)]prometheus.Counter
-	waits         prometheus.Observer
-	duration      prometheus.Observer
 	outcomes      map[string]prometheus.Counter // counters of requests that were refused
 	refusedTokens prometheus.Counter
 
@@ -110,13 +115,13 @@ type clientMetrics struct {
 }
 
 // result returns the counter of the token requests that had this result.
-func (m *clientMetrics) result(result string) prometheus.Counter {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	counter, ok := m.results[result]
+func (c *clientCounters) result(result string) prometheus.Counter {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	counter, ok := c.results[result]
 	if !ok {
-		counter = tokenRequestsTotal.WithLabelValues(m.name, result)
-		m.results[result] = counter
+		counter = tokenRequestsTotal.WithLabelValues(c.name, result)
+		c.results[result] = counter
 	}
 	return counter
 }
@@ -138,38 +143,47 @@ func (m *clientMetrics) tokenRequested(took time.Duration, err error) {
 	}
 }
 
-// metricsByName holds the clientMetrics of all names so far. Like the series,
+// countersByName holds the clientCounters of all names so far. Like the series,
 // they stay for ever.
-var metricsByName sync.Map
+var countersByName sync.Map
 
-// metricsOf returns the metrics of the clients that have this name.
-func metricsOf(name string) *clientMetrics {
-	if m, ok := metricsByName.Load(name); ok {
-		return m.(*clientMetrics)
+// countersOf returns the counters of the clients that have this name.
+func countersOf(name string) *clientCounters {
+	if c, ok := countersByName.Load(name); ok {
+		return c.(*clientCounters)
 	}
-	m, _ := metricsByName.LoadOrStore(name, newClientMetrics(name))
-	return m.(*clientMetrics)
+	c, _ := countersByName.LoadOrStore(name, newClientCounters(name))
+	return c.(*clientCounters)
 }
 
-func newClientMetrics(name string) *clientMetrics {
-	m := &clientMetrics{
+func newClientCounters(name string) *clientCounters {
+	c := &clientCounters{
 		name:          name,
 		client:        name,
-		waits:         waitDuration.WithLabelValues(name),
-		duration:      tokenRequestDuration.WithLabelValues(name),
 		outcomes:      make(map[string]prometheus.Counter),
 		results:       make(map[string]prometheus.Counter),
 		refusedTokens: refusedTokensTotal.WithLabelValues(name),
 	}
 	for use, label := range tokenUses {
-		m.values[use] = label
-		m.uses[use] = requestsTotal.WithLabelValues(name, label)
+		c.values[use] = label
+		c.uses[use] = requestsTotal.WithLabelValues(name, label)
 	}
 	for _, outcome := range refusalOutcomes {
-		m.outcomes[outcome] = refusedRequestsTotal.WithLabelValues(name, outcome)
+		c.outcomes[outcome] = refusedRequestsTotal.WithLabelValues(name, outcome)
 	}
-	m.result(resultOK)
-	return m
+	c.result(resultOK)
+	return c
+}
+
+// metricsOf returns the metrics of a client with this name. host is that of its
+// token endpoint, as it is configured: so the config bounds the number of
+// series, whatever a server's metadata says.
+func metricsOf(name, host string) *clientMetrics {
+	return &clientMetrics{
+		clientCounters: countersOf(name),
+		waits:          waitDuration.WithLabelValues(host),
+		duration:       tokenRequestDuration.WithLabelValues(host),
+	}
 }
 
 // requested counts a request by how it got its token, and sets the placeholders.
@@ -207,8 +221,8 @@ func (m *clientMetrics) waitedAgain(ctx context.Context, wait time.Duration) {
 }
 
 // refused counts a request that the upstream refused.
-func (m *clientMetrics) refused(ctx context.Context, outcome string) {
-	m.outcomes[outcome].Inc()
+func (c *clientCounters) refused(ctx context.Context, outcome string) {
+	c.outcomes[outcome].Inc()
 	if outcome == refusalRecovered || outcome == refusalRefusedAgain || outcome == refusalNoAnswer {
 		if repl, ok := replacerOf(ctx); ok {
 			repl.Set(phRetried, true)
@@ -217,17 +231,17 @@ func (m *clientMetrics) refused(ctx context.Context, outcome string) {
 }
 
 // counts returns the values of the counters, by label.
-func (m *clientMetrics) counts() (requests, tokenRequests, refusals map[string]uint64) {
+func (c *clientCounters) counts() (requests, tokenRequests, refusals map[string]uint64) {
 	requests, tokenRequests, refusals = make(map[string]uint64), make(map[string]uint64), make(map[string]uint64)
-	for use, counter := range m.uses {
+	for use, counter := range c.uses {
 		requests[tokenUses[use]] = value(counter)
 	}
-	for outcome, counter := range m.outcomes {
+	for outcome, counter := range c.outcomes {
 		refusals[outcome] = value(counter)
 	}
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	for result, counter := range m.results {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for result, counter := range c.results {
 		tokenRequests[result] = value(counter)
 	}
 	return requests, tokenRequests, refusals
@@ -241,8 +255,9 @@ func value(c prometheus.Counter) uint64 {
 	return uint64(m.GetCounter().GetValue())
 }
 
-// sourceCollector reads the states of the token sources each time that the
-// metrics are read: the states change when nothing but time passes.
+// sourceCollector reads the states of the token sources, and of the origins that
+// they ask, each time that the metrics are read: the states change when nothing
+// but time passes.
 type sourceCollector struct{}
 
 var (
@@ -264,11 +279,21 @@ var (
 		"Upstreams that have accepted no request since they refused the client's token.", []string{"client"}, nil)
 	refusalDesc = prometheus.NewDesc("caddy_oauth2_last_refusal_timestamp_seconds",
 		"When one of these upstreams last refused the client's token; 0 if there are none.", []string{"client"}, nil)
+	waitingDesc = prometheus.NewDesc("caddy_oauth2_token_requests_waiting",
+		"Token requests that wait until the endpoint's server has room for them.", []string{"endpoint"}, nil)
+	limitDesc = prometheus.NewDesc("caddy_oauth2_token_requests_limit",
+		"How many token requests may be under way at once at the endpoint's server.", []string{"endpoint"}, nil)
+	heldBackDesc = prometheus.NewDesc("caddy_oauth2_held_back_origins",
+		"Origins of the endpoint's server that are sent few token requests, because the server asked two clients or more to wait, or gives nobody a token.",
+		[]string{"endpoint"}, nil)
 )
 
 // Describe implements prometheus.Collector.
 func (sourceCollector) Describe(descs chan<- *prometheus.Desc) {
-	for _, desc := range []*prometheus.Desc{sourcesDesc, stateDesc, expiryDesc, renewalDesc, failuresDesc, permanentDesc, retryDesc, refusingDesc, refusalDesc} {
+	for _, desc := range []*prometheus.Desc{
+		sourcesDesc, stateDesc, expiryDesc, renewalDesc, failuresDesc, permanentDesc, retryDesc, refusingDesc, refusalDesc,
+		waitingDesc, limitDesc, heldBackDesc,
+	} {
 		descs <- desc
 	}
 }
@@ -276,13 +301,18 @@ func (sourceCollector) Describe(descs chan<- *prometheus.Desc) {
 // Collect implements prometheus.Collector.
 func (sourceCollector) Collect(collected chan<- prometheus.Metric) {
 	collectStatuses(sourceStatuses(), collected)
+	collectOrigins(originStatuses(), collected)
+}
+
+// gauges makes gauges of one collection.
+type gauges chan<- prometheus.Metric
+
+func (g gauges) set(desc *prometheus.Desc, value float64, labels ...string) {
+	g <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value, labels...)
 }
 
 // collectStatuses makes the metrics of these sources.
-func collectStatuses(statuses []sourceStatus, collected chan<- prometheus.Metric) {
-	gauge := func(desc *prometheus.Desc, value float64, labels ...string) {
-		collected <- prometheus.MustNewConstMetric(desc, prometheus.GaugeValue, value, labels...)
-	}
+func collectStatuses(statuses []sourceStatus, collected gauges) {
 	byName := make(map[string]sourceStatus)
 	inUse := make(map[sourceKey]struct{})
 	refusing := make(map[string]int)           // by name
@@ -300,26 +330,47 @@ func collectStatuses(statuses []sourceStatus, collected chan<- prometheus.Metric
 			byName[status.name] = status
 		}
 	}
-	gauge(sourcesDesc, float64(len(inUse)))
+	collected.set(sourcesDesc, float64(len(inUse)))
 	for name, status := range byName {
 		for _, state := range tokenStates {
 			value := 0.0
 			if state == status.state {
 				value = 1
 			}
-			gauge(stateDesc, value, name, state)
+			collected.set(stateDesc, value, name, state)
 		}
-		gauge(expiryDesc, timestamp(status.expires), name)
-		gauge(renewalDesc, timestamp(status.renewal), name)
-		gauge(failuresDesc, float64(status.failures), name)
+		collected.set(expiryDesc, timestamp(status.expires), name)
+		collected.set(renewalDesc, timestamp(status.renewal), name)
+		collected.set(failuresDesc, float64(status.failures), name)
 		permanent := 0.0
 		if isPermanent(status.err) {
 			permanent = 1
 		}
-		gauge(permanentDesc, permanent, name)
-		gauge(retryDesc, timestamp(status.retryAt), name)
-		gauge(refusingDesc, float64(refusing[name]), name)
-		gauge(refusalDesc, timestamp(lastRefusals[name]), name)
+		collected.set(permanentDesc, permanent, name)
+		collected.set(retryDesc, timestamp(status.retryAt), name)
+		collected.set(refusingDesc, float64(refusing[name]), name)
+		collected.set(refusalDesc, timestamp(lastRefusals[name]), name)
+	}
+}
+
+// collectOrigins makes the metrics of these origins. One host may have several, such
+// as http and https: they are added up.
+func collectOrigins(origins []originStatus, collected gauges) {
+	type sums struct{ waiting, limit, heldBack int }
+	byEndpoint := make(map[string]sums)
+	for _, origin := range origins {
+		sum := byEndpoint[origin.endpoint]
+		sum.waiting += origin.waiting
+		sum.limit += origin.limit
+		if origin.heldBack {
+			sum.heldBack++
+		}
+		byEndpoint[origin.endpoint] = sum
+	}
+	for endpoint, sum := range byEndpoint {
+		collected.set(waitingDesc, float64(sum.waiting), endpoint)
+		collected.set(limitDesc, float64(sum.limit), endpoint)
+		collected.set(heldBackDesc, float64(sum.heldBack), endpoint)
 	}
 }
 

@@ -9,9 +9,11 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+	dto "github.com/prometheus/client_model/go"
 )
 
 func TestClientsOfOneNameShareTheirMetrics(t *testing.T) {
@@ -129,9 +131,144 @@ func TestNameThatIsNotUTF8(t *testing.T) {
 		t.Errorf("got the name %q, want one with a replacement", name)
 	}
 	registry := prometheus.NewPedanticRegistry()
-	registry.MustRegister(sourceCollector{}, requestsTotal)
+	registry.MustRegister(sourceCollector{}, requestsTotal, waitDuration)
 	if _, err := registry.Gather(); err != nil {
 		t.Errorf("got %v, want metrics of %q", err, transport.fallback.endpoint.metrics.name)
+	}
+}
+
+// The histograms are those of the endpoint's host, whatever its clients are called. The
+// path may hold a key. What an issuer's metadata says is not bounded by the config.
+func TestDurationsBelongToTheHost(t *testing.T) {
+	name := newName()
+	a, b, issuer := newName()+".example", newName()+".example:8443", newName()+".example"
+	transport := newTransport(t, expand(`
+		client_id gateway
+		client_secret s
+		token_url https://$A/canary-key/token?key=canary-key
+		upstream 127.0.0.1:9000 {
+			name $NAME
+		}
+		upstream 127.0.0.1:9001 {
+			name $NAME
+			token_url https://$B/token
+			client_secret s
+		}
+		upstream 127.0.0.1:9002 {
+			name other
+			scopes other
+		}
+		upstream 127.0.0.1:9003 {
+			issuer https://$ISSUER/canary-realm
+			client_secret s
+		}`, "$A", a, "$B", b, "$ISSUER", issuer, "$NAME", name))
+	for port, took := range map[string]time.Duration{"9000": time.Second, "9001": 2 * time.Second, "9002": 3 * time.Second, "9003": 4 * time.Second} {
+		m := transport.routes[dialAddress{"tcp", "127.0.0.1:" + port}].endpoint.metrics
+		m.tokenRequested(took, nil)
+		m.requested(t.Context(), acquisition{tokenWaited, took})
+	}
+	for _, histogram := range []*prometheus.HistogramVec{tokenRequestDuration, waitDuration} {
+		for host, want := range map[string]struct {
+			count uint64
+			sum   float64
+		}{a: {2, 4}, b: {1, 2}, issuer: {1, 4}} {
+			var got dto.Metric
+			if err := histogram.WithLabelValues(host).(prometheus.Metric).Write(&got); err != nil {
+				t.Fatal(err)
+			}
+			if h := got.GetHistogram(); h.GetSampleCount() != want.count || h.GetSampleSum() != want.sum {
+				t.Errorf("%s: got %d durations of %v seconds in all, want %d of %v", host, h.GetSampleCount(), h.GetSampleSum(), want.count, want.sum)
+			}
+		}
+	}
+	requests, tokenRequests, _ := countersOf(name).counts()
+	if requests["fetched"] != 2 || tokenRequests[resultOK] != 2 {
+		t.Errorf("got %v and %v, want the two of both hosts", requests, tokenRequests)
+	}
+	registry := prometheus.NewPedanticRegistry()
+	registry.MustRegister(tokenRequestDuration, waitDuration)
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text := fmt.Sprint(families); strings.Contains(text, "canary") || !strings.Contains(text, a) {
+		t.Error("got a path in the labels, want hosts only")
+	}
+}
+
+// count returns how many series have a label whose value begins so. Buckets count.
+func (s series) count(label, prefix string) (n int) {
+	for name := range s {
+		if strings.Contains(name, label+`="`+prefix) {
+			n++
+		}
+	}
+	return n
+}
+
+// perClient is how many series a client may have.
+const perClient = 25
+
+// A client has few series, also after a failure and refusals: each error code adds one.
+func TestAClientHasFewSeries(t *testing.T) {
+	auth := newAuthServer(t)
+	auth.script(refusing(http.StatusServiceUnavailable, ""))
+	up := newUpstream(t, auth)
+	g, name := newOperableGateway(t), newName()
+	g.load(proxySite(up, auth, "name "+name))
+	counted := func(series string) func() bool {
+		return func() bool { return g.scrape().of(name)[series] > 0 }
+	}
+	eventually(t, counted(`token_requests_total{result="http_status"}`), "a failure")
+	auth.script(nil)
+	eventually(t, func() bool { return g.get().status == http.StatusOK }, "a token")
+	auth.revoke()
+	g.get().want(t, http.StatusOK)
+	eventually(t, counted(`rejections_total{outcome="recovered"}`), "a refusal that a new token ends")
+	up.script(func(w http.ResponseWriter, _ *http.Request) bool { refuse(w, http.StatusUnauthorized); return true })
+	g.get().want(t, http.StatusUnauthorized)
+	got, refusals := g.scrape(), 0.0
+	for _, outcome := range refusalOutcomes {
+		refusals += got.of(name)[fmt.Sprintf("rejections_total{outcome=%q}", outcome)]
+	}
+	if refusals != 2 {
+		t.Errorf("got %v refusals, want both", refusals)
+	}
+	if n := got.count("client", name+`"`); n > perClient || n != len(got.of(name)) {
+		t.Errorf("got %d series, %d of them no buckets, want %d at most, and no buckets", n, len(got.of(name)), perClient)
+	}
+}
+
+// Clients of one endpoint share what is dear.
+func TestManyClientsHaveFewSeries(t *testing.T) {
+	const clients, constant = 300, 50
+	auth := newAuthServer(t)
+	auth.script(refusingForLong(http.StatusUnauthorized, `{"error":"invalid_client"}`))
+	g, name := newOperableGateway(t), newName()
+	var upstreams, blocks strings.Builder
+	for i := range clients {
+		address := fmt.Sprint("127.0.0.1:", 10_000+i)
+		fmt.Fprintf(&upstreams, " %s", address)
+		fmt.Fprintf(&blocks, "upstream %s {\nname %s-%d\nclient_id %d\n}\n", address, name, i, i)
+	}
+	g.load(expand("reverse_proxy $UPSTREAMS {\ntransport oauth2 {\ntoken_url $AUTH/token\nclient_secret s\n$BLOCKS\n}\n}",
+		"$UPSTREAMS", upstreams.String(), "$AUTH", auth.URL, "$BLOCKS", blocks.String()))
+	var got series
+	eventually(t, func() bool {
+		got = g.scrape()
+		failed := 0.0
+		for series, value := range got {
+			if strings.HasPrefix(series, `token_requests_total{client="`+name) && strings.HasSuffix(series, `result="invalid_client"}`) {
+				failed += value
+			}
+		}
+		return failed == clients
+	}, "a failure of each client")
+	got.want(t, series{"sources": clients})
+	n := got.count("client", name+"-") + got.count("endpoint", auth.Listener.Addr().String()+`"`)
+	t.Logf("%d series for %d clients", n, clients)
+	if n > clients*perClient+constant || n < clients {
+		t.Errorf("got %d series for %d clients, want %d for each and %d more at most", n, clients, perClient, constant)
 	}
 }
 
@@ -201,10 +338,11 @@ func TestHostileClientsAddNoSeries(t *testing.T) {
 func TestMetricsAreNamedByTheConventions(t *testing.T) {
 	newTransport(t, "token_url https://auth.example.com/token\nclient_id "+newName()+"\nclient_secret s")
 	registry := prometheus.NewPedanticRegistry()
-	registry.MustRegister(tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, refusedRequestsTotal, refusedTokensTotal, sourceCollector{})
+	registry.MustRegister(tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, refusedRequestsTotal, refusedTokensTotal,
+		sourceCollector{}, originCollector{{endpoint: newName()}})
 	families, err := registry.Gather()
-	if err != nil || len(families) != 15 {
-		t.Fatalf("got %d metrics, err %v, want 15", len(families), err)
+	if err != nil || len(families) != 18 {
+		t.Fatalf("got %d metrics, err %v, want 18", len(families), err)
 	}
 	for _, family := range families { // the linter compares each with each
 		family.Metric = family.Metric[:min(len(family.Metric), 20)]
@@ -226,8 +364,8 @@ func TestMetricsAreNamedByTheConventions(t *testing.T) {
 
 // A client that is loaded anew goes on with what was counted under its name.
 func TestCountsBelongToTheName(t *testing.T) {
-	metricsOf(t.Name()).tokenRequested(0, &tokenError{Code: codeTimeout})
-	if _, got, _ := metricsOf(t.Name()).counts(); got[codeTimeout] != 1 {
+	metricsOf(t.Name(), "a.example").tokenRequested(0, &tokenError{Code: codeTimeout})
+	if _, got, _ := countersOf(t.Name()).counts(); got[codeTimeout] != 1 {
 		t.Errorf("got %v, want the time-out that was counted before", got)
 	}
 }

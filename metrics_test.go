@@ -77,10 +77,15 @@ func (g *gateway) scrape() series {
 	return found
 }
 
-// of returns the series of one client without its label, but for the buckets.
-func (s series) of(client string) series {
+// of returns the series of one client without its label.
+func (s series) of(client string) series { return s.labelled("client", client) }
+
+// at returns the series of one token endpoint without its label, but for the buckets.
+func (s series) at(endpoint string) series { return s.labelled("endpoint", endpoint) }
+
+func (s series) labelled(label, value string) series {
 	found := make(series)
-	label := fmt.Sprintf("client=%q", client)
+	label = fmt.Sprintf("%s=%q", label, value)
 	for name, value := range s {
 		if strings.Contains(name, label) && !strings.Contains(name, "_bucket{") {
 			name = strings.NewReplacer("{"+label+"}", "", label+",", "").Replace(name)
@@ -88,6 +93,16 @@ func (s series) of(client string) series {
 		}
 	}
 	return found
+}
+
+// since returns by how much the series have grown. An endpoint needs that: its port may
+// be one that an earlier test has used.
+func (s series) since(before series) series {
+	grown := make(series)
+	for name, value := range s {
+		grown[name] = value - before[name]
+	}
+	return grown
 }
 
 // want fails the test unless the series have these values.
@@ -135,13 +150,15 @@ func TestMetricsTellHowRequestsGotTheirTokens(t *testing.T) {
 	g.scrape().of(name).want(t, series{ // rates need a value to start from
 		`requests_total{token="fresh"}`: 0, `requests_total{token="stale"}`: 0,
 		`requests_total{token="fetched"}`: 0, `requests_total{token="none"}`: 0,
-		`token_requests_total{result="ok"}`: 0, "token_request_duration_seconds_count": 0,
-		"wait_duration_seconds_count": 0, "invalidated_tokens_total": 0,
+		`token_requests_total{result="ok"}`: 0, "invalidated_tokens_total": 0,
 		`rejections_total{outcome="recovered"}`: 0, `rejections_total{outcome="refused_again"}`: 0,
 		`rejections_total{outcome="no_token"}`: 0, `rejections_total{outcome="not_repeatable"}`: 0,
 		`rejections_total{outcome="no_answer"}`: 0, `rejections_total{outcome="path"}`: 0,
 		"refusing_upstreams": 0, "last_refusal_timestamp_seconds": 0,
 	})
+	host := auth.Listener.Addr().String()
+	before := g.scrape().at(host)
+	before.since(before).want(t, series{"token_request_duration_seconds_count": 0, "wait_duration_seconds_count": 0})
 
 	answers := make(chan []reply)
 	go func() { answers <- g.burst(3) }()
@@ -160,13 +177,14 @@ func TestMetricsTellHowRequestsGotTheirTokens(t *testing.T) {
 	auth.script(refusingForLong(http.StatusUnauthorized, `{"error":"invalid_client"}`))
 	wantAll(t, g.burst(4), http.StatusServiceUnavailable)
 
-	got := g.scrape().of(name)
-	got.want(t, series{
+	all := g.scrape()
+	all.of(name).want(t, series{
 		`requests_total{token="fresh"}`: 2, `requests_total{token="stale"}`: 1,
 		`requests_total{token="fetched"}`: 3, `requests_total{token="none"}`: 4,
 		`token_requests_total{result="ok"}`: 2, `token_requests_total{result="invalid_client"}`: 1,
-		"token_request_duration_seconds_count": 3,
 	})
+	got := all.at(host).since(before)
+	got.want(t, series{"token_request_duration_seconds_count": 3})
 	// Those that were refused may have waited for a look at the secret.
 	if waited := got["wait_duration_seconds_count"]; waited < 3 || waited > 7 {
 		t.Errorf("got %v requests that waited, want the three, and perhaps the four", waited)
@@ -180,7 +198,7 @@ func TestMetricsTellHowRequestsGotTheirTokens(t *testing.T) {
 
 // Whoever waits is counted, whatever comes of it, and nobody else is.
 func TestMetricsTellWhoWaited(t *testing.T) {
-	m := newClientMetrics(newName())
+	m := metricsOf(newName(), newName())
 	for _, got := range []acquisition{{use: tokenFresh}, {use: tokenNone}, {tokenStale, time.Second}, {tokenWaited, time.Second}, {tokenNone, time.Second}} {
 		m.requested(t.Context(), got)
 	}
@@ -218,6 +236,11 @@ func TestMetricsTellResultsOfTokenRequestsApart(t *testing.T) {
 			auth := newAuthServer(t)
 			auth.script(test.answer)
 			g, name := newOperableGateway(t), newName()
+			host := auth.Listener.Addr().String()
+			var before dto.Metric
+			if err := tokenRequestDuration.WithLabelValues(host).(prometheus.Metric).Write(&before); err != nil {
+				t.Fatal(err)
+			}
 			site := proxySite(newUpstream(t, nil), auth, "name "+name+"\n"+test.settings)
 			if strings.HasPrefix(test.settings, "client_secret") {
 				site = strings.Replace(site, "client_secret canary-secret\n", "", 1)
@@ -229,7 +252,8 @@ func TestMetricsTellResultsOfTokenRequestsApart(t *testing.T) {
 			}
 			var got series
 			only := func() bool {
-				got = g.scrape().of(name)
+				all := g.scrape()
+				got = all.of(name)
 				results := 0.0
 				for series, value := range got {
 					if result, ok := strings.CutPrefix(series, "token_requests_total{result="); ok && result != `"ok"}` {
@@ -241,7 +265,8 @@ func TestMetricsTellResultsOfTokenRequestsApart(t *testing.T) {
 				if test.result == codeConfiguration { // no server was asked
 					durations = 0
 				}
-				return count > 0 && results == count && got["token_request_duration_seconds_count"] == durations
+				durations += float64(before.GetHistogram().GetSampleCount())
+				return count > 0 && results == count && all.at(host)["token_request_duration_seconds_count"] == durations
 			}
 			// Another try may end while the metrics are read, one after the other.
 			eventually(t, only, "%s only", test.result)
@@ -316,7 +341,7 @@ func TestMetricsTellHowRefusedRequestsEnded(t *testing.T) {
 
 // A request that was refused for its path is not sent once more.
 func TestMetricsTellARefusedPath(t *testing.T) {
-	m := newClientMetrics(newName())
+	m := metricsOf(newName(), newName())
 	repl := caddy.NewReplacer()
 	ctx := context.WithValue(t.Context(), caddy.ReplacerCtxKey, repl)
 	m.requested(ctx, acquisition{use: tokenFresh})
@@ -336,6 +361,34 @@ func (statusCollector) Describe(chan<- *prometheus.Desc) {}
 
 func (c statusCollector) Collect(collected chan<- prometheus.Metric) { collectStatuses(c, collected) }
 
+// originCollector makes the metrics of origins that have these statuses.
+type originCollector []originStatus
+
+func (originCollector) Describe(chan<- *prometheus.Desc) {}
+
+func (c originCollector) Collect(collected chan<- prometheus.Metric) { collectOrigins(c, collected) }
+
+// gaugesOf returns the gauges of a collector that have one label, by their names and the
+// values of the label.
+func gaugesOf(t *testing.T, collector prometheus.Collector) series {
+	t.Helper()
+	registry := prometheus.NewPedanticRegistry()
+	registry.MustRegister(collector)
+	families, err := registry.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := make(series)
+	for _, family := range families {
+		for _, m := range family.GetMetric() {
+			if labels := m.GetLabel(); len(labels) == 1 {
+				got[family.GetName()+" "+labels[0].GetValue()] = m.GetGauge().GetValue()
+			}
+		}
+	}
+	return got
+}
+
 // Clients of one name are counted together, whichever of them is in the worst state.
 func TestMetricsTellWhichUpstreamsRefuse(t *testing.T) {
 	at := func(seconds int64) time.Time { return time.Unix(seconds, 0) }
@@ -353,25 +406,32 @@ func TestMetricsTellWhichUpstreamsRefuse(t *testing.T) {
 		}},
 		{key: sourceKey{5}, description: description{name: "search"}, state: stateFresh},
 	}
-	registry := prometheus.NewPedanticRegistry()
-	registry.MustRegister(statuses)
-	families, err := registry.Gather()
-	if err != nil {
-		t.Fatal(err)
-	}
-	got := make(series)
-	for _, family := range families {
-		for _, m := range family.GetMetric() {
-			if labels := m.GetLabel(); len(labels) == 1 {
-				got[family.GetName()+" "+labels[0].GetValue()] = m.GetGauge().GetValue()
-			}
-		}
-	}
-	got.want(t, series{
+	gaugesOf(t, statuses).want(t, series{
 		"caddy_oauth2_refusing_upstreams orders": 3, "caddy_oauth2_last_refusal_timestamp_seconds orders": 300,
 		"caddy_oauth2_refusing_upstreams billing": 0, "caddy_oauth2_last_refusal_timestamp_seconds billing": 0,
 		"caddy_oauth2_refusing_upstreams search": 0, "caddy_oauth2_last_refusal_timestamp_seconds search": 0,
 	})
+}
+
+// The origins of one host are added up, as their clients share its label.
+func TestMetricsTellWhichEndpointsAreBusy(t *testing.T) {
+	got := gaugesOf(t, originCollector{
+		{endpoint: "auth.example.com", waiting: 3, limit: 8, heldBack: true},
+		{endpoint: "auth.example.com", waiting: 2, limit: 1},
+		{endpoint: "auth.example.com", limit: 4, heldBack: true},
+		{endpoint: "auth.example.com:8443", limit: 8},
+	})
+	want := series{
+		"caddy_oauth2_token_requests_waiting auth.example.com": 5, "caddy_oauth2_token_requests_waiting auth.example.com:8443": 0,
+		"caddy_oauth2_token_requests_limit auth.example.com": 13, "caddy_oauth2_token_requests_limit auth.example.com:8443": 8,
+		"caddy_oauth2_held_back_origins auth.example.com": 2, "caddy_oauth2_held_back_origins auth.example.com:8443": 0,
+	}
+	if !maps.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
+	}
+	if got := gaugesOf(t, originCollector{}); len(got) != 0 {
+		t.Errorf("got %v without an origin, want nothing", got)
+	}
 }
 
 func TestMetricsTellTheStateOfTheToken(t *testing.T) {
@@ -451,13 +511,17 @@ func TestMetricsSurviveReloads(t *testing.T) {
 	g, name, other := newOperableGateway(t), newName(), newName()
 	g.load(proxySite(up, auth, "name "+name))
 	g.get().want(t, http.StatusOK)
-	before := g.scrape().of(name)
+	host := auth.Listener.Addr().String()
+	before, beforeAtHost := g.scrape().of(name), g.scrape().at(host)
 	for range 3 {
 		g.load("respond /new x\n" + proxySite(up, auth, "name "+name))
 		g.load(proxySite(up, auth, "name "+name))
 	}
 	if got := g.scrape().of(name); !maps.Equal(got, before) {
 		t.Errorf("got %v, want %v as before the reloads", got, before)
+	}
+	if got := g.scrape().at(host); !maps.Equal(got, beforeAtHost) {
+		t.Errorf("got %v, want %v as before the reloads", got, beforeAtHost)
 	}
 
 	g.load(proxySite(up, auth, "scopes other\nname "+other))
@@ -468,7 +532,7 @@ func TestMetricsSurviveReloads(t *testing.T) {
 		if value != before[series] {
 			t.Errorf("%s: got %v, want %v as before", series, value, before[series])
 		}
-		if !strings.Contains(series, "_total") && !strings.Contains(series, "_duration_seconds") {
+		if !strings.Contains(series, "_total") {
 			t.Errorf("got %s of a client that is gone, want its counters only", series)
 		}
 	}
@@ -487,9 +551,13 @@ func TestMetricsDoNotCountAbandonedTokenRequests(t *testing.T) {
 	up := newUpstream(t, auth)
 	g.load(proxySite(up, auth, "name "+name))
 	eventually(t, func() bool { return len(auth.asked()) == 1 }, "the token request of the warm-up")
-	auth.script(nil)
-	g.load(proxySite(up, auth, "scopes other\nname "+newName())) // or there would be no metrics
+	host := auth.Listener.Addr().String()
+	before := g.scrape().at(host)
+	g.load(proxySite(up, newAuthServer(t), "name "+newName())) // or there would be no metrics
 	eventually(t, func() bool { return len(goroutines()) == 0 }, "the end of the token request")
+	if got := g.scrape().at(host); len(got) == 0 || !maps.Equal(got, before) {
+		t.Errorf("got %v, want %v as before", got, before)
+	}
 	if len(g.scrape().of(name)) == 0 {
 		t.Error("got no metrics of the client, want its counters")
 	}

@@ -1,4 +1,4 @@
-// What state a token source is in at one moment.
+// What state a token source is in at one moment, and the origin that it asks.
 
 package outboundauth
 
@@ -130,16 +130,16 @@ func (s *tokenSource) statusAlone(now time.Time) (sourceStatus, []requester) {
 	return status, requesters
 }
 
-// queueStatus is the state of a queue at one moment.
-type queueStatus struct {
-	endpoint       string // the host, as the config has it
-	waiting, limit int
-	heldBack       bool // few token requests are sent
+// originStatus is the state of a server that is asked for tokens, at one moment.
+type originStatus struct {
+	endpoint       string // the host of the token endpoint, as it is configured
+	waiting, limit int    // token requests: those that wait for their turn, and how many may be under way at once
+	heldBack       bool   // few are sent: the server asked two clients or more to wait, or gives nobody a token
 }
 
-// queueStatuses returns the statuses of the queues of all servers.
-func queueStatuses() []queueStatus {
-	var statuses []queueStatus
+// originStatuses returns the statuses of all servers that were asked for tokens.
+func originStatuses() []originStatus {
+	var statuses []originStatus
 	for q := range queues.all() {
 		statuses = append(statuses, q.status())
 	}
@@ -147,10 +147,10 @@ func queueStatuses() []queueStatus {
 }
 
 // status returns what operators see of a queue.
-func (q *queue) status() queueStatus {
+func (q *queue) status() originStatus {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return queueStatus{
+	return originStatus{
 		endpoint: q.endpoint,
 		waiting:  q.awaited.Len() + q.others.Len(), limit: q.server.Limit(),
 		heldBack: q.server.Failing() || q.server.HeldBack(time.Now()),

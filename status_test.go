@@ -74,7 +74,7 @@ func TestStatusOfASource(t *testing.T) {
 
 // newNamedEndpoint makes an endpoint that tells who its client is, and no more.
 func newNamedEndpoint(name, clientID string) *endpoint {
-	return &endpoint{url: new(url.URL), credentials: Credentials{ClientID: clientID}, metrics: &clientMetrics{name: name}}
+	return &endpoint{url: new(url.URL), credentials: Credentials{ClientID: clientID}, metrics: &clientMetrics{clientCounters: &clientCounters{name: name}}}
 }
 
 // Whatever makes the requests: none is left out.

@@ -79,7 +79,7 @@ func newEndpoint(c Credentials, urlTemplate string, transport tokenTransport, pl
 	} else if e.discovery, err = newDiscovery(server, &e.credentials, transport, permit, logger); err != nil {
 		return nil, err
 	}
-	e.metrics = metricsOf(c.name())
+	e.metrics = metricsOf(c.name(), c.host())
 	for _, odd := range c.oddities(c.valuesNow()) {
 		logger.Warn(odd+"; it is sent as it is: correct it, unless that is meant", e.logFields()...)
 	}
