@@ -200,9 +200,11 @@ func isNotZero(s model.SamplePair) bool { return s.Value != 0 }
 
 var legendLabel = regexp.MustCompile(`{{(\w+)}}`)
 
-// seriesName names a series by its legend's format. There is but one instance.
+// seriesName names a series by its legend's format. There is but one instance, and one
+// endpoint.
 func seriesName(format string, metric model.Metric) string {
 	delete(metric, model.InstanceLabel)
+	delete(metric, "endpoint")
 	name := legendLabel.ReplaceAllStringFunc(format, func(label string) string {
 		return string(metric[model.LabelName(strings.Trim(label, "{}"))])
 	})
