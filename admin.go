@@ -4,15 +4,13 @@ package outboundauth
 
 import (
 	"cmp"
-	"crypto/hmac"
-	"crypto/rand"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
+	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -26,12 +24,25 @@ func init() {
 // adminClients is the path of the clients in the admin API.
 const adminClients = "/oauth2/clients"
 
+// totalHeader says how many clients a list would have without its limit.
+const totalHeader = "X-Total-Count"
+
 // adminAPI shows the OAuth clients. An operator can also renew or forget a token:
 //
-//	GET    /oauth2/clients             all clients
+//	GET    /oauth2/clients             all clients, or those that the query selects
 //	GET    /oauth2/clients/<id>        one client
 //	POST   /oauth2/clients/<id>/renew  request a token now, and wait for it
 //	DELETE /oauth2/clients/<id>/token  forget the token
+//
+// The query of the first has any of these parameters, and no others:
+//
+//	name   of the clients, or a pattern of path.Match in which * matches a slash, too
+//	state  fresh, stale, expired, absent, failing or refused; or several, with commas
+//	limit  how many clients to show at most; the header X-Total-Count says how many there are
+//
+// The clients come in this order: those whose last attempt to get a token failed for a
+// reason that does not pass by itself, others whose last attempt failed, those whose token
+// an upstream refuses, and the rest; of each, by name and then by ID.
 //
 // No answer holds a token or a secret. The last two answer 429 if it is too early.
 type adminAPI struct{}
@@ -151,30 +162,15 @@ func instant(t time.Time) *time.Time {
 	return &t
 }
 
-// idKey is random, so that only this process can compute its ids. A sourceKey
-// is a digest of settings, and some of them may be secrets. Without idKey, a
-// reader of an id could find out whether a guessed secret is right.
-var idKey = []byte(rand.Text())
-
-// id returns an id that is short enough to type in a URL. It tells nothing
-// about the settings.
-func (k sourceKey) id() string {
-	mac := hmac.New(sha256.New, idKey)
-	mac.Write(k[:])
-	return hex.EncodeToString(mac.Sum(nil)[:6])
-}
-
-// clientStatuses returns the statuses of all clients, sorted by name.
-func clientStatuses() []clientStatus {
-	sourceStatuses := sourceStatuses()
-	statuses := make([]clientStatus, len(sourceStatuses)) // never nil: in JSON, an empty list is []
-	for i, s := range sourceStatuses {
-		statuses[i] = newClientStatus(s)
+// clientStatuses returns the statuses of the clients that are selected, in the order of
+// selection.of, and how many there are without its limit.
+func clientStatuses(selected selection) (statuses []clientStatus, total int) {
+	shown, total := selected.of(sourceStatuses())
+	statuses = make([]clientStatus, len(shown)) // never nil: in JSON, an empty list is []
+	for i, s := range shown {
+		statuses[i] = newClientStatus(*s)
 	}
-	slices.SortFunc(statuses, func(a, b clientStatus) int {
-		return strings.Compare(a.Name+"\x00"+a.ID, b.Name+"\x00"+b.ID)
-	})
-	return statuses
+	return statuses, total
 }
 
 func (adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
@@ -183,10 +179,10 @@ func (adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 		if err := allowOnly(w, r, http.MethodGet); err != nil {
 			return err
 		}
-		return answerJSON(w, clientStatuses())
+		return answerList(w, r)
 	}
 	id, action, _ := strings.Cut(path, "/")
-	source, ok := sourceByID(id)
+	key, source, ok := sourceByID(id)
 	if !ok {
 		return adminError(http.StatusNotFound, fmt.Errorf("there is no client %q; GET %s lists them", id, adminClients))
 	}
@@ -212,24 +208,42 @@ func (adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 	default:
 		return adminError(http.StatusNotFound, errors.New("a client has renew and token only"))
 	}
-	for _, status := range clientStatuses() {
-		if status.ID == id {
-			return answerJSON(w, status)
-		}
+	statuses := source.statuses(time.Now())
+	if len(statuses) == 0 {
+		return adminError(http.StatusNotFound, errors.New("the client has just been unloaded"))
 	}
-	return adminError(http.StatusNotFound, errors.New("the client has just been unloaded"))
+	// Clients of several names share the source: it is the first that a list shows.
+	status := slices.MinFunc(statuses, func(a, b sourceStatus) int { return strings.Compare(a.name, b.name) })
+	status.key = key
+	return answerJSON(w, newClientStatus(status))
+}
+
+// answerList answers with the clients that the query selects. The header says how many
+// there are without its limit: the body is a list of clients, and nothing else.
+func answerList(w http.ResponseWriter, r *http.Request) error {
+	params, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return adminError(http.StatusBadRequest, fmt.Errorf("the query can't be read: %w", err))
+	}
+	selected, err := parseSelection(params)
+	if err != nil {
+		return adminError(http.StatusBadRequest, err)
+	}
+	statuses, total := clientStatuses(selected)
+	w.Header().Set(totalHeader, strconv.Itoa(total))
+	return answerJSON(w, statuses)
 }
 
 // sourceByID finds the source of the client that has this id.
-func sourceByID(id string) (source *tokenSource, ok bool) {
+func sourceByID(id string) (found sourceKey, source *tokenSource, ok bool) {
 	sources.Range(func(key, value any) bool {
-		if key.(sourceKey).id() == id {
-			source = value.(*tokenSource)
+		if key := key.(sourceKey); key.id() == id {
+			found, source = key, value.(*tokenSource)
 			ok = len(source.statuses(time.Now())) > 0 // false: no client is attached to it yet
 		}
 		return !ok
 	})
-	return source, ok
+	return found, source, ok
 }
 
 func allowOnly(w http.ResponseWriter, r *http.Request, method string) error {

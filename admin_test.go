@@ -81,8 +81,8 @@ func TestAdminListsClients(t *testing.T) {
 	if len(clients) != 2 {
 		t.Fatalf("got %d clients, want 2", len(clients))
 	}
-	good, failing := clients[0], clients[1] // by name
-	for _, s := range sourceStatuses() {    // of settings, which a secret may be guessed from
+	failing, good := clients[0], clients[1]
+	for _, s := range sourceStatuses() { // of settings, which a secret may be guessed from
 		if id := s.key.id(); strings.Contains(hex.EncodeToString(s.key[:]), id) || id != s.key.id() {
 			t.Errorf("got id %s, want one that the settings don't tell", id)
 		}
@@ -119,6 +119,145 @@ func TestAdminListsClients(t *testing.T) {
 	g.load("respond ok")
 	if got := g.clients(); len(got) != 0 {
 		t.Errorf("got %d clients, want none", len(got))
+	}
+}
+
+// everyTrouble are clients of which each has another trouble, by name those last that
+// need an operator most.
+const everyTrouble = `reverse_proxy /refused $A {
+	transport oauth2 {
+		token_url $AUTH/token?key=canary-query
+		client_secret canary-secret
+		client_id c-refused
+		name b/refused
+		retry_on 401
+	}
+}
+reverse_proxy $A $B $C {
+	transport oauth2 {
+		token_url $AUTH/token?key=canary-query
+		client_secret canary-secret
+		upstream $A {
+			name a/good
+			client_id good
+		}
+		upstream $B {
+			name c/failing
+			client_id failing
+		}
+		upstream $C {
+			name d/permanent
+			client_id permanent
+		}
+	}
+}`
+
+// troubledGateway has everyTrouble.
+func troubledGateway(t *testing.T) *gateway {
+	t.Helper()
+	auth := newAuthServer(t)
+	auth.script(func(w http.ResponseWriter, r tokenRequest) bool {
+		switch r.client {
+		case "failing":
+			return refusingForLong(http.StatusServiceUnavailable, "")(w, r)
+		case "permanent":
+			return refusingForLong(http.StatusUnauthorized, `{"error":"invalid_client"}`)(w, r)
+		}
+		return false
+	})
+	a := newUpstream(t, auth)
+	a.script(func(w http.ResponseWriter, r *http.Request) bool {
+		if r.URL.Path == "/refused" {
+			refuse(w, http.StatusUnauthorized)
+		}
+		return r.URL.Path == "/refused"
+	})
+	g := newOperableGateway(t)
+	g.load(expand(everyTrouble, "$A", a.addr, "$B", newUpstream(t, auth).addr, "$C", newUpstream(t, auth).addr, "$AUTH", auth.URL))
+	eventually(t, func() bool {
+		return !slices.ContainsFunc(sourceStatuses(), func(s sourceStatus) bool { return s.state == stateAbsent && s.failures == 0 })
+	}, "the warm-up")
+	g.send(http.MethodGet, "/refused", nil).want(t, http.StatusUnauthorized)
+	eventually(t, func() bool {
+		return slices.ContainsFunc(sourceStatuses(), func(s sourceStatus) bool { return s.is(stateRefused) && !s.fetching })
+	}, "the refusal")
+	return g
+}
+
+func TestAdminListsTheClientsThatAreSelected(t *testing.T) {
+	g := troubledGateway(t)
+	for query, want := range map[string]struct {
+		names []string
+		total string
+	}{
+		"":                              {[]string{"d/permanent", "c/failing", "b/refused", "a/good"}, "4"},
+		"?":                             {[]string{"d/permanent", "c/failing", "b/refused", "a/good"}, "4"},
+		"?limit=3":                      {[]string{"d/permanent", "c/failing", "b/refused"}, "4"},
+		"?limit=4":                      {[]string{"d/permanent", "c/failing", "b/refused", "a/good"}, "4"},
+		"?state=failing":                {[]string{"d/permanent", "c/failing"}, "2"},
+		"?state=failing&limit=1":        {[]string{"d/permanent"}, "2"},
+		"?state=fresh":                  {[]string{"b/refused", "a/good"}, "2"},
+		"?state=refused":                {[]string{"b/refused"}, "1"},
+		"?state=refused,absent":         {[]string{"d/permanent", "c/failing", "b/refused"}, "3"},
+		"?state=expired":                {nil, "0"},
+		"?name=a/good":                  {[]string{"a/good"}, "1"},
+		"?name=a%2Fgood":                {[]string{"a/good"}, "1"},
+		"?name=good":                    {nil, "0"},
+		"?name=*e*":                     {[]string{"d/permanent", "b/refused"}, "2"},
+		"?name=[a-c]*&state=failing":    {[]string{"c/failing"}, "1"},
+		"?limit=1&name=%2A&state=fresh": {[]string{"b/refused"}, "2"},
+	} {
+		for _, slash := range []string{"", "/"} {
+			r := g.ask(http.MethodGet, adminClients+slash+query).want(t, http.StatusOK)
+			var clients []clientStatus
+			if err := json.Unmarshal([]byte(r.body), &clients); err != nil || clients == nil {
+				t.Errorf("%q: got %q, err %v, want a list", query, r.body, err)
+			}
+			var names []string
+			for _, c := range clients {
+				names = append(names, c.Name)
+			}
+			if total := r.header.Get("X-Total-Count"); !slices.Equal(names, want.names) || total != want.total {
+				t.Errorf("%q: got %q of %s, want %q of %s", query, names, total, want.names, want.total)
+			}
+		}
+	}
+}
+
+func TestAdminRefusesQueries(t *testing.T) {
+	g := newOperableGateway(t)
+	g.load("respond ok")
+	for query, want := range map[string]string{
+		"name=[a":    `name: \"[a\" is not a pattern`,
+		"state=good": `state: \"good\" is not known; name one or more of fresh, stale, expired, absent, failing, refused`,
+		"limit=0":    `limit: \"0\" is not a positive integer`,
+		"limit=+5":   `limit: \" 5\" is not a positive integer`,
+		"limit":      `limit: \"\" is not a positive integer`,
+		"client=a":   `\"client\": is not a parameter of this list; it has name, state, limit`,
+		"name=%zz":   `the query can't be read: invalid URL escape \"%zz\"`,
+		"limit=1;a":  `the query can't be read`,
+	} {
+		r := g.ask(http.MethodGet, adminClients+"?"+query).want(t, http.StatusBadRequest)
+		if !strings.Contains(r.body, want) || r.header.Get("X-Total-Count") != "" {
+			t.Errorf("%q: got %s, want %s", query, r.body, want)
+		}
+	}
+}
+
+// Clients that share a token share an ID, too.
+func TestAdminShowsOneClientOfAnID(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	g := newOperableGateway(t)
+	g.load(strings.Replace(proxySite(up, auth, "name b"), "reverse_proxy", "reverse_proxy /b", 1) + "\n" + proxySite(up, auth, "name a"))
+	clients := g.clients()
+	if len(clients) != 2 || clients[0].ID != clients[1].ID || clients[0].Name != "a" || clients[1].Name != "b" {
+		t.Fatalf("got %+v, want two clients with one ID", clients)
+	}
+	r := g.ask(http.MethodGet, adminClients+"/"+clients[0].ID).want(t, http.StatusOK)
+	var one clientStatus
+	if err := json.Unmarshal([]byte(r.body), &one); err != nil || one.Name != "a" || one.ID != clients[0].ID {
+		t.Errorf("got %s, err %v, want the first of the list", r.body, err)
 	}
 }
 

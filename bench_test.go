@@ -202,3 +202,28 @@ func (readingTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	_ = req.Body.Close()
 	return &http.Response{StatusCode: http.StatusNoContent, Body: http.NoBody}, nil
 }
+
+// BenchmarkAdmin asks the admin API of a gateway with many clients: for all of them, for
+// the few that an operator reads, and for one.
+func BenchmarkAdmin(b *testing.B) {
+	const clients = 10_000
+	t := benchTransport(b, clients, dialAddress{"tcp", "127.0.0.1:1"})
+	one := t.routes[dialAddress{"tcp", "127.0.0.1:1"}].key.id()
+	for _, asked := range []struct{ name, path string }{
+		{"all", adminClients},
+		{"20", adminClients + "?limit=20"},
+		{"named", adminClients + "?name=*-1234"},
+		{"failing", adminClients + "?state=failing"},
+		{"one", adminClients + "/" + one},
+	} {
+		b.Run(asked.name, func(b *testing.B) {
+			req := httptest.NewRequest(http.MethodGet, asked.path, nil)
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := (adminAPI{}).serve(httptest.NewRecorder(), req); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

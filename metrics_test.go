@@ -119,7 +119,7 @@ func (s series) want(t *testing.T, want series) {
 func sourceOf(t *testing.T, name string) *tokenSource {
 	t.Helper()
 	for _, status := range sourceStatuses() {
-		if source, ok := sourceByID(status.key.id()); ok && status.name == name {
+		if _, source, ok := sourceByID(status.key.id()); ok && status.name == name {
 			return source
 		}
 	}

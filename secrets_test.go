@@ -311,7 +311,8 @@ func TestTokenInUseIsNotInAnErrorOfTheServer(t *testing.T) {
 		up.script(func(w http.ResponseWriter, _ *http.Request) bool { refuse(w, http.StatusUnauthorized); return true })
 		g.get().want(t, http.StatusUnauthorized)
 		eventually(t, func() bool { return len(g.logged("obtaining token failed")) > 0 }, "the failure in the log")
-		for _, status := range clientStatuses() {
+		statuses, _ := clientStatuses(selection{})
+		for _, status := range statuses {
 			if status.LastError == nil {
 				t.Error("got no error of the client, want one")
 			}

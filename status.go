@@ -3,6 +3,10 @@
 package outboundauth
 
 import (
+	"crypto/hmac"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
 	"slices"
 	"strings"
 	"time"
@@ -37,6 +41,19 @@ type sourceStatus struct {
 	upstreams []upstreamStatus // those that have refused a token, by address
 }
 
+// idKey is random, so that only this process can compute its ids. A sourceKey
+// is a digest of settings, and some of them may be secrets. Without idKey, a
+// reader of an id could find out whether a guessed secret is right.
+var idKey = []byte(rand.Text())
+
+// id returns an id that is short enough to type in a URL. It tells nothing
+// about the settings.
+func (k sourceKey) id() string {
+	mac := hmac.New(sha256.New, idKey)
+	mac.Write(k[:])
+	return hex.EncodeToString(mac.Sum(nil)[:6])
+}
+
 // refusesToken reports whether the token is of no use at the upstream now.
 func (u upstreamStatus) refusesToken() bool { return u.refusing && u.verdict == verdictToken }
 
@@ -55,26 +72,42 @@ func (s sourceStatus) refusing() (upstreams int, last time.Time) {
 	return upstreams, last
 }
 
+// failing ranks failures to get a token: 0 if the last attempt did not fail, 1 if it did,
+// and 2 if it did for a reason that does not pass by itself.
+func (s sourceStatus) failing() int {
+	if isPermanent(s.err) {
+		return 2
+	}
+	return min(s.failures, 1)
+}
+
 // worseThan reports whether operators should look at s rather than at other.
 // Failures count before the state of the token: the token of an idle client
 // expires, and nothing is wrong with that.
 func (s sourceStatus) worseThan(other sourceStatus) bool {
 	rank := func(s sourceStatus) []int {
-		permanent := 0
-		if isPermanent(s.err) {
-			permanent = 1
-		}
-		return []int{permanent, min(s.failures, 1), slices.Index(tokenStates, s.state), s.failures}
+		return []int{s.failing(), slices.Index(tokenStates, s.state), s.failures}
 	}
 	return slices.Compare(rank(s), rank(other)) > 0
+}
+
+// urgency ranks how much a client needs an operator: 3 and 2 if it fails to get a token, 1
+// if an upstream refuses its token. Without a token, all its upstreams will miss it.
+func (s sourceStatus) urgency() int {
+	if failing := s.failing(); failing > 0 {
+		return 1 + failing
+	}
+	upstreams, _ := s.refusing()
+	return min(upstreams, 1)
 }
 
 // sourceStatuses returns the statuses of all sources in use. A source has one
 // status for each name that its clients have.
 func sourceStatuses() []sourceStatus {
 	var statuses []sourceStatus
+	now := time.Now()
 	sources.Range(func(key, value any) bool {
-		for _, status := range value.(*tokenSource).statuses(time.Now()) {
+		for _, status := range value.(*tokenSource).statuses(now) {
 			status.key = key.(sourceKey)
 			statuses = append(statuses, status)
 		}

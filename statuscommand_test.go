@@ -114,17 +114,17 @@ func TestStatusCommandShowsARunningCaddy(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := regexp.MustCompile(`^ID .*\n` +
-		`[0-9a-f]{12}  a-good     fresh   in (59m\d+s|1h0m0s)  +in \d+m\d+s +0 +- +\n` +
-		`[0-9a-f]{12}  b-failing  absent  - +- +1 +in \d+s +invalid_client \(status 401\): .*check client_id.*\n$`)
+		`[0-9a-f]{12}  b-failing  absent  - +- +1 +in \d+s +invalid_client \(status 401\): .*check client_id.*\n` +
+		`[0-9a-f]{12}  a-good     fresh   in (59m\d+s|1h0m0s)  +in \d+m\d+s +0 +- +\n$`)
 	if !want.MatchString(table.String()) {
-		t.Errorf("got\n%s\nwant two clients, by name", table.String())
+		t.Errorf("got\n%s\nwant two clients, that which fails first", table.String())
 	}
 	if err := showStatus(t.Context(), &asJSON, g.admin, 0, true); err != nil {
 		t.Fatal(err)
 	}
 	var statuses []clientStatus
-	if err := json.Unmarshal(asJSON.Bytes(), &statuses); err != nil || len(statuses) != 2 || statuses[0].Name != "a-good" || statuses[1].State != stateAbsent {
-		t.Errorf("got %s, err %v, want two clients, by name", asJSON.Bytes(), err)
+	if err := json.Unmarshal(asJSON.Bytes(), &statuses); err != nil || len(statuses) != 2 || statuses[0].State != stateAbsent || statuses[1].Name != "a-good" {
+		t.Errorf("got %s, err %v, want two clients, that which fails first", asJSON.Bytes(), err)
 	}
 	if got := table.String() + asJSON.String(); strings.Contains(got, "canary") {
 		t.Errorf("got\n%s\nwant neither token, secret nor query", got)
