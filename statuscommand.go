@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"os"
 	"os/signal"
 	"strconv"
@@ -32,18 +33,34 @@ const clearScreen = "\x1b[H\x1b[2J"
 func init() {
 	caddycmd.RegisterCommand(caddycmd.Command{
 		Name:  "oauth2-status",
-		Usage: "[--address <admin address>] [--config <path> [--adapter <name>]] [--watch] [--json]",
+		Usage: "[--name <pattern>] [--state <states>] [--limit <number>] [--address <admin address>] [--config <path> [--adapter <name>]] [--watch] [--json]",
 		Short: "Shows the state of the OAuth clients of a running Caddy",
 		Long: `
 Asks the admin API of a running Caddy for its OAuth clients, and shows for each
 the state of its token, how long it lives, and what went wrong last. A second
 table shows the upstreams that have refused a token.
 
+Those clients come first that need somebody to look: those that fail to get a
+token for a reason that does not pass by itself, then others that fail, then
+those whose token an upstream refuses. Each group is sorted by name.
+
+--name shows the clients of one name, or of a pattern: * stands for any text,
+? for one character, [a-z] for one of several. A slash is a character like all
+others. Write a backslash before one of these that is a part of the name.
+--state shows the clients in one of some states, with commas between them:
+fresh, stale, expired or absent is the state of the token; failing means that
+the last attempt to get a token failed, refused that an upstream refuses the
+token now. --limit shows so many clients at most, and so many upstreams; below
+each table, it says how many more there are.
+
 The admin API is expected at its default address, unless --address names
 another, or --config a config that does. --watch repeats it every second, until
 interrupted; --json writes what the admin API answers.`,
 		Flags: func() *flag.FlagSet {
 			fs := flag.NewFlagSet("oauth2-status", flag.ExitOnError)
+			fs.String(paramName, "", "Only clients of this name or `pattern`")
+			fs.String(paramState, "", "Only clients in one of these `states`: "+strings.Join(selectableStates, ","))
+			fs.String(paramLimit, "", "Only this `number` of clients")
 			fs.String("address", "", "Address of the admin API")
 			fs.String("config", "", "Configuration file that names the address")
 			fs.String("adapter", "", "Name of the config adapter")
@@ -55,6 +72,10 @@ interrupted; --json writes what the admin API answers.`,
 			if fl.NArg() > 0 {
 				return caddy.ExitCodeFailedStartup, errors.New("oauth2-status takes no arguments; name the admin API with --address")
 			}
+			selected, err := selectedByFlags(fl)
+			if err != nil {
+				return caddy.ExitCodeFailedStartup, err
+			}
 			address, err := caddycmd.DetermineAdminAPIAddress(fl.String("address"), nil, fl.String("config"), fl.String("adapter"))
 			if err != nil {
 				return caddy.ExitCodeFailedStartup, err
@@ -65,7 +86,7 @@ interrupted; --json writes what the admin API answers.`,
 			if fl.Bool("watch") {
 				every = watchInterval
 			}
-			if err := showStatus(ctx, os.Stdout, address, every, fl.Bool("json")); err != nil {
+			if err := showStatus(ctx, os.Stdout, address, selected, every, fl.Bool("json")); err != nil {
 				return caddy.ExitCodeFailedStartup, err
 			}
 			return caddy.ExitCodeSuccess, nil
@@ -73,18 +94,34 @@ interrupted; --json writes what the admin API answers.`,
 	})
 }
 
-// showStatus asks the admin API at address for the OAuth clients, and writes
-// them. If every is 0, it does so once. Otherwise it repeats this at the
+// selectedByFlags returns which clients to show. The admin API would find the same
+// mistakes, but nobody would have to wait for it.
+func selectedByFlags(fl caddycmd.Flags) (selection, error) {
+	params := make(url.Values)
+	for _, param := range selectionParams {
+		if fl.Changed(param) { // a flag that is given, but empty, is a mistake
+			params.Set(param, fl.String(param))
+		}
+	}
+	selected, err := parseSelection(params)
+	if err != nil {
+		err = fmt.Errorf("--%w", err) // it begins with the name of the parameter
+	}
+	return selected, err
+}
+
+// showStatus asks the admin API at address for the OAuth clients that are selected,
+// and writes them. If every is 0, it does so once. Otherwise it repeats this at the
 // interval every, until ctx ends.
-func showStatus(ctx context.Context, w io.Writer, address string, every time.Duration, asJSON bool) error {
+func showStatus(ctx context.Context, w io.Writer, address string, selected selection, every time.Duration, asJSON bool) error {
 	for first := true; ; first = false {
-		text, err := statusText(ctx, address, asJSON)
+		text, err := statusText(ctx, address, selected, asJSON)
 		switch {
 		case err == nil:
 		case ctx.Err() != nil:
 			return nil // the user has interrupted the command
 		case first, asJSON:
-			return err
+			return errors.New(oneLine(err.Error())) // it may quote what has answered
 		default: // Caddy may be restarting
 			text = oneLine(err.Error()) + "\n"
 		}
@@ -103,8 +140,8 @@ func showStatus(ctx context.Context, w io.Writer, address string, every time.Dur
 }
 
 // statusText asks the admin API once, and returns the text to show.
-func statusText(ctx context.Context, address string, asJSON bool) (string, error) {
-	body, err := askAdmin(ctx, address, adminClients)
+func statusText(ctx context.Context, address string, selected selection, asJSON bool) (string, error) {
+	header, body, err := askAdmin(ctx, address, adminClients+selected.query())
 	if err != nil {
 		return "", err
 	}
@@ -115,15 +152,20 @@ func statusText(ctx context.Context, address string, asJSON bool) (string, error
 	if asJSON {
 		return string(bytes.Map(printable, body)), nil
 	}
-	return statusTable(statuses, time.Now()), nil
+	left := 0
+	if total, err := strconv.Atoi(header.Get(totalHeader)); err == nil {
+		left = total - len(statuses)
+	}
+	return statusTable(statuses, left, selected, time.Now()), nil
 }
 
 // askAdmin asks the admin API at address. Nobody can interrupt Caddy's client.
 // When ctx ends, askAdmin does not wait for it: the command ends then, too.
-func askAdmin(ctx context.Context, address, path string) ([]byte, error) {
+func askAdmin(ctx context.Context, address, path string) (http.Header, []byte, error) {
 	type answer struct {
-		body []byte
-		err  error
+		header http.Header
+		body   []byte
+		err    error
 	}
 	answered := make(chan answer, 1)
 	go func() {
@@ -137,19 +179,23 @@ func askAdmin(ctx context.Context, address, path string) ([]byte, error) {
 		}
 		defer res.Body.Close()
 		body, err := io.ReadAll(res.Body)
-		answered <- answer{body, err}
+		answered <- answer{res.Header, body, err}
 	}()
 	select {
 	case a := <-answered:
-		return a.body, a.err
+		return a.header, a.body, a.err
 	case <-ctx.Done():
-		return nil, ctx.Err()
+		return nil, nil, ctx.Err()
 	}
 }
 
-// statusTable returns one line for each client.
-func statusTable(statuses []clientStatus, now time.Time) string {
-	if len(statuses) == 0 {
+// statusTable returns one line for each client, and says how many more there are: left.
+func statusTable(statuses []clientStatus, left int, selected selection, now time.Time) string {
+	switch {
+	case len(statuses) > 0:
+	case selected.name != "" || len(selected.states) > 0:
+		return "no OAuth clients match\n"
+	default:
 		return "no OAuth clients\n"
 	}
 	var b strings.Builder
@@ -168,34 +214,50 @@ func statusTable(statuses []clientStatus, now time.Time) string {
 			until(s.Expires, now, "ago"), until(s.Renewal, now, "due"), strconv.Itoa(s.Failures), until(s.RetryAt, now, "due"), oneLine(lastError))
 	}
 	_ = table.Flush() // can't fail: it writes to memory
-	return b.String() + upstreamTable(statuses, now)
+	return b.String() + more(left) + upstreamTable(statuses, selected.limit, now)
+}
+
+// more says how many lines a table does not show.
+func more(left int) string {
+	if left <= 0 {
+		return ""
+	}
+	return fmt.Sprintf("and %d more\n", left)
 }
 
 // upstreamTable returns one line for each upstream that has refused a token of a client,
-// below an empty line. Without such upstreams, it returns nothing.
-func upstreamTable(statuses []clientStatus, now time.Time) string {
+// below an empty line. Without such upstreams, it returns nothing. It has limit lines of
+// upstreams at most, if limit is not 0: a screen has room for so many.
+func upstreamTable(statuses []clientStatus, limit int, now time.Time) string {
 	var b strings.Builder
 	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "\nCLIENT\tUPSTREAM\tVERDICT\tREFUSED")
-	some := false
+	lines, left := 0, 0
 	for _, s := range statuses {
-		for _, u := range s.Upstreams {
-			some = true
+		shown := s.Upstreams
+		if limit > 0 {
+			shown = shown[:min(len(shown), limit-lines)]
+		}
+		for _, u := range shown {
 			verdict := u.Verdict
 			if u.Refusing {
 				verdict += ", refusing"
 			}
 			fmt.Fprintf(table, "%s\t%s\t%s\t%s\n", oneLine(s.Name), oneLine(u.Address), oneLine(verdict), until(&u.LastRefused, now, "ago"))
 		}
-		if s.UpstreamsLeftOut > 0 {
+		lines += len(shown)
+		switch {
+		case limit > 0:
+			left += len(s.Upstreams) - len(shown) + s.UpstreamsLeftOut
+		case s.UpstreamsLeftOut > 0:
 			fmt.Fprintf(table, "%s\tand %d more\t\t\n", oneLine(s.Name), s.UpstreamsLeftOut)
 		}
 	}
-	if !some {
+	if lines == 0 {
 		return ""
 	}
 	_ = table.Flush() // can't fail: it writes to memory
-	return b.String()
+	return b.String() + more(left)
 }
 
 // oneLine returns s as one line, for a cell of the table.
