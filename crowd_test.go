@@ -103,6 +103,19 @@ func (c crowdClient) request(ctx context.Context, _ *url.URL, _ redact.Secrets) 
 	return grant{accessToken: value, lifetime: time.Hour, issued: sent, took: time.Since(sent)}, nil
 }
 
+// take makes the server take so many requests at a time from now on.
+func (c *crowdServer) take(n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.takes = n
+}
+
+func (c *crowdServer) requests() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.asked)
+}
+
 // crowd returns the sources of n clients.
 func (c *crowdServer) crowd(t *testing.T, n int) []*tokenSource {
 	sources := make([]*tokenSource, n)
@@ -351,31 +364,31 @@ func TestRetryAfterOfOneClientAndOfTwo(t *testing.T) {
 		sources := server.crowd(t, 20)
 		first, others := sources[:1], sources[1:]
 		_, _ = askAll(t.Context(), first)
-		server.takes = 20
+		server.take(20)
 		errs, took := askAll(t.Context(), others[:5])
 		for i, err := range errs {
 			if err != nil || took[i] != server.answers {
 				t.Errorf("client %d: %v after %v, and only another one has to wait", i+1, err, took[i])
 			}
 		}
-		server.takes = 0
+		server.take(0)
 		_, _ = askAll(t.Context(), others[5:7])
-		before := len(server.asked)
+		before := server.requests()
 		for _, s := range others[7:] {
 			s.Warm()
 		}
 		time.Sleep(5*time.Second + 50*time.Millisecond)
-		if n := len(server.asked) - before; n != 5 {
+		if n := server.requests() - before; n != 5 {
 			t.Errorf("%d token requests in 5 s, want one each second", n)
 		}
-		server.takes = 20
+		server.take(20)
 		time.Sleep(time.Second + 2*server.answers)
 		for i, s := range others[7:] {
 			if n := i + 8; s.Peek() == nil && !server.refused[n] {
 				t.Errorf("client %d has no token, and the server gives some again", n)
 			}
 		}
-		if n := len(server.asked) - before; n != len(others[7:]) {
+		if n := server.requests() - before; n != len(others[7:]) {
 			t.Errorf("%d token requests, want one of each client", n)
 		}
 	})
