@@ -401,6 +401,9 @@ func scaleTables(scales []manyScale, results []scaleResult) string {
 	b.WriteString("| clients | Caddyfile adapted | loaded | reloaded | token requests of it | all have tokens after | most token requests in a second | /metrics | /oauth2/clients |\n")
 	b.WriteString("|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n")
 	for n, r := range results {
+		if r.load == 0 { // not played
+			continue
+		}
 		fmt.Fprintf(&b, "| %d | %s | %s | %s | %d | %s | %d | %s, %s | %s, %s |\n", scales[n].clients, milliseconds(r.adapt), milliseconds(r.load),
 			milliseconds(r.reload), r.reloadTokens, milliseconds(r.complete), r.startPeak,
 			milliseconds(r.metrics), mega(r.metricsSize), milliseconds(r.list), mega(r.listSize))
@@ -408,6 +411,9 @@ func scaleTables(scales []manyScale, results []scaleResult) string {
 	b.WriteString("\n| clients | resident | a client's share | heap | a client's share | goroutines | resident after a reload | heap | goroutines |\n")
 	b.WriteString("|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n")
 	for n, r := range results {
+		if r.load == 0 {
+			continue
+		}
 		fmt.Fprintf(&b, "| %d | %s | %s | %s | %s | %d | %s | %s | %d |\n", scales[n].clients,
 			mega(r.size.resident), share(n, func(r scaleResult) int { return r.size.resident }),
 			mega(r.size.heap), share(n, func(r scaleResult) int { return r.size.heap }), r.size.goroutines,
@@ -416,7 +422,7 @@ func scaleTables(scales []manyScale, results []scaleResult) string {
 	b.WriteString("\n| clients | life of tokens | renewals | most in a second | if they were spread | requests | lost | 50 % | 99 % | slowest |\n")
 	b.WriteString("|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n")
 	for n, r := range results {
-		if s := scales[n]; s.asked > 0 {
+		if s := scales[n]; len(r.all) > 0 {
 			fmt.Fprintf(&b, "| %d | %v | %d | %d | %.0f | %d | %d | %s | %s | %s |\n", s.clients, s.life, r.renewals, r.renewalPeak,
 				float64(s.clients)/(0.72*s.life.Seconds()), len(r.all), len(r.all.lost()),
 				tenths(r.all.percentile(0.5)), tenths(r.all.percentile(0.99)), tenths(r.all.longest()))

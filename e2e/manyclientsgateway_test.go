@@ -19,7 +19,7 @@ import (
 )
 
 // manyGateway is a gateway whose one site has a route for each of many clients: what is
-// below /t7 gets the token of c7. What is below /plain gets none.
+// below the path of a client gets its token. What is below /plain gets none.
 type manyGateway struct {
 	*process
 	url, admin string
@@ -27,25 +27,39 @@ type manyGateway struct {
 	load       time.Duration // from the start of the process until the site is ready
 }
 
+// manyGroup is how many routes there are in a group. Caddy tries the routes of a list one
+// after another, and each one is a call in the one before: with thousands in one list, a
+// request needs megabytes of stack, and milliseconds.
+const manyGroup = 100
+
+func groupPath(group int) string { return fmt.Sprintf("/g%d", group) }
+
+// manyPath is the path of a client.
+func manyPath(client int) string {
+	return fmt.Sprintf("%s/t%d", groupPath(client/manyGroup), client)
+}
+
 // manyConfig returns the JSON config of a gateway with n clients.
 func manyConfig(t *testing.T, n int, site, admin, issuer, upstream string) []byte {
 	t.Helper()
 	type object = map[string]any
-	proxy := func(path string, transport object) object {
-		handler := object{"handler": "reverse_proxy", "upstreams": []object{{"dial": upstream}}}
-		if transport != nil {
-			handler["transport"] = transport
-		}
-		return object{"match": []object{{"path": []string{path}}}, "terminal": true, "handle": []object{handler}}
+	route := func(path string, handler object) object {
+		return object{"match": []object{{"path": []string{path + "/*"}}}, "terminal": true, "handle": []object{handler}}
 	}
-	routes := []object{proxy("/plain/*", nil)}
-	for c := range n {
-		routes = append(routes, proxy(fmt.Sprintf("/t%d/*", c), object{
-			"protocol": "oauth2",
-			"credentials": object{
-				"token_url": issuer + "/token", "client_id": manyClient(c), "client_secret": fmt.Sprint("secret of ", c),
-			},
-		}))
+	to := []object{{"dial": upstream}}
+	routes := []object{route("/plain", object{"handler": "reverse_proxy", "upstreams": to})}
+	for first := 0; first < n; first += manyGroup {
+		var group []object
+		for c := first; c < min(first+manyGroup, n); c++ {
+			group = append(group, route(manyPath(c), object{
+				"handler": "reverse_proxy", "upstreams": to, "transport": object{
+					"protocol": "oauth2", "credentials": object{
+						"token_url": issuer + "/token", "client_id": manyClient(c), "client_secret": fmt.Sprint("secret of ", c),
+					},
+				},
+			}))
+		}
+		routes = append(routes, route(groupPath(first/manyGroup), object{"handler": "subroute", "routes": group}))
 	}
 	config, err := json.Marshal(object{
 		"admin": object{"listen": admin, "config": object{"persist": false}},
@@ -64,9 +78,15 @@ func manyCaddyfile(n int, site, issuer, upstream string) string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "http://%s {\n\thandle /plain/* {\n\t\treverse_proxy %s\n\t}\n", site, upstream)
 	for c := range n {
-		fmt.Fprintf(&b, "\thandle /t%d/* {\n\t\treverse_proxy %s {\n\t\t\ttransport oauth2 {\n"+
-			"\t\t\t\ttoken_url %s/token\n\t\t\t\tclient_id %s\n\t\t\t\tclient_secret \"secret of %d\"\n\t\t\t}\n\t\t}\n\t}\n",
-			c, upstream, issuer, manyClient(c), c)
+		if c%manyGroup == 0 {
+			fmt.Fprintf(&b, "\thandle %s/* {\n", groupPath(c/manyGroup))
+		}
+		fmt.Fprintf(&b, "\t\thandle %s/* {\n\t\t\treverse_proxy %s {\n\t\t\t\ttransport oauth2 {\n"+
+			"\t\t\t\t\ttoken_url %s/token\n\t\t\t\t\tclient_id %s\n\t\t\t\t\tclient_secret \"secret of %d\"\n\t\t\t\t}\n\t\t\t}\n\t\t}\n",
+			manyPath(c), upstream, issuer, manyClient(c), c)
+		if (c+1)%manyGroup == 0 || c+1 == n {
+			b.WriteString("\t}\n")
+		}
 	}
 	b.WriteString("}\n")
 	return b.String()
@@ -118,7 +138,7 @@ func manyEnv(dir string) []string {
 // compose returns requests for n routes in turn.
 func (gw *manyGateway) compose(n int) func(int) (*http.Request, error) {
 	return func(i int) (*http.Request, error) {
-		return http.NewRequest(http.MethodGet, fmt.Sprintf("%s/t%d/", gw.url, i%n), nil)
+		return http.NewRequest(http.MethodGet, fmt.Sprintf("%s%s/", gw.url, manyPath(i%n)), nil)
 	}
 }
 

@@ -9,7 +9,6 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -152,12 +151,13 @@ func (i *manyIssuer) upstreamRefused() int {
 	return i.refused
 }
 
-// serveUpstream starts an upstream. What is below /t7 wants the token of c7.
+// serveUpstream starts an upstream. What is below the path of a client wants its token.
 func (i *manyIssuer) serveUpstream(t *testing.T) string {
 	srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		n, _, _ := strings.Cut(strings.TrimPrefix(r.URL.Path, "/t"), "/")
+		_, client, _ := strings.Cut(r.URL.Path, "/t")
+		client, _, _ = strings.Cut(client, "/")
 		token := strings.TrimPrefix(r.Header.Get("Authorization"), "Bearer ")
-		if i.owner(token) == manyClient(n) || strings.HasPrefix(r.URL.Path, "/plain") {
+		if i.owner(token) == manyClient(client) || strings.HasPrefix(r.URL.Path, "/plain/") {
 			return
 		}
 		i.mu.Lock()
@@ -288,14 +288,14 @@ func TestManyIssuer(t *testing.T) {
 	upstream := "http://" + i.serveUpstream(t)
 	for token, owner := range i.owners {
 		for n := range 4 {
-			req := newRequest(t, http.MethodGet, upstream+"/t"+strconv.Itoa(n)+"/", nil)
+			req := newRequest(t, http.MethodGet, upstream+manyPath(n)+"/", nil)
 			req.Header.Set("Authorization", "Bearer "+token)
 			want := http.StatusUnauthorized
 			if owner == manyClient(n) {
 				want = http.StatusOK
 			}
 			if got := do(t, req); got.StatusCode != want {
-				t.Errorf("/t%d with a token of %s: got %d, want %d", n, owner, got.StatusCode, want)
+				t.Errorf("%s with a token of %s: got %d, want %d", manyPath(n), owner, got.StatusCode, want)
 			}
 		}
 	}
