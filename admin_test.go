@@ -175,11 +175,11 @@ func troubledGateway(t *testing.T) *gateway {
 	g := newOperableGateway(t)
 	g.load(expand(everyTrouble, "$A", a.addr, "$B", newUpstream(t, auth).addr, "$C", newUpstream(t, auth).addr, "$AUTH", auth.URL))
 	eventually(t, func() bool {
-		return !slices.ContainsFunc(sourceStatuses(), func(s sourceStatus) bool { return s.state == stateAbsent && s.failures == 0 })
+		return !slices.ContainsFunc(sourceStatuses(), func(s *sourceStatus) bool { return s.state == stateAbsent && s.failures == 0 })
 	}, "the warm-up")
 	g.send(http.MethodGet, "/refused", nil).want(t, http.StatusUnauthorized)
 	eventually(t, func() bool {
-		return slices.ContainsFunc(sourceStatuses(), func(s sourceStatus) bool { return s.is(stateRefused) && !s.fetching })
+		return slices.ContainsFunc(sourceStatuses(), func(s *sourceStatus) bool { return s.is(stateRefused) && !s.fetching })
 	}, "the refusal")
 	return g
 }

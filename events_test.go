@@ -383,7 +383,7 @@ func TestAccessLogAfterARetryAtAnotherUpstream(t *testing.T) {
 			}`, "$A", a.addr, "$B", b.addr, "$AUTH", auth.URL, "$SECOND", expand(test.second, "$AUTH", auth.URL)))
 			g.get().want(t, http.StatusOK)
 			eventually(t, func() bool {
-				return !slices.ContainsFunc(sourceStatuses(), func(s sourceStatus) bool { return s.state != stateFresh })
+				return !slices.ContainsFunc(sourceStatuses(), func(s *sourceStatus) bool { return s.state != stateFresh })
 			}, "the warm-up")
 			auth.revoke()
 			// The first tries a new token before it breaks, so retried was true.

@@ -312,8 +312,8 @@ func (g gauges) set(desc *prometheus.Desc, value float64, labels ...string) {
 }
 
 // collectStatuses makes the metrics of these sources.
-func collectStatuses(statuses []sourceStatus, collected gauges) {
-	byName := make(map[string]sourceStatus)
+func collectStatuses(statuses []*sourceStatus, collected gauges) {
+	byName := make(map[string]*sourceStatus)
 	inUse := make(map[sourceKey]struct{})
 	refusing := make(map[string]int)           // by name
 	lastRefusals := make(map[string]time.Time) // by name

@@ -355,7 +355,7 @@ func TestMetricsTellARefusedPath(t *testing.T) {
 }
 
 // statusCollector makes the metrics of sources that have these statuses.
-type statusCollector []sourceStatus
+type statusCollector []*sourceStatus
 
 func (statusCollector) Describe(chan<- *prometheus.Desc) {}
 

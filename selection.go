@@ -160,10 +160,10 @@ func (l *listed) getID() string {
 
 // of returns the clients that are selected, the most urgent first, then by name, then by
 // ID. It also returns how many there are without the limit.
-func (s selection) of(statuses []sourceStatus) (shown []*sourceStatus, total int) {
+func (s selection) of(statuses []*sourceStatus) (shown []*sourceStatus, total int) {
 	var selected []*listed
-	for i := range statuses {
-		if client := &statuses[i]; s.selects(client) {
+	for _, client := range statuses {
+		if s.selects(client) {
 			selected = append(selected, &listed{sourceStatus: client, urgency: client.urgency()})
 		}
 	}

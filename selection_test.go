@@ -208,7 +208,7 @@ func TestSelectionOrder(t *testing.T) {
 			if limit > 0 {
 				want = sorted[:min(limit, len(sorted))]
 			}
-			shown, total := selection{limit: limit}.of(shuffled)
+			shown, total := selection{limit: limit}.of(pointers(shuffled))
 			if total != len(sorted) || len(shown) != len(want) {
 				t.Fatalf("limit %d: got %d of %d clients, want %d of %d", limit, len(shown), total, len(want), len(sorted))
 			}
@@ -219,4 +219,11 @@ func TestSelectionOrder(t *testing.T) {
 			}
 		}
 	}
+}
+
+func pointers(statuses []sourceStatus) (all []*sourceStatus) {
+	for i := range statuses {
+		all = append(all, &statuses[i])
+	}
+	return all
 }

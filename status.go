@@ -59,7 +59,7 @@ func (u upstreamStatus) refusesToken() bool { return u.refusing && u.verdict == 
 
 // refusing returns how many upstreams refuse the token, and when one of them last did
 // so. The instant is zero if none refuses it.
-func (s sourceStatus) refusing() (upstreams int, last time.Time) {
+func (s *sourceStatus) refusing() (upstreams int, last time.Time) {
 	for _, u := range s.upstreams {
 		if !u.refusesToken() {
 			continue
@@ -74,7 +74,7 @@ func (s sourceStatus) refusing() (upstreams int, last time.Time) {
 
 // failing ranks failures to get a token: 0 if the last attempt did not fail, 1 if it did,
 // and 2 if it did for a reason that does not pass by itself.
-func (s sourceStatus) failing() int {
+func (s *sourceStatus) failing() int {
 	if isPermanent(s.err) {
 		return 2
 	}
@@ -84,8 +84,8 @@ func (s sourceStatus) failing() int {
 // worseThan reports whether operators should look at s rather than at other.
 // Failures count before the state of the token: the token of an idle client
 // expires, and nothing is wrong with that.
-func (s sourceStatus) worseThan(other sourceStatus) bool {
-	rank := func(s sourceStatus) []int {
+func (s *sourceStatus) worseThan(other *sourceStatus) bool {
+	rank := func(s *sourceStatus) []int {
 		return []int{s.failing(), slices.Index(tokenStates, s.state), s.failures}
 	}
 	return slices.Compare(rank(s), rank(other)) > 0
@@ -93,7 +93,7 @@ func (s sourceStatus) worseThan(other sourceStatus) bool {
 
 // urgency ranks how much a client needs an operator: 3 and 2 if it fails to get a token, 1
 // if an upstream refuses its token. Without a token, all its upstreams will miss it.
-func (s sourceStatus) urgency() int {
+func (s *sourceStatus) urgency() int {
 	if failing := s.failing(); failing > 0 {
 		return 1 + failing
 	}
@@ -103,13 +103,14 @@ func (s sourceStatus) urgency() int {
 
 // sourceStatuses returns the statuses of all sources in use. A source has one
 // status for each name that its clients have.
-func sourceStatuses() []sourceStatus {
-	var statuses []sourceStatus
+func sourceStatuses() []*sourceStatus {
+	var statuses []*sourceStatus
 	now := time.Now()
 	sources.Range(func(key, value any) bool {
-		for _, status := range value.(*tokenSource).statuses(now) {
-			status.key = key.(sourceKey)
-			statuses = append(statuses, status)
+		named := value.(*tokenSource).statuses(now)
+		for i := range named {
+			named[i].key = key.(sourceKey)
+			statuses = append(statuses, &named[i]) // there may be 10,000: copies are slow
 		}
 		return true
 	})

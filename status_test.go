@@ -128,7 +128,7 @@ func TestWorseStatus(t *testing.T) {
 	}
 	for i, a := range sorted {
 		for j, b := range sorted {
-			if got := a.worseThan(b); got != (i > j) {
+			if got := a.worseThan(&b); got != (i > j) {
 				t.Errorf("%s with %d failures worse than %s with %d: got %v, want %v", a.state, a.failures, b.state, b.failures, got, i > j)
 			}
 		}

@@ -148,7 +148,7 @@ func statusGateway(t *testing.T) (*gateway, *authServer) {
 	g := newOperableGateway(t)
 	g.load(expand(goodAndFailing, "$A", newUpstream(t, auth).addr, "$B", newUpstream(t, auth).addr, "$AUTH", auth.URL))
 	eventually(t, func() bool {
-		return !slices.ContainsFunc(sourceStatuses(), func(s sourceStatus) bool { return s.state == stateAbsent && s.failures == 0 })
+		return !slices.ContainsFunc(sourceStatuses(), func(s *sourceStatus) bool { return s.state == stateAbsent && s.failures == 0 })
 	}, "the warm-up")
 	return g, auth
 }
