@@ -272,7 +272,7 @@ func (s *tokenSource) patience(f *fetch, refused *token, asked time.Time) time.D
 	since, waited, inVain := f.progress()
 	sent := !since.IsZero()
 	if !sent {
-		since = now
+		since = f.started
 	}
 	good := s.valid(now) && !s.current.is(refused)
 	slow := since.Add(2 * s.usual.median()) // later, f takes longer than usual
@@ -282,12 +282,14 @@ func (s *tokenSource) patience(f *fetch, refused *token, asked time.Time) time.D
 		return 0
 	case good && s.valid(slow):
 		return slow.Sub(asked)
-	case s.lastErr != nil, inVain, f.renews && (sent || !waited):
+	case s.lastErr != nil, inVain, f.renews && !waited:
 		return short
 	case !sent && !waited: // looking up where to ask has a timeout of its own
 		return now.Sub(asked) + leastPatience
 	case !sent:
 		return min(s.life.fetchTimeout, now.Sub(asked)+leastPatience)
+	case f.renews: // from its turn on, as if it had not waited
+		return min(s.life.fetchTimeout, max(0, since.Sub(asked))+short)
 	case waited && since.After(asked):
 		return s.life.fetchTimeout
 	}

@@ -1,0 +1,162 @@
+package outboundauth
+
+import (
+	"context"
+	"fmt"
+	"net/url"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
+)
+
+// foe is a requester whose every move is scripted.
+type foe struct {
+	host, path, id string
+	life           time.Duration
+	found          time.Duration // how long locate takes
+	looks          time.Duration // how long fingerprint takes
+	secret         func() string
+	answer         func(ctx context.Context, n int) error // nil: a token after 100 ms
+	told           func(*fetchError)
+
+	n atomic.Int64
+}
+
+func (f *foe) locate(ctx context.Context) (*url.URL, error) {
+	if f.found > 0 {
+		if err := pause(ctx, f.found, nil); err != nil {
+			return nil, err
+		}
+	}
+	return &url.URL{Scheme: "https", Host: f.host, Path: f.path}, nil
+}
+
+func (f *foe) fingerprint(ctx context.Context) string {
+	if f.looks > 0 {
+		_ = pause(ctx, f.looks, nil)
+	}
+	if f.secret != nil {
+		return f.secret()
+	}
+	return "secret"
+}
+func (f *foe) concurrent() bool      { return true }
+func (f *foe) describe() description { return description{name: "client " + f.id, ClientID: f.id} }
+func (f *foe) fetched(_ *token, err *fetchError, _ int) {
+	if err != nil && f.told != nil {
+		f.told(err)
+	}
+}
+
+func (f *foe) request(ctx context.Context, _ *url.URL, _ redact.Secrets) (grant, error) {
+	sent := time.Now()
+	n := int(f.n.Add(1))
+	if f.answer != nil {
+		if err := f.answer(ctx, n); err != nil {
+			return grant{}, err
+		}
+	} else if err := pause(ctx, 100*time.Millisecond, nil); err != nil {
+		return grant{}, timedOutError()
+	}
+	return grant{accessToken: fmt.Sprintf("%s-%d", f.id, n), lifetime: f.life, issued: sent, took: time.Since(sent)}, nil
+}
+
+func timedOutError() error { return &tokenError{Code: codeTimeout, Description: "no answer in time"} }
+
+func statusError(status int) error { return (&tokenError{Code: codeHTTPStatus, Status: status}).classify() }
+
+func failWith(err error) func(context.Context, int) error {
+	return func(context.Context, int) error { return err }
+}
+
+// hang answers nothing until ctx ends.
+func hang(ctx context.Context, _ int) error { <-ctx.Done(); return timedOutError() }
+
+// queueOf returns the queue of a host.
+func queueOf(host string) *queue { return queues.of(&url.URL{Scheme: "https", Host: host}, host) }
+
+// occupy fills all slots of a host for d, without an end of their own.
+func occupy(host string, d time.Duration) {
+	q := queueOf(host)
+	var slots []*slot
+	for {
+		s, ok := q.extra("occupant")
+		if !ok {
+			break
+		}
+		slots = append(slots, s)
+	}
+	time.AfterFunc(d, func() {
+		for _, s := range slots {
+			s.release()
+		}
+	})
+}
+
+func wantIdle(t *testing.T, host string) {
+	t.Helper()
+	q := queueOf(host)
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if !q.server.Idle() || q.crowded() || q.timer != nil || len(q.failed) > 0 {
+		t.Errorf("idle %t, awaited %d, others %d, timer %t, reminders %d; want nothing left",
+			q.server.Idle(), q.awaited.Len(), q.others.Len(), q.timer != nil, len(q.failed))
+	}
+}
+
+// A: a token in its reserve serves callers while the renewal waits for its turn.
+func TestAttackReserveWhileQueued(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &foe{host: anyHost(), id: "a", life: 100 * time.Second}
+		s := newTestSource(t, f)
+		tok, _, err := s.Token(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Until(tok.refreshAt.Add(-time.Second)))
+		occupy(f.host, 60*time.Second)
+		time.Sleep(time.Until(tok.usableTo.Add(time.Second))) // in the reserve
+		t.Logf("%v left, median %v", time.Until(tok.expires), s.usual.median())
+		for range 3 {
+			since := time.Now()
+			_, got, err := s.Token(t.Context())
+			if took := time.Since(since); err != nil || took > time.Second {
+				t.Errorf("%v, %v after %v; want the token that is valid, soon", got.use, err, took)
+			}
+			time.Sleep(500 * time.Millisecond)
+		}
+		time.Sleep(2 * time.Minute)
+		wantIdle(t, f.host)
+	})
+}
+
+// B: a caller whose token has expired while the renewal was queued gets the token of the
+// request that is under way.
+func TestAttackExpiredWhileQueued(t *testing.T) {
+	for ms := 500; ms < 9000; ms += 730 {
+		synctest.Test(t, func(t *testing.T) {
+			f := &foe{host: anyHost(), id: "a", life: 100 * time.Second}
+			s := newTestSource(t, f)
+			tok, _, err := s.Token(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			f.answer = func(ctx context.Context, _ int) error { return pause(ctx, 400*time.Millisecond, nil) }
+			time.Sleep(time.Until(tok.refreshAt.Add(-time.Second)))
+			occupy(f.host, time.Until(tok.expires.Add(time.Second+time.Duration(ms)*time.Millisecond)))
+			time.Sleep(time.Until(tok.refreshAt))
+			_, _, _ = s.Token(t.Context()) // the renewal is queued
+			time.Sleep(time.Until(tok.expires.Add(time.Second)))
+			since := time.Now()
+			_, got, err := s.Token(t.Context())
+			if err != nil {
+				t.Errorf("slot after %d ms: use %v, %v after %v; want the new token", ms, got.use, err, time.Since(since))
+			}
+			time.Sleep(time.Minute)
+		})
+	}
+}
+
