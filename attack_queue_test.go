@@ -160,3 +160,29 @@ func TestAttackExpiredWhileQueued(t *testing.T) {
 	}
 }
 
+// D: a request waits token_timeout in all.
+func TestAttackTimeInAll(t *testing.T) {
+	for _, f := range []*foe{
+		{looks: 6 * time.Second, answer: hang},
+		{looks: 6 * time.Second, found: 6 * time.Second},
+		{found: 6 * time.Second, answer: hang},
+	} {
+		for _, occupied := range []time.Duration{0, 3 * time.Second, 8 * time.Second} {
+			synctest.Test(t, func(t *testing.T) {
+				f.host, f.id, f.life = anyHost(), "a", time.Hour
+				s := newTestSource(t, f)
+				if occupied > 0 {
+					occupy(f.host, f.looks+f.found+occupied)
+				}
+				since := time.Now()
+				_, _, err := s.Token(t.Context())
+				if took := time.Since(since); took > defaultTokenTimeout {
+					t.Errorf("fingerprint %v, lookup %v, queue %v: %v after %v, want %v at most", f.looks, f.found, occupied, err, took, defaultTokenTimeout)
+				}
+				time.Sleep(time.Minute)
+				wantIdle(t, f.host)
+			})
+		}
+	}
+}
+

@@ -61,7 +61,7 @@ type attempts struct {
 
 	url     *url.URL  // the token endpoint's
 	slot    *slot     // of the fetch
-	began   time.Time // when the first request began
+	began   time.Time // when the first request began; before that, when the fetch did
 	tried   time.Time // when the last request began
 	retries []retry
 	quick   int // how many of them were quick
@@ -85,12 +85,11 @@ type attempt struct {
 // obtain makes the token requests of a fetch, when it is its turn. Until then, the time
 // of the fetch stands still.
 func (a *attempts) obtain(ctx context.Context) (*token, error) {
-	left := a.life.fetchTimeout
-	since := time.Now()
-	if err := a.find(ctx, left); err != nil {
+	since := a.began
+	if err := a.find(ctx, a.life.fetchTimeout-time.Since(since)); err != nil {
 		return nil, err
 	}
-	left -= time.Since(since)
+	left := a.life.fetchTimeout - time.Since(since)
 
 	who := a.describe()
 	a.slot = queues.of(a.url, who.endpoint).take(cmp.Or(who.ClientID, who.name))
