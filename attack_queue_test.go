@@ -186,3 +186,22 @@ func TestAttackTimeInAll(t *testing.T) {
 	}
 }
 
+// I: what is not about the network, and no 5xx, is no failure of the server.
+func TestAttackWhoIsToBlame(t *testing.T) {
+	for name, err := range map[string]error{
+		"wrong path, HTML":        &tokenError{Code: codeInvalidResponse, Status: 200, Description: "the answer is not a JSON object"},
+		"token_type DPoP":         &tokenError{Code: codeInvalidResponse, Status: 200, Description: "token_type is not Bearer"},
+		"404 of a realm that was": &tokenError{Code: codeHTTPStatus, Status: 404}, // discovery: mayHaveMoved, not permanent
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			host := anyHost()
+			for i := range 2 {
+				_, _, _ = newTestSource(t, &foe{host: host, id: fmt.Sprint(i), answer: failWith(err)}).Token(t.Context())
+			}
+			if queueOf(host).status().heldBack {
+				t.Errorf("%s: two such clients, and the server counts as failing", name)
+			}
+		})
+	}
+}
+

@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -277,7 +278,7 @@ func (s *slot) note(granted bool, err error) (revived map[any]func()) {
 	case failure.Status == http.StatusTooManyRequests, failure.retryAfter > 0:
 		wait := min(cmp.Or(failure.retryAfter, throttledBackoff), maxRetryAfter)
 		s.server.Throttled(s.request, failure.Status == http.StatusTooManyRequests, now, now.Add(wait))
-	default:
+	case failure.Status == 0, failure.Status >= 500, slices.Contains(transientCodes, failure.Code):
 		s.server.Failed(s.request)
 	}
 	s.admit()
