@@ -205,3 +205,41 @@ func TestAttackWhoIsToBlame(t *testing.T) {
 	}
 }
 
+// C: two clients that never get a token keep to their back-off while 200 others renew.
+func TestAttackRevival(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		host := anyHost()
+		outage := time.Now().Add(70 * time.Second)
+		broken := []*foe{{host: host, id: "x", answer: failWith(statusError(503))}, {host: host, id: "y", answer: failWith(statusError(503))}}
+		for _, f := range broken {
+			newTestSource(t, f).Warm()
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		for i := range 200 {
+			s := newTestSource(t, &foe{host: host, id: fmt.Sprint(i), life: time.Minute, answer: func(ctx context.Context, _ int) error {
+				if now := time.Now(); now.Before(outage) && now.After(outage.Add(-10*time.Second)) {
+					return statusError(503)
+				}
+				return pause(ctx, 100*time.Millisecond, nil)
+			}})
+			go func() {
+				time.Sleep(time.Duration(i) * time.Minute / 200)
+				for ctx.Err() == nil {
+					_, _, _ = s.Token(ctx)
+					time.Sleep(time.Second)
+				}
+			}()
+		}
+		time.Sleep(2 * time.Minute)
+		before := broken[0].n.Load()
+		time.Sleep(5 * time.Minute)
+		n := broken[0].n.Load() - before
+		t.Logf("%d requests of one broken client in 5 minutes", n)
+		if n > 60 {
+			t.Errorf("%d token requests of one broken client in 5 minutes that nobody asks, want about 20", n)
+		}
+		cancel()
+		time.Sleep(20 * time.Second)
+	})
+}
+

@@ -24,6 +24,11 @@ import (
 // a server never answers must not be in the way of others for long.
 const longestSlot = 2500 * time.Millisecond
 
+// leastOutage is how long a server has given nobody a token when the next one calls off
+// the back-offs of those who failed. In a shorter outage, no back-off is longer. And two
+// clients that always fail, beside many others, must not be asked for with each token.
+const leastOutage = 5 * time.Second
+
 // maxQueues is how many servers are known at most. An issuer can name any number of
 // token endpoints, one after another.
 const maxQueues = 1024
@@ -43,7 +48,8 @@ type queue struct {
 	awaited, others list.List
 
 	// What to do when the server gives tokens again, by who has failed since the last.
-	failed map[any]func()
+	failed  map[any]func()
+	granted time.Time // when the server gave the last token
 }
 
 // slot is the turn of one fetch: a place among those who wait for a slot, then the slot.
@@ -269,10 +275,11 @@ func (s *slot) note(granted bool, err error) (revived map[any]func()) {
 	failure, ok := errors.AsType[*tokenError](err)
 	switch {
 	case granted:
-		if s.server.Failing() { // otherwise those who failed may be to blame themselves
+		// Otherwise those who failed may be to blame themselves.
+		if s.server.Failing() && now.Sub(s.granted) >= leastOutage {
 			revived = s.failed
 		}
-		s.failed = nil
+		s.failed, s.granted = nil, now
 		s.server.Granted(s.crowded(), now)
 	case !ok, failure.permanent, failure.Code == codeConfiguration: // the server is not to blame
 	case failure.Status == http.StatusTooManyRequests, failure.retryAfter > 0:
