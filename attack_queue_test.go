@@ -243,3 +243,19 @@ func TestAttackRevival(t *testing.T) {
 	})
 }
 
+// F2: nor one that has moved to another origin.
+func TestAttackReminderAfterMove(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		first := anyHost()
+		f := &foe{host: first, id: "a", life: time.Hour, answer: failWith(statusError(503))}
+		s := newTestSource(t, f)
+		_, _, _ = s.Token(t.Context())
+		f.host, f.answer = anyHost(), nil
+		time.Sleep(3 * time.Second)
+		if _, _, err := s.Token(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		wantIdle(t, first)
+	})
+}
+

@@ -611,6 +611,9 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 func (s *tokenSource) queue(f *fetch, t *slot) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.server != nil && s.server != t.queue { // the token endpoint has moved
+		s.server.remind(s, nil)
+	}
 	f.slot, s.server = t, t.queue
 }
 
