@@ -259,3 +259,28 @@ func TestAttackReminderAfterMove(t *testing.T) {
 	})
 }
 
+// E: a fetch that got its turn after a reload uses the new config.
+func TestAttackReloadWhileQueued(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		host := anyHost()
+		before, after := &foe{host: host, id: "a", life: time.Hour}, &foe{host: host, id: "a", life: time.Hour}
+		s := newTokenSource()
+		t.Cleanup(func() { destruct(t, s) })
+		life := testLife
+		s.attach(before, life)
+		s.begin(before)
+		occupy(host, time.Minute)
+		s.Warm()
+		time.Sleep(time.Second)
+		s.attach(after, life)
+		s.begin(after)
+		s.detach(before, func() {})
+		s.Warm()
+		time.Sleep(2 * time.Minute)
+		if before.n.Load() != 0 || after.n.Load() != 1 {
+			t.Errorf("%d token requests of the config that has ended, %d of the new one; want 0 and 1", before.n.Load(), after.n.Load())
+		}
+		wantIdle(t, host)
+	})
+}
+

@@ -55,9 +55,10 @@ type attempts struct {
 	failures int            // how many fetches failed before this one
 	silence  time.Duration  // how long the server may be silent before it is asked again
 
-	joined <-chan struct{} // holds an element if a caller has begun to wait
-	needed func() bool     // whether callers wait, and have no token
-	queued func(*slot)     // is called when the fetch begins to wait for its turn
+	joined <-chan struct{}  // holds an element if a caller has begun to wait
+	needed func() bool      // whether callers wait, and have no token
+	queued func(*slot)      // is called when the fetch begins to wait for its turn
+	newest func() requester // of the source: its config may have been reloaded meanwhile
 
 	url     *url.URL  // the token endpoint's
 	slot    *slot     // of the fetch
@@ -98,6 +99,7 @@ func (a *attempts) obtain(ctx context.Context) (*token, error) {
 	if err := a.slot.wait(ctx, a.joined); err != nil {
 		return nil, err
 	}
+	a.requester = a.newest()
 	ctx, cancel := context.WithTimeout(ctx, left)
 	defer cancel()
 	return a.ask(ctx)

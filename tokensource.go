@@ -596,7 +596,7 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 	f.attempts = attempts{
 		requester: s.last, life: s.life, current: s.current, granted: slices.Clone(s.granted), failures: s.failures,
 		silence: max(s.life.fetchTimeout/silenceDivisor, 2*s.usual.median()),
-		joined:  joined, needed: func() bool { return s.needs(f) }, queued: func(t *slot) { s.queue(f, t) },
+		joined:  joined, needed: func() bool { return s.needs(f) }, queued: func(t *slot) { s.queue(f, t) }, newest: s.newest,
 		began: now, tried: now, // in case there is no attempt
 	}
 	if onlyIfChanged {
@@ -615,6 +615,13 @@ func (s *tokenSource) queue(f *fetch, t *slot) {
 		s.server.remind(s, nil)
 	}
 	f.slot, s.server = t, t.queue
+}
+
+// newest returns who makes the token requests now.
+func (s *tokenSource) newest() requester {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.last
 }
 
 // revived is called when the server gives tokens again, after it gave nobody one. What has
