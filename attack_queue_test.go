@@ -284,3 +284,28 @@ func TestAttackReloadWhileQueued(t *testing.T) {
 	})
 }
 
+// G: tenants of one server may have one client_id in each realm.
+func TestAttackOneClientIDInManyRealms(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		host := anyHost()
+		var all []*foe
+		var asked atomic.Int64
+		for i := range 100 {
+			f := &foe{host: host, path: fmt.Sprintf("/realms/%d/token", i), id: "gateway", answer: func(context.Context, int) error {
+				asked.Add(1)
+				return statusError(503)
+			}}
+			all = append(all, f)
+			newTestSource(t, f).Warm()
+		}
+		_ = all
+		time.Sleep(10 * time.Second)
+		if !queueOf(host).status().heldBack {
+			t.Errorf("100 realms get no token, and the server does not count as failing")
+		}
+		if n := asked.Load(); n > 130 {
+			t.Errorf("%d token requests in 10 s of an outage, want 10 a second", n)
+		}
+	})
+}
+

@@ -93,7 +93,9 @@ func (a *attempts) obtain(ctx context.Context) (*token, error) {
 	left := a.life.fetchTimeout - time.Since(since)
 
 	who := a.describe()
-	a.slot = queues.of(a.url, who.endpoint).take(cmp.Or(who.ClientID, who.name))
+	// An origin may have many token endpoints, each of a tenant with clients of its own.
+	client := a.url.Path + " " + cmp.Or(who.ClientID, who.name)
+	a.slot = queues.of(a.url, who.endpoint).take(client)
 	defer a.slot.release()
 	a.queued(a.slot)
 	if err := a.slot.wait(ctx, a.joined); err != nil {
