@@ -81,13 +81,14 @@ var (
 func registerMetrics(ctx caddy.Context) error {
 	registry := ctx.GetMetricsRegistry()
 	for _, collector := range []prometheus.Collector{
-		tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, refusedRequestsTotal, refusedTokensTotal,
 		sourceCollector{},
+		tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, refusedRequestsTotal, refusedTokensTotal,
 	} {
 		if err := registry.Register(collector); err != nil {
-			if _, ok := errors.AsType[prometheus.AlreadyRegisteredError](err); !ok {
-				return err
+			if _, ok := errors.AsType[prometheus.AlreadyRegisteredError](err); ok {
+				return nil // and the others, too: with 10,000 transports, each error takes its time
 			}
+			return err
 		}
 	}
 	return nil

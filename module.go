@@ -8,6 +8,7 @@ package outboundauth
 
 import (
 	"errors"
+	"maps"
 	"net/http"
 	"slices"
 	"sync"
@@ -129,29 +130,34 @@ func (t *Transport) Cleanup() error {
 	return errors.Join(t.HTTPTransport.Cleanup(), t.clients.close())
 }
 
-// loaded has the transports that are provisioned, the oldest first. The command
-// caddy oauth2-token finds the transports of its config there.
-var loaded struct {
+// loaded has the transports that are provisioned. The command caddy oauth2-token finds
+// the transports of its config there.
+var loaded = struct {
 	mu         sync.Mutex // guards all below
-	transports []*Transport
-}
+	count      int
+	transports map[*Transport]int // each with how many were provisioned before
+}{transports: make(map[*Transport]int)}
 
+// loadedTransports returns the transports that are provisioned, the oldest first.
 func loadedTransports() []*Transport {
 	loaded.mu.Lock()
 	defer loaded.mu.Unlock()
-	return slices.Clone(loaded.transports)
+	return slices.SortedFunc(maps.Keys(loaded.transports), func(a, b *Transport) int {
+		return loaded.transports[a] - loaded.transports[b]
+	})
 }
 
 func (t *Transport) load() {
 	loaded.mu.Lock()
 	defer loaded.mu.Unlock()
-	loaded.transports = append(loaded.transports, t)
+	loaded.transports[t] = loaded.count
+	loaded.count++
 }
 
 func (t *Transport) unload() {
 	loaded.mu.Lock()
 	defer loaded.mu.Unlock()
-	loaded.transports = slices.DeleteFunc(loaded.transports, func(other *Transport) bool { return other == t })
+	delete(loaded.transports, t)
 }
 
 // Interface guards. The reverse proxy finds the optional interfaces of a

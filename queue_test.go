@@ -66,7 +66,9 @@ func (f *foe) request(ctx context.Context, _ *url.URL, _ redact.Secrets) (grant,
 
 func timedOutError() error { return &tokenError{Code: codeTimeout, Description: "no answer in time"} }
 
-func statusError(status int) error { return (&tokenError{Code: codeHTTPStatus, Status: status}).classify() }
+func statusError(status int) error {
+	return (&tokenError{Code: codeHTTPStatus, Status: status}).classify()
+}
 
 func failWith(err error) func(context.Context, int) error {
 	return func(context.Context, int) error { return err }
@@ -180,7 +182,6 @@ func TestAttackTimeInAll(t *testing.T) {
 					t.Errorf("fingerprint %v, lookup %v, queue %v: %v after %v, want %v at most", f.looks, f.found, occupied, err, took, defaultTokenTimeout)
 				}
 				time.Sleep(time.Minute)
-				wantIdle(t, f.host)
 			})
 		}
 	}
@@ -250,6 +251,7 @@ func TestAttackReminderAfterMove(t *testing.T) {
 		f := &foe{host: first, id: "a", life: time.Hour, answer: failWith(statusError(503))}
 		s := newTestSource(t, f)
 		_, _, _ = s.Token(t.Context())
+		synctest.Wait()
 		f.host, f.answer = anyHost(), nil
 		time.Sleep(3 * time.Second)
 		if _, _, err := s.Token(t.Context()); err != nil {
@@ -308,4 +310,3 @@ func TestAttackOneClientIDInManyRealms(t *testing.T) {
 		}
 	})
 }
-
