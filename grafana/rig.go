@@ -29,6 +29,7 @@ const ScrapeInterval = time.Second
 // Client is one of the gateway's OAuth clients. It has an upstream of its own.
 type Client struct {
 	Name     string
+	Server   string        // which authorization server it asks; all with the same name ask the same one
 	Lifetime time.Duration // the lifetime of its tokens
 	Every    time.Duration // the interval of its requests; 0: no requests
 	Noise    time.Duration // the interval of its requests for the noisy path, see Rig.Noise; 0: none
@@ -36,13 +37,14 @@ type Client struct {
 	Fault    http.HandlerFunc
 }
 
-// Rig is a gateway with its authorization server, upstreams and traffic, and a
+// Rig is a gateway with its authorization servers, upstreams and traffic, and a
 // Prometheus.
 type Rig struct {
 	Prometheus promapi.API
 	MetricsURL string
 
-	auth      *authServer
+	auth      map[string]*authServer // by the name of the client
+	endpoints map[string]string      // by the name of the authorization server
 	upstreams map[string]*upstream
 	servers   []*httptest.Server
 	processes []*process
@@ -60,7 +62,8 @@ type Rig struct {
 func Start(ctx context.Context, dir, rules string, clients ...Client) (_ *Rig, err error) {
 	ctx, end := context.WithCancel(ctx)
 	r := &Rig{
-		auth:      &authServer{lifetimes: make(map[string]time.Duration), faults: make(map[string]http.HandlerFunc)},
+		auth:      make(map[string]*authServer),
+		endpoints: make(map[string]string),
 		upstreams: make(map[string]*upstream),
 		answers:   make(map[string]map[int]int),
 		end:       end,
@@ -121,16 +124,23 @@ func (r *Rig) Stop() {
 
 // caddyfile starts the servers that the gateway needs, and returns its config.
 func (r *Rig) caddyfile(site, admin string, clients []Client) string {
-	auth := r.serve(r.auth)
+	servers := make(map[string]*authServer)
 	var b strings.Builder
 	fmt.Fprintf(&b, "{\n\tadmin %s\n\tauto_https off\n\tdefault_bind 127.0.0.1\n\tpersist_config off\n}\nhttp://%s {\n", admin, site)
 	for _, c := range clients {
-		r.auth.lifetimes[c.Name] = c.Lifetime
-		r.auth.fail(c.Name, c.Fault)
+		auth := servers[c.Server]
+		if auth == nil {
+			auth = newAuthServer()
+			servers[c.Server] = auth
+			r.endpoints[c.Server] = strings.TrimPrefix(r.serve(auth), "http://")
+		}
+		auth.lifetimes[c.Name] = c.Lifetime
+		auth.fail(c.Name, c.Fault)
+		r.auth[c.Name] = auth
 		r.upstreams[c.Name] = new(upstream)
-		fmt.Fprintf(&b, "\t@%s path /%[1]s /%[1]s/*\n\treverse_proxy @%[1]s %[2]s {\n\t\ttransport oauth2 {\n\t\t\tname %[1]s\n\t\t\ttoken_url %[3]s\n"+
+		fmt.Fprintf(&b, "\t@%s path /%[1]s /%[1]s/*\n\treverse_proxy @%[1]s %[2]s {\n\t\ttransport oauth2 {\n\t\t\tname %[1]s\n\t\t\ttoken_url http://%[3]s\n"+
 			"\t\t\tclient_id %[1]s\n\t\t\tclient_secret secret\n\t\t\t%[4]s\n\t\t}\n\t}\n",
-			c.Name, r.serve(r.upstreams[c.Name]), auth, c.Settings)
+			c.Name, r.serve(r.upstreams[c.Name]), r.endpoints[c.Server], c.Settings)
 	}
 	b.WriteString("}\n")
 	return b.String()
@@ -278,8 +288,12 @@ func (r *Rig) Answers(client string) map[int]int {
 	return maps.Clone(r.answers[client])
 }
 
-// Fail gives the authorization server a fault for a client. nil ends the fault.
-func (r *Rig) Fail(client string, fault http.HandlerFunc) { r.auth.fail(client, fault) }
+// Endpoint returns how the metrics call an authorization server.
+func (r *Rig) Endpoint(server string) string { return r.endpoints[server] }
+
+// Fail gives the client's authorization server a fault for this client. nil ends the
+// fault.
+func (r *Rig) Fail(client string, fault http.HandlerFunc) { r.auth[client].fail(client, fault) }
 
 // Revoke makes a client's upstream refuse the token that it saw last.
 func (r *Rig) Revoke(client string) { r.upstreams[client].revoke() }

@@ -18,12 +18,22 @@ func Rejection(w http.ResponseWriter, _ *http.Request) {
 	fmt.Fprint(w, `{"error":"invalid_client"}`)
 }
 
-// authServer issues tokens to all clients, except those that have a fault.
+// Throttling is a fault: the authorization server tells the client to wait.
+func Throttling(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Retry-After", "2")
+	w.WriteHeader(http.StatusTooManyRequests)
+}
+
+// authServer issues tokens to all its clients, except those that have a fault.
 type authServer struct {
 	mu        sync.Mutex // guards all below
 	lifetimes map[string]time.Duration
 	faults    map[string]http.HandlerFunc
 	issued    int
+}
+
+func newAuthServer() *authServer {
+	return &authServer{lifetimes: make(map[string]time.Duration), faults: make(map[string]http.HandlerFunc)}
 }
 
 // latency is how long the server takes to issue a token.
