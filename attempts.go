@@ -60,6 +60,7 @@ type attempts struct {
 	queued func(*slot)      // is called when the fetch begins to wait for its turn
 	newest func() requester // of the source: its config may have been reloaded meanwhile
 
+	secrets string    // the fingerprint of those that are sent
 	url     *url.URL  // the token endpoint's
 	slot    *slot     // of the fetch
 	began   time.Time // when the first request began; before that, when the fetch did
@@ -95,7 +96,7 @@ func (a *attempts) obtain(ctx context.Context) (*token, error) {
 	who := a.describe()
 	// An origin may have many token endpoints, each of a tenant with clients of its own.
 	client := a.url.Path + " " + cmp.Or(who.ClientID, who.name)
-	a.slot = queues.of(a.url, who.endpoint).take(client)
+	a.slot = queues.of(a.url, who.endpoint).take(client, a.failures > 0)
 	defer a.slot.release()
 	a.queued(a.slot)
 	if err := a.slot.wait(ctx, a.joined); err != nil {
@@ -104,6 +105,9 @@ func (a *attempts) obtain(ctx context.Context) (*token, error) {
 	a.requester = a.newest()
 	ctx, cancel := context.WithTimeout(ctx, left)
 	defer cancel()
+	if a.slot.waited { // the secrets may have changed
+		a.secrets = a.fingerprint(ctx)
+	}
 	return a.ask(ctx)
 }
 

@@ -94,11 +94,14 @@ func (e lateError) Error() string { return string(e) }
 // Is makes a lateError a timeout.
 func (lateError) Is(target error) bool { return target == context.DeadlineExceeded }
 
-// errInVain is the error of a caller whose token request waits for its turn at a server
+// inVainError is the error of a caller whose token request waits for its turn at a server
 // that gives nobody a token.
-var errInVain = &tokenError{
-	Code:        "temporarily_unavailable",
-	Description: "the authorization server gives no client a token now; this client has not asked yet, and will in its turn",
+func inVainError(endpoint string) error {
+	return &tokenError{
+		Endpoint:    endpoint,
+		Code:        "temporarily_unavailable",
+		Description: "the authorization server gives no client a token now; this client has not asked yet, and will in its turn",
+	}
 }
 
 // errSilent is why a token is requested again although the request before has not

@@ -64,6 +64,7 @@ type slot struct {
 	since   time.Time     // when it got the slot
 	waited  bool          // it did not get the slot at once
 	hurries bool          // it is among the awaited ones
+	broken  bool          // the client has failed since its last token
 }
 
 // queues has the servers that were asked by this process. What is known about a server
@@ -125,11 +126,12 @@ func (q *queue) idle() bool {
 func (q *queue) crowded() bool { return q.awaited.Len()+q.others.Len() > 0 }
 
 // take returns the turn of a client that is the next to request a token. client is its
-// name for the server: two that have the same one share its limits.
-func (q *queue) take(client string) *slot {
+// name for the server: two that have the same one share its limits. broken says that the
+// client has failed since its last token.
+func (q *queue) take(client string, broken bool) *slot {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	s := &slot{queue: q, client: client, ready: make(chan struct{})}
+	s := &slot{queue: q, client: client, broken: broken, ready: make(chan struct{})}
 	s.place = q.others.PushBack(s)
 	q.admit()
 	s.waited = s.place != nil
@@ -173,15 +175,27 @@ func (q *queue) admit() {
 			})
 			return
 		}
-		first := q.awaited.Front()
-		if first == nil {
-			first = q.others.Front()
-		}
-		s := first.Value.(*slot)
+		s := q.next()
 		s.quit()
 		s.request, s.since = q.server.Send(s.client, now), now
 		close(s.ready)
 	}
+}
+
+// next returns whose turn it is. While the server gives nobody a token, those go first that
+// have not failed: clients that always fail, because of their own settings, must not take
+// all turns. mu is held.
+func (q *queue) next() *slot {
+	for _, broken := range []bool{false, true} {
+		for _, waiting := range []*list.List{&q.awaited, &q.others} {
+			for e := waiting.Front(); e != nil; e = e.Next() {
+				if s := e.Value.(*slot); !s.broken || broken || !q.server.Failing() {
+					return s
+				}
+			}
+		}
+	}
+	return nil // nobody waits
 }
 
 // quit gives up a place. mu is held.
@@ -244,7 +258,7 @@ func (s *slot) repeat() bool {
 // repeatable is mayRepeat. mu is held.
 func (s *slot) repeatable(now time.Time) bool {
 	if s.request.HasSlot() {
-		return !s.crowded() || !s.server.Failing()
+		return !s.crowded() || (!s.server.Failing() && !s.server.HeldBack(now))
 	}
 	return s.free(now)
 }
@@ -308,9 +322,12 @@ func (q *queue) remind(who any, again func()) {
 }
 
 // progress says how far a turn is: when it got its slot, zero if it has none yet; whether
-// it waited for that; and whether it waits although the server gives nobody a token.
+// it waited for that; and whether it waits although the server gives nobody a token, or
+// has given nobody one for a while and told two clients to wait.
 func (s *slot) progress() (since time.Time, waited, inVain bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.since, s.waited, s.place != nil && s.server.Failing()
+	now := time.Now()
+	dry := s.server.HeldBack(now) && now.Sub(s.granted) >= leastPatience
+	return s.since, s.waited, s.place != nil && (s.server.Failing() || dry)
 }

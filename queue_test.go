@@ -3,7 +3,9 @@ package outboundauth
 import (
 	"context"
 	"fmt"
+	"math/rand/v2"
 	"net/url"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -109,7 +111,7 @@ func wantIdle(t *testing.T, host string) {
 	}
 }
 
-// A: a token in its reserve serves callers while the renewal waits for its turn.
+// A token in its reserve serves callers while the renewal waits for its turn.
 func TestAttackReserveWhileQueued(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := &foe{host: anyHost(), id: "a", life: 100 * time.Second}
@@ -135,7 +137,7 @@ func TestAttackReserveWhileQueued(t *testing.T) {
 	})
 }
 
-// B: a caller whose token has expired while the renewal was queued gets the token of the
+// A caller whose token has expired while the renewal was queued gets the token of the
 // request that is under way.
 func TestAttackExpiredWhileQueued(t *testing.T) {
 	for ms := 500; ms < 9000; ms += 730 {
@@ -162,51 +164,7 @@ func TestAttackExpiredWhileQueued(t *testing.T) {
 	}
 }
 
-// D: a request waits token_timeout in all.
-func TestAttackTimeInAll(t *testing.T) {
-	for _, f := range []*foe{
-		{looks: 6 * time.Second, answer: hang},
-		{looks: 6 * time.Second, found: 6 * time.Second},
-		{found: 6 * time.Second, answer: hang},
-	} {
-		for _, occupied := range []time.Duration{0, 3 * time.Second, 8 * time.Second} {
-			synctest.Test(t, func(t *testing.T) {
-				f.host, f.id, f.life = anyHost(), "a", time.Hour
-				s := newTestSource(t, f)
-				if occupied > 0 {
-					occupy(f.host, f.looks+f.found+occupied)
-				}
-				since := time.Now()
-				_, _, err := s.Token(t.Context())
-				if took := time.Since(since); took > defaultTokenTimeout {
-					t.Errorf("fingerprint %v, lookup %v, queue %v: %v after %v, want %v at most", f.looks, f.found, occupied, err, took, defaultTokenTimeout)
-				}
-				time.Sleep(time.Minute)
-			})
-		}
-	}
-}
-
-// I: what is not about the network, and no 5xx, is no failure of the server.
-func TestAttackWhoIsToBlame(t *testing.T) {
-	for name, err := range map[string]error{
-		"wrong path, HTML":        &tokenError{Code: codeInvalidResponse, Status: 200, Description: "the answer is not a JSON object"},
-		"token_type DPoP":         &tokenError{Code: codeInvalidResponse, Status: 200, Description: "token_type is not Bearer"},
-		"404 of a realm that was": &tokenError{Code: codeHTTPStatus, Status: 404}, // discovery: mayHaveMoved, not permanent
-	} {
-		synctest.Test(t, func(t *testing.T) {
-			host := anyHost()
-			for i := range 2 {
-				_, _, _ = newTestSource(t, &foe{host: host, id: fmt.Sprint(i), answer: failWith(err)}).Token(t.Context())
-			}
-			if queueOf(host).status().heldBack {
-				t.Errorf("%s: two such clients, and the server counts as failing", name)
-			}
-		})
-	}
-}
-
-// C: two clients that never get a token keep to their back-off while 200 others renew.
+// Two clients that never get a token keep to their back-off while 200 others renew.
 func TestAttackRevival(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		host := anyHost()
@@ -244,24 +202,32 @@ func TestAttackRevival(t *testing.T) {
 	})
 }
 
-// F2: nor one that has moved to another origin.
-func TestAttackReminderAfterMove(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		first := anyHost()
-		f := &foe{host: first, id: "a", life: time.Hour, answer: failWith(statusError(503))}
-		s := newTestSource(t, f)
-		_, _, _ = s.Token(t.Context())
-		synctest.Wait()
-		f.host, f.answer = anyHost(), nil
-		time.Sleep(3 * time.Second)
-		if _, _, err := s.Token(t.Context()); err != nil {
-			t.Fatal(err)
+// A request waits token_timeout in all.
+func TestAttackTimeInAll(t *testing.T) {
+	for _, f := range []*foe{
+		{looks: 6 * time.Second, answer: hang},
+		{looks: 6 * time.Second, found: 6 * time.Second},
+		{found: 6 * time.Second, answer: hang},
+	} {
+		for _, occupied := range []time.Duration{0, 3 * time.Second, 8 * time.Second} {
+			synctest.Test(t, func(t *testing.T) {
+				f.host, f.id, f.life = anyHost(), "a", time.Hour
+				s := newTestSource(t, f)
+				if occupied > 0 {
+					occupy(f.host, f.looks+f.found+occupied)
+				}
+				since := time.Now()
+				_, _, err := s.Token(t.Context())
+				if took := time.Since(since); took > defaultTokenTimeout {
+					t.Errorf("fingerprint %v, lookup %v, queue %v: %v after %v, want %v at most", f.looks, f.found, occupied, err, took, defaultTokenTimeout)
+				}
+				time.Sleep(time.Minute)
+			})
 		}
-		wantIdle(t, first)
-	})
+	}
 }
 
-// E: a fetch that got its turn after a reload uses the new config.
+// A fetch that got its turn after a reload uses the new config.
 func TestAttackReloadWhileQueued(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		host := anyHost()
@@ -286,7 +252,37 @@ func TestAttackReloadWhileQueued(t *testing.T) {
 	})
 }
 
-// G: tenants of one server may have one client_id in each realm.
+// A source that nobody uses leaves no reminder.
+func TestAttackReminderOfUnusedSource(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &foe{host: anyHost(), id: "a", answer: failWith(statusError(503))}
+		s := attachedSource(f)
+		s.detach(f, func() { _ = s.Destruct() })
+		_, _, _ = s.Token(t.Context()) // Caddy may serve requests after it has unloaded their config
+		time.Sleep(2 * afterlife)
+		wantIdle(t, f.host)
+	})
+}
+
+// F2: nor one that has moved to another origin.
+func TestAttackReminderAfterMove(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		first := anyHost()
+		f := &foe{host: first, id: "a", life: time.Hour, answer: failWith(statusError(503))}
+		s := newTestSource(t, f)
+		_, _, _ = s.Token(t.Context())
+		moved := &foe{host: anyHost(), id: "a", life: time.Hour}
+		s.attach(moved, testLife)
+		s.begin(moved)
+		time.Sleep(3 * time.Second)
+		if _, _, err := s.Token(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		wantIdle(t, first)
+	})
+}
+
+// Tenants of one server may have one client_id in each realm.
 func TestAttackOneClientIDInManyRealms(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		host := anyHost()
@@ -308,5 +304,272 @@ func TestAttackOneClientIDInManyRealms(t *testing.T) {
 		if n := asked.Load(); n > 130 {
 			t.Errorf("%d token requests in 10 s of an outage, want 10 a second", n)
 		}
+	})
+}
+
+// What is not about the network, and no 5xx, is no failure of the server.
+func TestAttackWhoIsToBlame(t *testing.T) {
+	for name, err := range map[string]error{
+		"wrong path, HTML":        &tokenError{Code: codeInvalidResponse, Status: 200, Description: "the answer is not a JSON object"},
+		"token_type DPoP":         &tokenError{Code: codeInvalidResponse, Status: 200, Description: "token_type is not Bearer"},
+		"404 of a realm that was": &tokenError{Code: codeHTTPStatus, Status: 404}, // discovery: mayHaveMoved, not permanent
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			host := anyHost()
+			for i := range 2 {
+				_, _, _ = newTestSource(t, &foe{host: host, id: fmt.Sprint(i), answer: failWith(err)}).Token(t.Context())
+			}
+			if queueOf(host).status().heldBack {
+				t.Errorf("%s: two such clients, and the server counts as failing", name)
+			}
+		})
+	}
+}
+
+// Clients that always fail, by their own settings, cost the others next to nothing.
+func TestAttackBrokenTenants(t *testing.T) {
+	for _, broken := range []int{0, 2, 20, 100} {
+		for name, answer := range map[string]func(context.Context, int) error{
+			"refused": failWith(&tokenError{Code: codeNetwork}), "hung": hang,
+		} {
+			synctest.Test(t, func(t *testing.T) {
+				host := anyHost()
+				ctx, cancel := context.WithCancel(t.Context())
+				var failed, slow, all atomic.Int64
+				ask := func(s *tokenSource, counts bool) {
+					for ctx.Err() == nil {
+						since := time.Now()
+						_, _, err := s.Token(ctx)
+						if counts && ctx.Err() == nil {
+							all.Add(1)
+							if err != nil {
+								failed.Add(1)
+							} else if time.Since(since) > 500*time.Millisecond {
+								slow.Add(1)
+							}
+						}
+						time.Sleep(time.Second)
+					}
+				}
+				for i := range 20 {
+					s := newTestSource(t, &foe{host: host, id: fmt.Sprint(i), life: time.Minute})
+					go func() { time.Sleep(rand.N(time.Minute)); ask(s, true) }()
+				}
+				for i := range broken {
+					s := newTestSource(t, &foe{host: host, id: fmt.Sprint("broken", i), answer: answer})
+					go func() { time.Sleep(rand.N(time.Second)); ask(s, false) }()
+				}
+				time.Sleep(10 * time.Minute)
+				if broken <= 20 && failed.Load() > 0 || failed.Load() > all.Load()/50 {
+					t.Errorf("%d %s: of %d requests of healthy clients, %d failed and %d were slow", broken, name, all.Load(), failed.Load(), slow.Load())
+				}
+				cancel()
+				time.Sleep(20 * time.Second)
+			})
+		}
+	}
+}
+
+// Nasty histories: in the end, all have a token, and nothing is left.
+func TestAttackHistories(t *testing.T) {
+	for seed := range uint64(3) {
+		synctest.Test(t, func(t *testing.T) {
+			r := rand.New(rand.NewPCG(seed, 1))
+			host := anyHost()
+			var mu sync.Mutex
+			busy, capacity, mode := 0, 1+r.IntN(30), 0
+			answer := func(ctx context.Context, n int) error {
+				mu.Lock()
+				m, crowded := mode, busy >= capacity
+				if !crowded {
+					busy++
+				}
+				mu.Unlock()
+				if !crowded {
+					defer func() { mu.Lock(); busy--; mu.Unlock() }()
+				}
+				switch {
+				case m == 1 || m == 2 && n%2 == 0:
+					return statusError(503)
+				case m == 3 && n%2 == 0:
+					return hang(ctx, n)
+				case m == 4:
+					e := &tokenError{Code: codeHTTPStatus, Status: 429, retryAfter: 300 * time.Second}
+					return e.classify()
+				case crowded:
+					return statusError(429)
+				}
+				if err := pause(ctx, 100*time.Millisecond, nil); err != nil {
+					return timedOutError()
+				}
+				return nil
+			}
+			type one struct {
+				s *tokenSource
+				f *foe
+			}
+			life := testLife
+			clients := make([]one, 200)
+			for i := range clients {
+				f := &foe{host: host, id: fmt.Sprint(i), life: 2 * time.Second * time.Duration(1+r.IntN(100)), answer: answer}
+				s := newTokenSource()
+				s.attach(f, life)
+				s.begin(f)
+				s.Warm()
+				clients[i] = one{s, f}
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			var wg sync.WaitGroup
+			for i := range 300 {
+				r := rand.New(rand.NewPCG(seed, uint64(i+2)))
+				wg.Go(func() {
+					for ctx.Err() == nil {
+						c := clients[r.IntN(len(clients))]
+						ctx, cancel := context.WithTimeout(ctx, time.Duration(1+r.IntN(3000))*time.Millisecond)
+						if r.IntN(20) == 0 {
+							_, _ = c.s.FetchNow(ctx)
+						} else {
+							since := time.Now()
+							_, _, _ = c.s.Token(ctx)
+							if took := time.Since(since); took > defaultTokenTimeout {
+								t.Errorf("a request waited for %v", took)
+							}
+						}
+						cancel()
+						time.Sleep(time.Duration(r.IntN(500)) * time.Millisecond)
+					}
+				})
+			}
+			for range 60 { // modes, reloads
+				time.Sleep(time.Duration(r.IntN(3000)) * time.Millisecond)
+				mu.Lock()
+				mode = r.IntN(5)
+				if mode == 4 && r.IntN(4) > 0 {
+					mode = 0
+				}
+				mu.Unlock()
+				for i := range clients {
+					if r.IntN(3) > 0 {
+						continue
+					}
+					c := &clients[i]
+					f := &foe{host: host, id: c.f.id, life: c.f.life, answer: answer}
+					if r.IntN(2) == 0 { // the old one goes first, and is abandoned
+						c.s.detach(c.f, func() {})
+						c.s.attach(f, life)
+						c.s.begin(f)
+					} else {
+						c.s.attach(f, life)
+						c.s.begin(f)
+						c.s.detach(c.f, func() {})
+					}
+					c.s.Warm()
+					c.f = f
+				}
+			}
+			mu.Lock()
+			mode = 0
+			mu.Unlock()
+			since := time.Now()
+			got := make([]bool, len(clients))
+			for missing := len(clients); missing > 0 && time.Since(since) < 10*time.Minute; time.Sleep(50 * time.Millisecond) {
+				for i, c := range clients {
+					if !got[i] && c.s.Peek() != nil {
+						got[i] = true
+						missing--
+					}
+				}
+			}
+			took := time.Since(since)
+			missing := 0
+			for _, ok := range got {
+				if !ok {
+					missing++
+				}
+			}
+			t.Logf("seed %d, capacity %d: all after %v, %d missing", seed, capacity, took, missing)
+			if missing > 0 {
+				t.Errorf("%d have no token", missing)
+			}
+			cancel()
+			wg.Wait()
+			for _, c := range clients {
+				c.s.detach(c.f, func() {})
+				if c.s.end != nil {
+					_ = c.s.Destruct()
+				}
+			}
+			time.Sleep(20 * time.Second)
+			wantIdle(t, host)
+			time.Sleep(2 * afterlife)
+		})
+	}
+}
+
+// A secret that changes while the request is queued is tried once.
+func TestAttackSecretChangesWhileQueued(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		secret := "old"
+		f := &foe{host: anyHost(), id: "a", life: time.Hour, secret: func() string { return secret }, answer: failWith(statusError(401))}
+		s := newTestSource(t, f)
+		occupy(f.host, 5*time.Second)
+		s.Warm()
+		time.Sleep(time.Second)
+		secret = "new"
+		time.Sleep(5 * time.Second)
+		for range 10 {
+			_, _, _ = s.Token(t.Context())
+			time.Sleep(200 * time.Millisecond)
+		}
+		if n := f.n.Load(); n != 1 {
+			t.Errorf("%d token requests with the same wrong secret, want 1", n)
+		}
+	})
+}
+
+// One client with an endless Retry-After, in a crowd.
+func TestAttackOneTenantThrottled(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		host := anyHost()
+		e := (&tokenError{Code: codeHTTPStatus, Status: 429, retryAfter: 1e6 * time.Hour}).classify()
+		for i := range 2 {
+			newTestSource(t, &foe{host: host, id: fmt.Sprint("bad", i), answer: failWith(e)}).Warm()
+		}
+		time.Sleep(time.Second)
+		var sources []*tokenSource
+		for i := range 50 {
+			sources = append(sources, newTestSource(t, &foe{host: host, id: fmt.Sprint(i), life: time.Hour}))
+		}
+		errs, took := askAll(t.Context(), sources)
+		for i, err := range errs {
+			if err != nil || took[i] > 3*time.Second {
+				t.Errorf("client %d: %v after %v", i, err, took[i])
+			}
+		}
+		time.Sleep(time.Minute)
+		wantIdle(t, host)
+	})
+}
+
+// Callers don't pile up at a server that tells everybody to wait.
+func TestAttackHeldBackCallers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		host := anyHost()
+		e := (&tokenError{Code: codeHTTPStatus, Status: 503, retryAfter: 5 * time.Minute}).classify()
+		var sources []*tokenSource
+		for i := range 100 {
+			sources = append(sources, newTestSource(t, &foe{host: host, id: fmt.Sprint(i), answer: failWith(e)}))
+		}
+		_, took := askAll(t.Context(), sources)
+		n := 0
+		for _, d := range took {
+			if d > 2*time.Second {
+				n++
+			}
+		}
+		if n > 0 {
+			t.Errorf("%d of 100 requests waited for longer than 2 s at a server that answers 503 with Retry-After", n)
+		}
+		time.Sleep(6 * time.Minute)
 	})
 }

@@ -254,7 +254,7 @@ func (s *tokenSource) whyNot(f *fetch) error {
 	why := error(errLate)
 	switch since, waited, inVain := f.progress(); {
 	case inVain:
-		why = errInVain
+		why = inVainError(f.slot.endpoint)
 	case waited && since.IsZero():
 		why = errCrowded
 	}
@@ -564,7 +564,7 @@ func (f *fetch) ended() bool {
 	}
 }
 
-// progress says how far a fetch is that has not ended: see turn. The source's mu is held.
+// progress says how far a fetch is that has not ended: see slot. The source's mu is held.
 func (f *fetch) progress() (since time.Time, waited, inVain bool) {
 	if f.slot == nil {
 		return time.Time{}, false, false
@@ -672,14 +672,13 @@ func (s *tokenSource) abandon(f *fetch) {
 // timeout at the latest, without the time in which others have their turn.
 func (s *tokenSource) run(ctx context.Context, f *fetch) {
 	defer f.cancel(nil)
-	var fingerprint string
 	err := safely(func() error {
 		ctx, cancel := context.WithTimeout(ctx, f.attempts.life.fetchTimeout)
 		defer cancel()
-		fingerprint = f.attempts.fingerprint(ctx)
+		f.attempts.secrets = f.attempts.fingerprint(ctx)
 		return nil
 	})
-	f.unchanged = err == nil && f.failedWith != "" && f.failedWith == fingerprint
+	f.unchanged = err == nil && f.failedWith != "" && f.failedWith == f.attempts.secrets
 	if err == nil && !f.unchanged {
 		f.t, err = f.attempts.obtain(ctx)
 	}
@@ -703,7 +702,7 @@ func (s *tokenSource) run(ctx context.Context, f *fetch) {
 	case released:
 		f.err = errReleased // this error says nothing about the server
 	case err != nil:
-		failed = s.fail(f, err, fingerprint, now)
+		failed = s.fail(f, err, now)
 		f.err = failed
 	default:
 		if f.attempts.life != s.life { // the settings have changed meanwhile
@@ -797,14 +796,14 @@ func (s *tokenSource) refresh() {
 }
 
 // fail notes that f has failed, and computes when to try again. mu is held.
-func (s *tokenSource) fail(f *fetch, err error, fingerprint string, now time.Time) *fetchError {
+func (s *tokenSource) fail(f *fetch, err error, now time.Time) *fetchError {
 	if s.failures == 0 {
 		s.failingFrom = f.attempts.began
 	}
 	s.failures++
 	s.failedWith = ""
 	if isPermanent(err) {
-		s.failedWith, s.warming = fingerprint, false
+		s.failedWith, s.warming = f.attempts.secrets, false
 	}
 	last := failure{err: err, began: f.attempts.tried, ended: now, lasted: now.Sub(s.failingFrom)}
 	if s.valid(now) {
