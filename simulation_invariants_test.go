@@ -58,10 +58,7 @@ func (f finding) String() string { return fmt.Sprintf("%s: at %v: %s", f.rule, f
 // report takes a finding.
 type report func(at time.Duration, format string, args ...any)
 
-var invariants = []struct {
-	name  string
-	check func(*model, report)
-}{
+var invariants = []invariant{
 	{"few requests in flight", fewInFlight},
 	{"another attempt only for those who wait", besideForGoodReason},
 	{"a fetch ends in time", fetchesEnd},
@@ -102,10 +99,18 @@ var invariants = []struct {
 	{"tidy places", placesAreTidy},
 }
 
+type invariant struct {
+	name  string
+	check func(*model, report)
+}
+
 // violations returns where rules are broken, one place for each rule.
-func (h *history) violations() (found []finding) {
-	m := newModel(h)
-	for _, rule := range invariants {
+func (h *history) violations() []finding {
+	return newModel(h).violations(invariants)
+}
+
+func (m *model) violations(rules []invariant) (found []finding) {
+	for _, rule := range rules {
 		n := len(found)
 		rule.check(m, func(at time.Duration, format string, args ...any) {
 			if len(found) == n {
@@ -306,12 +311,16 @@ func (m *model) firstPending(at time.Duration) *attemptRecord {
 // its patience has ended.
 func waitsAreLongEnough(m *model, report report) {
 	for _, c := range m.calls {
-		if !c.refused() || m.usersChanged(c.asked, c.answered) {
+		if !c.refused() || m.usersChanged(c.asked, c.answered) || c.hadNoTurn() {
 			continue
 		}
 		waited := c.answered - c.asked
 		if m.anyGoesOn(c.answered) && waited < m.leastPatience(c.answered)-slack {
 			report(c.answered, "asked at %v, an error after %v, and a fetch is under way", c.asked, waited)
+		}
+		shortest, _ := m.timeouts(c.answered)
+		if m.server.crowd != nil && waited >= shortest-slack {
+			continue // the turns of others took a part of it
 		}
 		if !m.failed(c.answered+1) && !m.late(c.answered) {
 			report(c.answered, "asked at %v, an error, and no fetch has failed", c.asked)
@@ -511,13 +520,34 @@ func triedAgainSoon(m *model, report report) {
 		if last.start == at {
 			next = last
 		}
-		if m.goesAway(at, due) || due > simulatedTime || !m.holdingAt(due).over(due) {
+		if m.goesAway(at, due) || due > simulatedTime || !m.holdingAt(due).over(due) || m.fetchBegins(at, due) {
 			continue // or a new config lets the token live longer
 		}
 		if next == nil || next.start > due+slack {
 			report(at, "the next request is due at %v, after request %d", due, last.n)
 		}
 	}
+}
+
+// fetchBegins reports whether a fetch begins in that time, or waits for its turn.
+func (m *model) fetchBegins(from, to time.Duration) bool {
+	for _, at := range m.locates {
+		if from <= at && at <= to+slack || at < from && m.waitsForTurn(at, from) {
+			return true
+		}
+	}
+	return false
+}
+
+// waitsForTurn reports whether the fetch that has looked where to ask at located has made
+// no request until at.
+func (m *model) waitsForTurn(located, at time.Duration) bool {
+	for _, a := range m.attempts {
+		if a.first && a.located == located {
+			return a.start > at
+		}
+	}
+	return false
 }
 
 // goesAway reports whether no config uses the source at some time between.
@@ -629,7 +659,7 @@ func requestsAreDue(m *model, report report) {
 			for _, changed := range m.secrets {
 				// The secret that failed is the one that the fetch began with.
 				if m.fetchStart(last.start) <= changed && changed <= a.start {
-					least = m.nextAttempt(m.fetchStart(last.start)-1).start + promisedSecretWait
+					least = m.nextAttempt(m.fetchStart(last.start)-1).located + promisedSecretWait
 					refusals = 0
 				}
 			}
@@ -645,7 +675,7 @@ func requestsAreDue(m *model, report report) {
 			if m.failed(a.start) || m.failed(a.start+1) {
 				quick = promisedRetries
 			}
-			if sinceStart < promisedLeastWait-slack {
+			if sinceStart < promisedLeastWait-slack && !m.server.crowd.gotToken(last.end, a.start) {
 				report(a.start, "request %d only %v after the one before", a.n, sinceStart)
 			}
 		}
@@ -719,7 +749,7 @@ func renewedInTime(m *model, report report) {
 			continue
 		}
 		next := m.nextAttempt(t.by.end - 1)
-		if next == nil || next.start > due+slack {
+		if (next == nil || next.start > due+slack) && !m.fetchBegins(t.by.end, due) {
 			report(due, "%s was used, and is not renewed", t.value)
 		}
 	}

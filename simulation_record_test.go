@@ -41,6 +41,9 @@ type attemptRecord struct {
 	wait       time.Duration // what the server asked for
 	value      string
 	lifetime   time.Duration // as the server named it
+
+	first   bool          // it was the first of its fetch
+	located time.Duration // when that began to wait for its turn
 }
 
 func (a *attemptRecord) inFlight(at time.Duration) bool { return a.start <= at && at < a.end }
@@ -90,7 +93,8 @@ type record struct {
 	recording sync.Mutex // guards all fields below while the history runs
 
 	attempts []*attemptRecord
-	calls    []*call // by asked
+	locates  []time.Duration // when fetches looked where to ask, which is before their turn
+	calls    []*call         // by asked
 	trips    []*trip
 	fetches  []fetchEnd
 	notes    []moment
@@ -114,6 +118,10 @@ func (h *history) begin(ctx context.Context, user int, mode serverMode) *attempt
 	a := &attemptRecord{n: len(h.attempts) + 1, user: user, mode: mode, start: h.now(), end: never, deadline: never}
 	if d, ok := ctx.Deadline(); ok {
 		a.deadline = d.Sub(h.started)
+	}
+	if n := len(h.locates); n > 0 {
+		a.located = h.locates[n-1]
+		a.first = len(h.attempts) == 0 || h.attempts[len(h.attempts)-1].located != a.located
 	}
 	h.attempts = append(h.attempts, a)
 	return a
@@ -163,6 +171,12 @@ func (h *history) began(x *trip) {
 	h.recording.Lock()
 	defer h.recording.Unlock()
 	h.trips = append(h.trips, x)
+}
+
+func (h *history) looksWhereToAsk() {
+	h.recording.Lock()
+	defer h.recording.Unlock()
+	h.locates = append(h.locates, h.now())
 }
 
 func (h *history) secretChanged() {

@@ -59,6 +59,7 @@ type simulatedServer struct {
 	*history
 	config simulationConfig
 	phases []phase // without gaps, from 0 on
+	crowd  *crowd  // whose clients ask the same server; nil for a client that is alone
 
 	rejections []rejection // one after another
 
@@ -92,7 +93,12 @@ type simulatedUser struct {
 }
 
 func (u *simulatedUser) locate(context.Context) (*url.URL, error) {
-	return &url.URL{Scheme: "https", Host: fmt.Sprintf("simulated-%d.example", u.seed)}, nil
+	u.looksWhereToAsk()
+	host := fmt.Sprintf("simulated-%d.example", u.seed)
+	if u.crowd != nil {
+		host = u.crowd.host
+	}
+	return &url.URL{Scheme: "https", Host: host}, nil
 }
 
 func (u *simulatedUser) request(ctx context.Context, _ *url.URL, _ redact.Secrets) (grant, error) {
@@ -100,6 +106,9 @@ func (u *simulatedUser) request(ctx context.Context, _ *url.URL, _ redact.Secret
 	g, err := u.answer(ctx, a)
 	if err != nil && ctx.Err() != nil {
 		a.outcome = noAnswer
+		if u.crowd != nil { // as the product says it
+			err = &tokenError{Code: codeTimeout, Description: "no answer"}
+		}
 	}
 	u.end(a, g, err)
 	return g, err
@@ -113,7 +122,9 @@ func (u *simulatedUser) fingerprint(context.Context) string {
 	return fmt.Sprint("secret ", u.secret)
 }
 
-func (u *simulatedUser) describe() description { return description{name: "simulated"} }
+func (u *simulatedUser) describe() description {
+	return description{name: "simulated", ClientID: fmt.Sprint(u.seed)}
+}
 
 func (u *simulatedUser) fetched(t *token, err *fetchError, failures int) {
 	u.ended(t, err, failures)
@@ -124,6 +135,18 @@ func (u *simulatedUser) fetched(t *token, err *fetchError, failures int) {
 func (u *simulatedUser) answer(ctx context.Context, a *attemptRecord) (grant, error) {
 	p := u.phaseAt(a.start)
 	took := u.answerTime(p, a.n)
+	if u.crowd != nil {
+		if err := pause(ctx, u.crowd.way(u.seed, a.n), nil); err != nil {
+			return grant{}, err
+		}
+		if p.mode == serverServes || p.mode == serverSlow {
+			if !u.crowd.enter() {
+				a.outcome, a.wait = failedThrottled, u.crowd.after
+				return grant{}, (&tokenError{Code: codeHTTPStatus, Status: http.StatusTooManyRequests, retryAfter: a.wait}).classify()
+			}
+			defer u.crowd.leave()
+		}
+	}
 	switch p.mode {
 	case serverRefuses:
 		a.outcome = failedTransiently

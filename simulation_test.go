@@ -33,6 +33,22 @@ const (
 //
 //nolint:tparallel // other tests need another jitter meanwhile
 func TestSimulation(t *testing.T) {
+	number := 2000
+	if testing.Short() {
+		number = 200
+	}
+	simulateAll(t, number, simulate)
+}
+
+// simulated is what became of a seed.
+type simulated interface {
+	fmt.Stringer
+	lines(from, to time.Duration) string
+	violations() []finding
+}
+
+// simulateAll runs so many histories, or what the settings say.
+func simulateAll(t *testing.T, number int, simulate func(*testing.T, uint64) simulated) {
 	simulating.Store(true)
 	t.Cleanup(func() { simulating.Store(false) })
 	if seed := simulationSetting(t, "SIMULATION_SEED", 0); seed > 0 {
@@ -42,10 +58,6 @@ func TestSimulation(t *testing.T) {
 			t.Error(found)
 		}
 		return
-	}
-	number := 2000
-	if testing.Short() {
-		number = 200
 	}
 	number = simulationSetting(t, "SIMULATIONS", number)
 
@@ -112,16 +124,21 @@ func simulationSetting(t *testing.T, name string, preset int) int {
 }
 
 // simulate runs the history of a seed.
-func simulate(t *testing.T, seed uint64) (h *history) {
-	h = newHistory(seed)
-	// The bubble panics if a goroutine is left.
+func simulate(t *testing.T, seed uint64) simulated {
+	h := newHistory(seed)
+	h.leftover = append(h.leftover, inBubble(t, h.run)...)
+	return h
+}
+
+// inBubble runs f in a bubble, which panics if a goroutine is left.
+func inBubble(t *testing.T, f func()) (leftover []string) {
 	defer func() {
 		if p := recover(); p != nil {
-			h.leftover = append(h.leftover, fmt.Sprint(p))
+			leftover = append(leftover, fmt.Sprint(p))
 		}
 	}()
-	synctest.Test(t, func(*testing.T) { h.run() })
-	return h
+	synctest.Test(t, func(*testing.T) { f() })
+	return nil
 }
 
 // simulationConfig is what stays the same in a history.
@@ -200,11 +217,21 @@ func (h *history) run() {
 	h.callers.Wait()
 	time.Sleep(keptFor + longestTimeout + time.Second)
 	synctest.Wait()
+	h.look()
+	time.Sleep(24 * time.Hour)
+	synctest.Wait()
+	h.lookAgain()
+}
+
+// look notes what is left when all has ended.
+func (h *history) look() {
 	h.endedAt = h.now()
 	h.leftover = append(h.leftover, h.pool.leftover()...)
 	h.untidy = h.pool.untidy()
-	time.Sleep(24 * time.Hour)
-	synctest.Wait()
+}
+
+// lookAgain notes what goes on long after that.
+func (h *history) lookAgain() {
 	if n := h.inFlight(); n > 0 {
 		h.leftover = append(h.leftover, fmt.Sprintf("%d token requests in flight", n))
 	}
@@ -368,8 +395,12 @@ func (g *historyMaker) addPhases(outages []phase) {
 		all = append(all, p)
 		end = p.to
 	}
-	g.server.phases = append(all, phase{from: end, to: math.MaxInt64})
-	for _, p := range g.server.phases[1:] {
+	g.setPhases(append(all, phase{from: end, to: math.MaxInt64}))
+}
+
+func (g *historyMaker) setPhases(all []phase) {
+	g.server.phases = all
+	for _, p := range all[1:] {
 		text := fmt.Sprintf("the server %v", p.mode)
 		if p.after > 0 {
 			text += fmt.Sprintf(" (%v)", p.after)
@@ -407,6 +438,9 @@ func (g *historyMaker) addReload(at time.Duration) {
 	if g.chance(40) {
 		life = g.newLifecycle(g.config.lifetime)
 		life.fetchTimeout = max(life.fetchTimeout, g.config.answer*5)
+		if g.server.crowd != nil { // a fetch that waits for its turn has the settings of then
+			life.fetchTimeout = g.config.life.fetchTimeout
+		}
 	}
 	h := g.history
 	switch x := g.IntN(100); {
