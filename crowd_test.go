@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -392,4 +393,44 @@ func TestRetryAfterOfOneClientAndOfTwo(t *testing.T) {
 			t.Errorf("%d token requests, want one of each client", n)
 		}
 	})
+}
+
+// A client whose first token request has failed keeps no slot for the time in which another
+// one goes on beside it.
+func TestFailedAttemptGivesItsSlotBack(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := newCrowdServer(100)
+		others := server.crowd(t, 20)
+		const slow = 4
+		var callers sync.WaitGroup
+		for i := range slow { // the slow ones and their second attempts have all eight slots
+			s := newTokenSource()
+			s.attach(fallingClient{crowdClient{server, 100 + i}, new(atomic.Int64)}, lifecycle{fetchTimeout: 5 * time.Second})
+			t.Cleanup(func() { destruct(t, s) })
+			callers.Go(func() { _, _, _ = s.Token(t.Context()) })
+		}
+		time.Sleep(2100 * time.Millisecond) // the first attempts failed 100 ms ago
+		errs, took := askAll(t.Context(), others)
+		for i, err := range errs {
+			if err != nil || took[i] > time.Second {
+				t.Errorf("client %d: %v after %v, want its token within a second", i, err, took[i])
+			}
+		}
+		callers.Wait()
+	})
+}
+
+// fallingClient is a client whose first token request fails after two seconds. The server
+// does not answer the others.
+type fallingClient struct {
+	crowdClient
+	asked *atomic.Int64
+}
+
+func (c fallingClient) request(ctx context.Context, _ *url.URL, _ redact.Secrets) (grant, error) {
+	if c.asked.Add(1) > 1 {
+		<-ctx.Done()
+		return grant{}, ctx.Err()
+	}
+	return grant{}, pause(ctx, 2*time.Second, &tokenError{Code: codeNetwork})
 }

@@ -408,8 +408,9 @@ func (s *tokenSource) Warm() {
 	if !s.runs() || s.usable(now) != nil {
 		return
 	}
-	s.warming = s.lastErr == nil || !isPermanent(s.lastErr)
-	if s.due(now) {
+	due := s.due(now)
+	s.warming = due || !isPermanent(s.lastErr) // the next one may have another result
+	if due {
 		s.start(false)
 	}
 }
