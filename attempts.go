@@ -79,6 +79,7 @@ type retry struct {
 // attempt is the result of one token request of a fetch.
 type attempt struct {
 	first bool // it was the first of the fetch
+	slot  *slot
 	t     *token
 	spent bool // there was a grant, but nothing is left of its life
 	err   error
@@ -158,7 +159,7 @@ func (a *attempts) ask(ctx context.Context) (*token, error) {
 		next.Reset(a.silence)
 		go func(first bool) {
 			end := a.attempt(requests, t)
-			end.first = first
+			end.first, end.slot = first, t
 			ended <- end
 		}(sent == 1)
 	}
@@ -179,6 +180,7 @@ func (a *attempts) ask(ctx context.Context) (*token, error) {
 					told = end.err // it tells best what all the time was spent on
 				}
 			case underWay > 0 && !leftAlone(end.err): // the others may have more luck
+				end.slot.release()
 				told = end.err
 				a.silence = min(a.silence, maxAskedBackoff) // the server is not silent
 				next.Reset(time.Until(a.tried.Add(a.silence)))

@@ -63,7 +63,7 @@ func (c *crowd) String() string {
 		len(c.clients), len(c.silent), c.capacity, c.after)
 }
 
-// way is how long a token request is on its way to the server: never as long as that of
+// way is how long a token request is on its way to the server: hardly ever as long as that of
 // another client, so that a history is the same each time.
 func (c *crowd) way(client uint64, n int) time.Duration {
 	return time.Duration(scramble(client<<20+uint64(n)) % uint64(100*time.Microsecond))
@@ -232,8 +232,10 @@ func (c *crowd) addForAll(g *historyMaker) {
 				}
 			})
 		default:
-			s := stream{n: 1 + g.IntN(3), distance: g.between(time.Millisecond, 10*time.Second), random: g.Uint64(),
-				to: []target{{h.upstreams[0], h.upstreams[0].kinds[0]}}}
+			s := stream{
+				n: 1 + g.IntN(3), distance: g.between(time.Millisecond, 10*time.Second), random: g.Uint64(),
+				to: []target{{h.upstreams[0], h.upstreams[0].kinds[0]}},
+			}
 			mine.add(at, "", func() { h.start(s) })
 		}
 		for _, s := range mine.steps {

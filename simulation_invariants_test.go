@@ -639,7 +639,7 @@ func requestsAreDue(m *model, report report) {
 		case gotToken:
 			throttles, refusals, quick = 0, 0, 0
 			t := m.holdingAt(a.start - 1)
-			if m.isYoung(t, a.start) && !m.anyRefused(t.value, a.start) {
+			if m.isYoung(t, a.start) && !m.anyRefused(t.value, a.start) && !m.anyRefused(t.value, a.located) {
 				report(a.start, "request %d, and %s is good until %v", a.n, t.value, t.least)
 			}
 			continue
@@ -792,7 +792,7 @@ func nothingUnwanted(m *model, report report) {
 	for _, a := range m.attempts {
 		from := m.fetchStart(a.start)
 		last := m.lastFetch(a.start)
-		if last != nil && last.err != nil && !m.holdingAt(a.start).over(a.start) || m.usersChanged(from, a.start) || m.isWarming(a.start) {
+		if last != nil && last.err != nil && !m.holdingAt(a.located).over(a.located) || m.usersChanged(from, a.start) || m.isWarming(a.start) {
 			continue
 		}
 		wanted := false

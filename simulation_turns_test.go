@@ -139,7 +139,13 @@ func (c *crowd) gotToken(from, to time.Duration) bool {
 }
 
 // hadNoTurn reports whether the caller got an error because of the turns of others.
-func (c *call) hadNoTurn() bool { return errors.Is(c.err, errCrowded) || errors.Is(c.err, errInVain) }
+func (c *call) hadNoTurn() bool { return errors.Is(c.err, errCrowded) || isInVain(c.err) }
+
+// isInVain reports whether an error is inVainError. No server says so here.
+func isInVain(err error) bool {
+	failure, ok := errors.AsType[*tokenError](err)
+	return ok && failure.Code == "temporarily_unavailable"
+}
 
 // lastToken returns when a token came last before at, and nextToken the next from then on.
 func (m *crowdModel) lastToken(at time.Duration) time.Duration {
@@ -308,12 +314,18 @@ func (m *crowdModel) anyWaits(at time.Duration) bool { return len(m.waitingAt(at
 // Retry-After delays nobody but its client, and no slot is lost. There are eight, before the
 // first 429; after that, two at least.
 func noSlotIsIdle(m *crowdModel, report report) {
-	least := promisedFirst
+	throttled := never
 	for _, e := range m.ended {
 		if e.outcome == failedThrottled {
-			least = promisedFewest
+			throttled = min(throttled, e.end)
 		}
+	}
+	for _, e := range m.ended {
 		for _, at := range []time.Duration{e.end, e.start + promisedYouth} {
+			least := promisedFirst
+			if at >= throttled {
+				least = promisedFewest
+			}
 			if n := m.slotsAt(at); n < least && m.anyWaits(at+1) && m.serves(at) {
 				report(at, "%d slots in use, want %d, and client %d waits", n, least, m.waitingAt(at + 1)[0].by)
 			}
@@ -360,11 +372,12 @@ func (m *crowdModel) serves(at time.Duration) bool {
 }
 
 // The turns for which a request waits come first, and those that began to wait before others
-// come before them. A turn keeps its place, however many requests wait for it.
+// come before them. A turn keeps its place, however many requests wait for it. But clients
+// that have failed go behind those that have not, as long as the server fails.
 func turnsInOrder(m *crowdModel, report report) {
 	for i, t := range m.turns {
 		for _, later := range m.turns[i+1:] {
-			if later.start == t.start || later.located >= t.start {
+			if later.start == t.start || later.located >= t.start || m.goesBehind(later) && !m.goesBehind(t) {
 				continue
 			}
 			switch {
@@ -378,6 +391,9 @@ func turnsInOrder(m *crowdModel, report report) {
 		}
 	}
 }
+
+// goesBehind reports whether the client of a turn had failed since its last token.
+func (m *crowdModel) goesBehind(t *turnOf) bool { return m.clients[t.by].failed(t.located + 1) }
 
 // Another attempt beside a silent one helps one client. It is made only if no other waits.
 func extrasAreInNobodysWay(m *crowdModel, report report) {
@@ -446,7 +462,7 @@ func queueingIsNoFailure(m *crowdModel, report report) {
 			if f.err != nil && !made {
 				report(f.at, "client %d: the fetch failed (%v), and there was no token request since %v", i, f.err, before)
 			}
-			if f.err != nil && (errors.Is(f.err, errCrowded) || errors.Is(f.err, errInVain)) {
+			if f.err != nil && (errors.Is(f.err, errCrowded) || isInVain(f.err)) {
 				report(f.at, "client %d: the fetch failed with %v", i, f.err)
 			}
 			before = f.at
@@ -460,9 +476,8 @@ func queueingIsNoFailure(m *crowdModel, report report) {
 // tries each second until the first token: first those that are never answered. And a client
 // whose own try has failed waits for two seconds.
 func nobodyStarves(m *crowdModel, report report) {
-	answer := time.Duration(0)
 	for i, client := range m.clients {
-		answer = client.config.answer
+		answer := client.config.answer
 		mute := time.Duration(len(m.mute()))
 		others := time.Duration(len(m.clients))
 		for _, c := range client.calls {
@@ -478,7 +493,7 @@ func nobodyStarves(m *crowdModel, report report) {
 				back = max(back, t.most)
 			}
 			takes = max(takes, answer)
-			bound := promisedAskedWait + promisedYouth + (mute+1)*promisedLull + (others*takes+mute*promisedYouth)/promisedFewest + takes
+			bound := promisedAskedWait + promisedYouth + promisedLull + time.Duration(len(m.mute()))*promisedLull + (others*takes+mute*promisedYouth)/promisedFewest + takes
 			_, silence := client.silence(back)
 			bound = max(bound, bound+silence)
 			from := max(back, m.hangsUntil(i, back))
@@ -525,7 +540,7 @@ func warmUpsEndWell(m *crowdModel, report report) {
 				continue
 			}
 			due := max(w, back) + least
-			if due < simulatedTime && client.isWarming(due) && !client.usersChanged(w+1, due) {
+			if due < simulatedTime && client.isWarming(due) && !client.usersChanged(w+1, due) && !client.uselessGrant(due) {
 				report(due, "client %d was warmed up at %v, and has no token", i, w)
 			}
 		}

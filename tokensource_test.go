@@ -430,6 +430,30 @@ func TestWarmGoesOnUntilThereIsAToken(t *testing.T) {
 	})
 }
 
+// A client that was refused once is warmed up like others, when it may try again.
+func TestWarmGoesOnAfterARefusalInThePast(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := &scriptedRequester{lifetime: time.Hour, fail: func(_ context.Context, n int) error {
+			switch n {
+			case 1:
+				return &scriptedError{permanent: true}
+			case 2:
+				return &scriptedError{after: time.Second}
+			}
+			return nil
+		}}
+		s := newTestSource(t, r)
+		s.Warm()
+		time.Sleep(time.Minute)
+		s.Warm()
+		time.Sleep(maxTransientBackoff)
+		expectRequests(t, r, 3)
+		if s.Peek() == nil {
+			t.Error("no token")
+		}
+	})
+}
+
 // Who was refused may be locked out by the next try.
 func TestWarmEndsWithARefusal(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
