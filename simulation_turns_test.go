@@ -479,7 +479,6 @@ func nobodyStarves(m *crowdModel, report report) {
 	for i, client := range m.clients {
 		answer := client.config.answer
 		mute := time.Duration(len(m.mute()))
-		others := time.Duration(len(m.clients))
 		for _, c := range client.calls {
 			if !c.refused() || client.isAway(c.answered) || client.uselessGrant(c.answered) || client.usersChanged(c.asked, c.answered) {
 				continue
@@ -493,7 +492,7 @@ func nobodyStarves(m *crowdModel, report report) {
 				back = max(back, t.most)
 			}
 			takes = max(takes, answer)
-			bound := promisedAskedWait + promisedYouth + promisedLull + time.Duration(len(m.mute()))*promisedLull + (others*takes+mute*promisedYouth)/promisedFewest + takes
+			bound := promisedAskedWait + promisedYouth + promisedLull + time.Duration(len(m.mute()))*promisedLull + (takes*time.Duration(len(m.clients))+mute*promisedYouth)/promisedFewest + takes
 			_, silence := client.silence(back)
 			bound = max(bound, bound+silence)
 			from := max(back, m.hangsUntil(i, back))
