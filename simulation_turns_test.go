@@ -478,7 +478,7 @@ func queueingIsNoFailure(m *crowdModel, report report) {
 func nobodyStarves(m *crowdModel, report report) {
 	for i, client := range m.clients {
 		answer := client.config.answer
-		mute := time.Duration(len(m.mute()))
+		mute := len(m.mute())
 		for _, c := range client.calls {
 			if !c.refused() || client.isAway(c.answered) || client.uselessGrant(c.answered) || client.usersChanged(c.asked, c.answered) {
 				continue
@@ -492,7 +492,8 @@ func nobodyStarves(m *crowdModel, report report) {
 				back = max(back, t.most)
 			}
 			takes = max(takes, answer)
-			bound := promisedAskedWait + promisedYouth + promisedLull + time.Duration(len(m.mute()))*promisedLull + (takes*time.Duration(len(m.clients))+mute*promisedYouth)/promisedFewest + takes
+			bound := promisedAskedWait + promisedYouth + takes + time.Duration(mute+1)*promisedLull +
+				(time.Duration(len(m.clients))*takes+time.Duration(mute)*promisedYouth)/promisedFewest
 			_, silence := client.silence(back)
 			bound = max(bound, bound+silence)
 			from := max(back, m.hangsUntil(i, back))
