@@ -107,7 +107,13 @@ func (a *attempts) obtain(ctx context.Context) (*token, error) {
 	ctx, cancel := context.WithTimeout(ctx, left)
 	defer cancel()
 	if a.slot.waited { // the secrets may have changed
-		a.secrets = a.fingerprint(ctx)
+		err := safely(func() error {
+			a.secrets = a.fingerprint(ctx)
+			return nil
+		})
+		if err != nil {
+			return nil, err
+		}
 	}
 	return a.ask(ctx)
 }
@@ -233,7 +239,8 @@ func (a *attempts) retriesQuickly(ctx context.Context, failed attempt) bool {
 	return true
 }
 
-// attempt makes one token request, and keeps the turn for that long.
+// attempt makes one token request in a slot, which is given back if there is no answer for
+// long.
 func (a *attempts) attempt(ctx context.Context, t *slot) (end attempt) {
 	silent := time.AfterFunc(longestSlot, t.release)
 	defer silent.Stop()

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/url"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -524,6 +525,25 @@ func TestAttackSecretChangesWhileQueued(t *testing.T) {
 		if n := f.n.Load(); n != 1 {
 			t.Errorf("%d token requests with the same wrong secret, want 1", n)
 		}
+	})
+}
+
+// A placeholder that panics when the turn comes ends the fetch, and not the server.
+func TestAttackPanicWhileQueued(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var looked atomic.Int64
+		f := &foe{host: anyHost(), id: "a", life: time.Hour, secret: func() string {
+			if looked.Add(1) > 1 {
+				panic("secret")
+			}
+			return "secret"
+		}}
+		s := newTestSource(t, f)
+		occupy(f.host, 5*time.Second)
+		if _, _, err := s.Token(t.Context()); err == nil || strings.Contains(err.Error(), "secret") {
+			t.Errorf("Token() = %v, want an error that does not show the value of the panic", err)
+		}
+		time.Sleep(5 * time.Second)
 	})
 }
 
