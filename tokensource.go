@@ -815,7 +815,7 @@ func (s *tokenSource) fail(f *fetch, err error, now time.Time) *fetchError {
 		retryAt = soonest // requests are refused meanwhile
 	}
 	s.lastErr = &fetchError{err: err, retryAt: retryAt, soonest: soonest}
-	if s.server != nil && !leftAlone(err) {
+	if s.server != nil && !s.unused() && !leftAlone(err) { // see rest
 		s.server.remind(s, s.revived)
 	}
 	return s.lastErr
