@@ -3,6 +3,7 @@ package outboundauth
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
@@ -338,6 +339,28 @@ func TestRequestThatWaitsForItsTurn(t *testing.T) {
 				t.Errorf("client %d has no token at last", i)
 			}
 		}
+	})
+}
+
+// Neither does an operator wait for longer who has a token renewed.
+func TestRenewalThatWaitsForItsTurn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		server := newCrowdServer(300)
+		server.answers = 2400 * time.Millisecond
+		sources := server.crowd(t, 300)
+		since := time.Now()
+		var callers sync.WaitGroup
+		for i, s := range sources {
+			callers.Go(func() {
+				_, err := s.FetchNow(t.Context())
+				took := time.Since(since)
+				if took > defaultTokenTimeout || err != nil && (took < defaultTokenTimeout || !errors.Is(err, context.DeadlineExceeded)) {
+					t.Errorf("client %d: %v after %v, want a token, or a timeout after %v", i, err, took, defaultTokenTimeout)
+				}
+			})
+		}
+		callers.Wait()
+		time.Sleep(time.Minute)
 	})
 }
 

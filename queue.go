@@ -56,15 +56,15 @@ type queue struct {
 type slot struct {
 	*queue
 	client string
+	broken bool          // the client has failed since its last token
+	waited bool          // it did not get the slot at once; does not change after take
 	ready  chan struct{} // closed when there is a slot
 
 	// Guarded by the queue's mu:
 	place   *list.Element // nil: it waits no more
 	request *pace.Request // nil: it has had no slot yet
 	since   time.Time     // when it got the slot
-	waited  bool          // it did not get the slot at once
 	hurries bool          // it is among the awaited ones
-	broken  bool          // the client has failed since its last token
 }
 
 // queues has the servers that were asked by this process. What is known about a server

@@ -361,7 +361,8 @@ func TestAttackBrokenTenants(t *testing.T) {
 					go func() { time.Sleep(rand.N(time.Second)); ask(s, false) }()
 				}
 				time.Sleep(10 * time.Minute)
-				if broken <= 20 && failed.Load() > 0 || failed.Load() > all.Load()/50 {
+				// The phases are random. If those that have not failed did not go first, 5 % would fail beside 100.
+				if broken == 0 && failed.Load() > 0 || broken <= 20 && failed.Load() > all.Load()/200 || failed.Load() > all.Load()/50 {
 					t.Errorf("%d %s: of %d requests of healthy clients, %d failed and %d were slow", broken, name, all.Load(), failed.Load(), slow.Load())
 				}
 				cancel()

@@ -357,17 +357,39 @@ func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
 			return nil, early
 		}
 		f := s.start(early != nil)
+		timeout := s.life.fetchTimeout
 		s.join(ctx, f)
 		s.mu.Unlock()
+		err := s.await(ctx, f, now, timeout)
+		s.leave(f)
+		if err != nil {
+			return nil, err
+		}
+		if !f.unchanged { // otherwise the fetch has only compared the secrets
+			return f.t, f.err
+		}
+	}
+}
+
+// await waits until f has ended or, if it waits for its turn, no longer than timeout.
+// asked is when the caller began to wait.
+func (s *tokenSource) await(ctx context.Context, f *fetch, asked time.Time, timeout time.Duration) error {
+	late := time.NewTimer(timeout)
+	defer late.Stop()
+	for {
 		select {
 		case <-f.done:
-			s.leave(f)
-			if !f.unchanged { // otherwise the fetch has only compared the secrets
-				return f.t, f.err
-			}
+			return nil
 		case <-ctx.Done():
-			s.leave(f)
-			return nil, ctx.Err()
+			return ctx.Err()
+		case <-late.C:
+		}
+		s.mu.Lock()
+		since, waited, _ := f.progress()
+		why := s.whyNot(f)
+		s.mu.Unlock()
+		if waited && (since.IsZero() || since.After(asked)) && !f.ended() {
+			return why
 		}
 	}
 }
