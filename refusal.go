@@ -189,7 +189,8 @@ func (s *tokenSource) sure(ctx context.Context, address dialAddress, t *token) (
 		return t, 0
 	}
 	s.mu.Lock()
-	doubted := s.inflight != nil && at.doubted == t.value
+	// The replacement may have come since the request got t.
+	doubted := at.doubted == t.value && (s.inflight != nil || !s.current.is(t))
 	s.mu.Unlock()
 	if !doubted {
 		return t, 0
