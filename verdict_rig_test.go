@@ -87,9 +87,11 @@ func newVerdictRig(t *testing.T, settings rigSettings) *verdictRig {
 // newSite makes a transport with one block, which all upstreams have.
 func (r *verdictRig) newSite(t *testing.T) *Transport {
 	t.Helper()
-	// The name of the test keeps the source apart from those of other rigs.
+	// The name of the test keeps source and queue apart from those of other rigs: each has
+	// its own time.
+	host := strings.ReplaceAll(strings.ToLower(t.Name()), "/", "-") + ".example"
 	cl := newTestClient(t, Credentials{
-		Name: "rig", TokenURL: testTokenURL, ClientID: t.Name(), ClientSecret: "secret", RetryOn: r.server.settings.retryOn,
+		Name: "rig", TokenURL: "https://" + host + "/token", ClientID: t.Name(), ClientSecret: "secret", RetryOn: r.server.settings.retryOn,
 	}, r.server)
 	cl.start()
 	site := &Transport{
