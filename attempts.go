@@ -107,15 +107,19 @@ func (a *attempts) obtain(ctx context.Context) (*token, error) {
 	ctx, cancel := context.WithTimeout(ctx, left)
 	defer cancel()
 	if a.slot.waited { // the secrets may have changed
-		err := safely(func() error {
-			a.secrets = a.fingerprint(ctx)
-			return nil
-		})
-		if err != nil {
+		if err := a.look(ctx); err != nil {
 			return nil, err
 		}
 	}
 	return a.ask(ctx)
+}
+
+// look notes the fingerprint of the secrets. A placeholder may panic.
+func (a *attempts) look(ctx context.Context) error {
+	return safely(func() error {
+		a.secrets = a.fingerprint(ctx)
+		return nil
+	})
 }
 
 // find finds the token endpoint. It tries again as ask does.

@@ -695,12 +695,9 @@ func (s *tokenSource) abandon(f *fetch) {
 // timeout at the latest, without the time in which others have their turn.
 func (s *tokenSource) run(ctx context.Context, f *fetch) {
 	defer f.cancel(nil)
-	err := safely(func() error {
-		ctx, cancel := context.WithTimeout(ctx, f.attempts.life.fetchTimeout)
-		defer cancel()
-		f.attempts.secrets = f.attempts.fingerprint(ctx)
-		return nil
-	})
+	look, cancel := context.WithTimeout(ctx, f.attempts.life.fetchTimeout)
+	err := f.attempts.look(look)
+	cancel()
 	f.unchanged = err == nil && f.failedWith != "" && f.failedWith == f.attempts.secrets
 	if err == nil && !f.unchanged {
 		f.t, err = f.attempts.obtain(ctx)
