@@ -364,6 +364,29 @@ func TestRenewalThatWaitsForItsTurn(t *testing.T) {
 	})
 }
 
+// Nor does one who began to wait while the endpoint was looked up, by a config with more time.
+func TestRenewalThatWaitsForItsTurnAfterALookUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := &foe{host: anyHost(), id: "a", life: time.Hour, found: 20 * time.Second}
+		patient := &foe{host: f.host, id: "a", life: time.Hour, found: 20 * time.Second}
+		s := newTokenSource()
+		t.Cleanup(func() { destruct(t, s) })
+		s.attach(patient, lifecycle{defaultLifetime: time.Hour, fetchTimeout: time.Minute})
+		s.begin(patient)
+		s.Warm()
+		synctest.Wait()
+		s.attach(f, testLife)
+		s.begin(f)
+		s.detach(patient, func() {})
+		occupy(f.host, 10*time.Minute)
+		since := time.Now()
+		_, err := s.FetchNow(t.Context())
+		if took := time.Since(since); !errors.Is(err, context.DeadlineExceeded) || took > 22*time.Second {
+			t.Errorf("FetchNow() = %v after %v, want a timeout about when the look-up has ended", err, took)
+		}
+	})
+}
+
 // A request that comes while the server gives nobody a token does not wait for its turn.
 func TestNobodyWaitsForATurnInAnOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

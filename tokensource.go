@@ -3,6 +3,7 @@
 package outboundauth
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -189,23 +190,9 @@ func (s *tokenSource) other(ctx context.Context, r *refusal) (*token, acquisitio
 	s.mu.Unlock()
 	defer s.leave(f)
 
-	late := time.NewTimer(patience)
-	defer late.Stop()
-	for patience > 0 {
-		select {
-		case <-f.done:
-			patience = 0
-		case <-late.C:
-			s.mu.Lock()
-			patience = s.patience(f, refused, now) - time.Since(now)
-			s.mu.Unlock()
-			late.Reset(patience)
-		case <-refuted:
-			patience = 0
-		case <-ctx.Done():
-			patience = 0
-		}
-	}
+	s.await(ctx, f, refuted, patience, func() time.Duration {
+		return s.patience(f, refused, now) - time.Since(now)
+	})
 	if f.ended() { // which counts, whatever came first
 		linkFrom(ctx, f.span)
 		if f.err == nil {
@@ -360,37 +347,44 @@ func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
 		timeout := s.life.fetchTimeout
 		s.join(ctx, f)
 		s.mu.Unlock()
-		err := s.await(ctx, f, now, timeout)
+		s.await(ctx, f, nil, timeout, func() time.Duration {
+			left := timeout - time.Since(now)
+			if since, waited, _ := f.progress(); !waited || !since.IsZero() && !since.After(now) {
+				left = max(left, leastPatience) // it has a timeout of its own, unless it has to wait for its turn yet
+			}
+			return left
+		})
 		s.leave(f)
-		if err != nil {
-			return nil, err
-		}
-		if !f.unchanged { // otherwise the fetch has only compared the secrets
+		switch {
+		case !f.ended():
+			s.mu.Lock()
+			defer s.mu.Unlock()
+			return nil, cmp.Or(ctx.Err(), s.whyNot(f))
+		case !f.unchanged: // otherwise the fetch has only compared the secrets
 			return f.t, f.err
 		}
 	}
 }
 
-// await waits until f has ended or, if it waits for its turn, no longer than timeout.
-// asked is when the caller began to wait.
-func (s *tokenSource) await(ctx context.Context, f *fetch, asked time.Time, timeout time.Duration) error {
-	late := time.NewTimer(timeout)
+// await waits for f: until it has ended, stop is closed or ctx has ended, but no longer
+// than most. When that time is over, more says for how long it goes on, with mu held.
+func (s *tokenSource) await(ctx context.Context, f *fetch, stop <-chan struct{}, most time.Duration, more func() time.Duration) {
+	late := time.NewTimer(most)
 	defer late.Stop()
-	for {
+	for most > 0 {
 		select {
 		case <-f.done:
-			return nil
+			return
+		case <-stop:
+			return
 		case <-ctx.Done():
-			return ctx.Err()
+			return
 		case <-late.C:
 		}
 		s.mu.Lock()
-		since, waited, _ := f.progress()
-		why := s.whyNot(f)
+		most = more()
 		s.mu.Unlock()
-		if waited && (since.IsZero() || since.After(asked)) && !f.ended() {
-			return why
-		}
+		late.Reset(most)
 	}
 }
 
@@ -431,7 +425,7 @@ func (s *tokenSource) Warm() {
 		return
 	}
 	due := s.due(now)
-	s.warming = due || !isPermanent(s.lastErr) // the next one may have another result
+	s.warming = due || !isPermanent(s.lastErr) // the next one, which is due without an error, may have another result
 	if due {
 		s.start(false)
 	}
