@@ -35,20 +35,24 @@ const (
 )
 
 // metadata is what an authorization server publishes about itself (RFC 8414
-// §2, RFC 8705 §5), as far as token requests need it. It is immutable.
+// §2, RFC 8705 §3.3 and §5, RFC 9449 §5.1), as far as token requests and advice
+// need it. It is immutable.
 type metadata struct {
 	issuer            string
 	tokenEndpoint     string
 	mtlsTokenEndpoint string // for clients that present a certificate; may be empty
 	fromHere          bool   // this machine has published it
 
-	// token_endpoint_auth_methods_supported and
-	// token_endpoint_auth_signing_alg_values_supported. Both may be empty.
-	authMethods, signingAlgs []string
+	// token_endpoint_auth_methods_supported,
+	// token_endpoint_auth_signing_alg_values_supported, grant_types_supported and
+	// dpop_signing_alg_values_supported. Each may be empty: a server may list nothing.
+	authMethods, signingAlgs, grantTypes, dpopAlgs []string
+
+	bindsCertificates bool // tls_client_certificate_bound_access_tokens
 }
 
 // parseMetadata reads a document of metadata. Others judge whether its
-// endpoints can be used. Members that only a warning needs may hold anything.
+// endpoints can be used. Members that only warnings and advice need may hold anything.
 func parseMetadata(body []byte) (*metadata, error) {
 	if len(body) > maxAnswer {
 		return nil, errors.New("the metadata is too large")
@@ -69,6 +73,9 @@ func parseMetadata(body []byte) (*metadata, error) {
 	}
 	_ = json.Unmarshal(document["token_endpoint_auth_methods_supported"], &m.authMethods)
 	_ = json.Unmarshal(document["token_endpoint_auth_signing_alg_values_supported"], &m.signingAlgs)
+	_ = json.Unmarshal(document["grant_types_supported"], &m.grantTypes)
+	_ = json.Unmarshal(document["dpop_signing_alg_values_supported"], &m.dpopAlgs)
+	_ = json.Unmarshal(document["tls_client_certificate_bound_access_tokens"], &m.bindsCertificates)
 	return m, nil
 }
 

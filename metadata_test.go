@@ -511,6 +511,34 @@ func FuzzMetadata(f *testing.F) {
 	})
 }
 
+// What only advice needs may be missing, or anything.
+func TestMetadataForAdvice(t *testing.T) {
+	for _, test := range []struct {
+		members           []string
+		grantTypes, algs  []string
+		bindsCertificates bool
+	}{
+		{nil, nil, nil, false},
+		{
+			[]string{`"grant_types_supported":["client_credentials","x"]`, `"dpop_signing_alg_values_supported":["ES256"]`, `"tls_client_certificate_bound_access_tokens":true`},
+			[]string{"client_credentials", "x"},
+			[]string{"ES256"},
+			true,
+		},
+		{[]string{`"grant_types_supported":[]`, `"dpop_signing_alg_values_supported":null`, `"tls_client_certificate_bound_access_tokens":false`}, nil, nil, false},
+		{[]string{`"grant_types_supported":"client_credentials"`, `"dpop_signing_alg_values_supported":{"a":1}`, `"tls_client_certificate_bound_access_tokens":"true"`}, nil, nil, false},
+		{[]string{`"Grant_Types_Supported":["client_credentials"]`, `"dpop_signing_alg_values_supported":7`, `"tls_client_certificate_bound_access_tokens":1`}, nil, nil, false},
+	} {
+		m, err := parseMetadata([]byte(document(testIssuer, tokenPlace, test.members...)))
+		if err != nil || m.issuer != testIssuer || m.tokenEndpoint != tokenPlace {
+			t.Fatalf("parseMetadata() of %q = %+v, %v, want the token endpoint", test.members, m, err)
+		}
+		if !slices.Equal(m.grantTypes, test.grantTypes) || !slices.Equal(m.dpopAlgs, test.algs) || m.bindsCertificates != test.bindsCertificates {
+			t.Errorf("parseMetadata() of %q = %+v, want %+v", test.members, m, test)
+		}
+	}
+}
+
 // Metadata without a usable token_endpoint does not take the place of metadata
 // that has one.
 func TestKnownEndpointIsKept(t *testing.T) {
