@@ -520,6 +520,8 @@ func loadError(t *testing.T, source string) error {
 func TestIssuerIsCheckedAtLoad(t *testing.T) {
 	t.Setenv("TEST_ISSUER", testIssuer+"/tenant")
 	t.Setenv("TEST_BAD_ISSUER", testIssuer+"/?"+canarySecret)
+	t.Setenv("TEST_METADATA_PLACE", openidPlace)
+	const metadataPlace = "issuer: is the address of the issuer's metadata; write the issuer without `/.well-known/`"
 	for _, test := range []struct{ issuer, want string }{
 		{testIssuer, ""},
 		{"http://127.0.0.1:1/tenant", ""},
@@ -535,6 +537,14 @@ func TestIssuerIsCheckedAtLoad(t *testing.T) {
 		{`"` + testIssuer + `#` + canarySecret + `"`, "issuer: must have no query and no fragment"},
 		{"https://id:" + canarySecret + "@as.example.com", "issuer: must hold no user and password"},
 		{"http://as.example.com", "issuer: the client's credentials would go to another machine unencrypted"},
+		{openidPlace, metadataPlace},
+		{openidPlace + "/?" + canarySecret, metadataPlace},
+		{oauthPlace + "/tenant", metadataPlace},
+		{testIssuer + "/tenant/.well-known/openid-configuration", metadataPlace},
+		{testIssuer + "/%2Ewell-known/openid-configuration", metadataPlace},
+		{"{env.TEST_METADATA_PLACE}", metadataPlace},
+		{"{env.TEST_ISSUER}/.well-known/openid-configuration", metadataPlace},
+		{testIssuer + "/well-known/openid-configuration", ""},
 		{testIssuer + "\ntoken_url " + tokenPlace, "issuer: finds the token endpoint that token_url names already; remove one of the two"},
 	} {
 		err := loadError(t, proxyConfig("127.0.0.1:9000", "client_id gateway\nclient_secret secret\nissuer "+test.issuer))

@@ -120,6 +120,9 @@ func parseTokenURL(raw string) (*url.URL, error) {
 // parseIssuer parses an issuer identifier (RFC 8414 §2).
 func parseIssuer(raw string) (*url.URL, error) {
 	u, err := parseServerURL(raw, "https://auth.example.com")
+	if err == nil && strings.Contains(u.Path, "/.well-known/") {
+		return nil, errors.New("is the address of the issuer's metadata; write the issuer without `/.well-known/` and the name behind it")
+	}
 	if err == nil && (u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.HasSuffix(raw, "#")) {
 		return nil, errors.New("must have no query and no fragment (RFC 8414 section 2)")
 	}
