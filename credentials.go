@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
@@ -376,6 +378,13 @@ func (c *Credentials) host() string {
 		return ""
 	}
 	return strings.ToValidUTF8(u.Host, "\uFFFD")
+}
+
+// logFields returns the log fields that tell which client a line is about.
+func (c *Credentials) logFields() []zap.Field {
+	return []zap.Field{
+		zap.String("client", c.name()), zap.String("token_endpoint", c.host()), zap.String("client_id", c.ClientID),
+	}
 }
 
 // authMethod returns how the client authenticates. If auth_method is not set,

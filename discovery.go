@@ -281,8 +281,8 @@ func (d *discovery) warnUnsupported(m *metadata) {
 		return
 	}
 	d.logger.Warn("the authorization server does not list what is configured; check "+setting,
-		zap.String("issuer", d.credentials.Issuer), zap.String("client_id", d.credentials.ClientID),
-		zap.String("auth_method", method), zap.String("supported", names))
+		append(d.credentials.logFields(), zap.String("issuer", d.credentials.Issuer),
+			zap.String("auth_method", method), zap.String("supported", names))...)
 }
 
 // authTLSSelfSigned is the name of authTLS in metadata if the certificate is

@@ -375,7 +375,8 @@ func TestWhatTheServerDoesNotListIsWarnedOfOnce(t *testing.T) {
 			}
 			fields := got[0].ContextMap()
 			if !strings.HasSuffix(got[0].Message, "check "+test.setting) || fields["supported"] != test.supported ||
-				fields["issuer"] != testIssuer || fields["client_id"] != "gateway" {
+				fields["issuer"] != testIssuer || fields["client_id"] != "gateway" ||
+				fields["client"] != "as.example.com/gateway" || fields["token_endpoint"] != "as.example.com" {
 				t.Errorf("got %q %v in the log, want that %s may be one of %s", got[0].Message, fields, test.setting, test.supported)
 			}
 

@@ -387,11 +387,7 @@ func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
 }
 
 // logFields returns the log fields that tell which client a line is about.
-func (e *endpoint) logFields() []zap.Field {
-	return []zap.Field{
-		zap.String("client", e.metrics.name), zap.String("token_endpoint", e.credentials.host()), zap.String("client_id", e.credentials.ClientID),
-	}
-}
+func (e *endpoint) logFields() []zap.Field { return e.credentials.logFields() }
 
 // concurrent implements requester. Some servers accept an assertion only once, so one
 // from a file can't be sent twice (RFC 7523 §3). The JWTs that are made here have a
