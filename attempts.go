@@ -16,7 +16,8 @@ import (
 // same token share one source. Each of these configs brings its own requester.
 type requester interface {
 	// locate returns the URL of the token endpoint. It may have to look the URL up.
-	locate(ctx context.Context) (*url.URL, error)
+	// Its error, too, shows none of the granted tokens.
+	locate(ctx context.Context, granted redact.Secrets) (*url.URL, error)
 
 	// request makes one token request at u. The grant says when the request began,
 	// and how long it took. The error shows none of the granted tokens, which the
@@ -130,7 +131,7 @@ func (a *attempts) find(ctx context.Context, timeout time.Duration) error {
 	for {
 		a.tried = time.Now()
 		err := safely(func() (err error) {
-			a.url, err = a.locate(ctx)
+			a.url, err = a.locate(ctx, a.granted)
 			return err
 		})
 		switch {

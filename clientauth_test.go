@@ -408,7 +408,7 @@ func TestEveryFormOfTheSecretIsSensitive(t *testing.T) {
 
 // locateAndRequest makes one token request, as a fetch does.
 func (e *endpoint) locateAndRequest(ctx context.Context, granted redact.Secrets) (grant, error) {
-	u, err := e.locate(ctx)
+	u, err := e.locate(ctx, granted)
 	if err != nil {
 		return grant{}, err
 	}

@@ -54,7 +54,7 @@ type crowdClient struct {
 	n int
 }
 
-func (c crowdClient) locate(context.Context) (*url.URL, error) {
+func (c crowdClient) locate(context.Context, redact.Secrets) (*url.URL, error) {
 	return &url.URL{Scheme: "https", Host: c.host}, nil
 }
 

@@ -6,6 +6,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/url"
 	"slices"
@@ -48,20 +49,21 @@ func newDiscovery(issuer *url.URL, c *Credentials, transport tokenTransport, per
 }
 
 // tokenEndpoint returns the URL of the token endpoint. If it has to look the URL
-// up, it presents the certificate that ctx has.
-func (d *discovery) tokenEndpoint(ctx context.Context) (*url.URL, error) {
-	m, err := d.get(ctx, d.lookUp, d.logger)
+// up, it presents the certificate that ctx has. show turns the error of a look-up into
+// one that this client may show.
+func (d *discovery) tokenEndpoint(ctx context.Context, show func(error) error) (*url.URL, error) {
+	m, err := d.get(ctx, d.lookUp, func(err error) { d.warnOlder(show(err)) })
 	if err != nil && err == ctx.Err() { //nolint:errorlint // get does not wrap it
 		err = &tokenError{Endpoint: d.issuer.Host, Code: codeTimeout, Description: "looking up the token endpoint took too long"}
 	}
 	if err != nil {
-		return nil, err
+		return nil, show(err)
 	}
 	u, err := d.endpointIn(m)
 	if err != nil {
 		d.expire()
 		if known := d.found.Load(); known != nil {
-			d.logger.Warn("looking up the token endpoint failed; the one known before is used", zap.Error(err))
+			d.warnOlder(err)
 			return known, nil
 		}
 		return nil, err
@@ -71,22 +73,26 @@ func (d *discovery) tokenEndpoint(ctx context.Context) (*url.URL, error) {
 	return u, nil
 }
 
+// warnOlder warns of a look-up that failed while a token endpoint is known.
+func (d *discovery) warnOlder(err error) {
+	d.logger.Warn("looking up the token endpoint failed; the one known before is used",
+		append(d.credentials.logFields(), zap.Error(err))...)
+}
+
 // show notes what may be shown of the token endpoint. It returns the host that errors
 // name: the issuer's host, if the endpoint repeats one of the secrets.
 func (d *discovery) show(u *url.URL, secrets redact.Secrets) (host string) {
-	shown, host := redact.Clean(withoutQuery(u), maxShownDescription), u.Host
-	if secrets.In(shown) {
-		shown, host = withheld, d.issuer.Host
+	shown, host := shownText(withoutQuery(u), maxShownDescription, secrets), u.Host
+	if shown == withheld {
+		host = d.issuer.Host
 	}
 	d.shown.Store(&shown)
 	return host
 }
 
-// withoutQuery returns a URL without its query, which may hold a key.
+// withoutQuery returns scheme, host and path of a URL. The rest may hold a key.
 func withoutQuery(u *url.URL) string {
-	shown := *u
-	shown.RawQuery = ""
-	return shown.String()
+	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path, RawPath: u.RawPath}).String()
 }
 
 // wellKnown returns where the metadata may be. RFC 8414 §3.1 puts the well-known
@@ -122,14 +128,17 @@ func (d *discovery) lookUp(ctx context.Context) (*metadata, error) {
 }
 
 // tellsMore reports whether the error of the second place says more than the error
-// of the first. Metadata with a fault says most, and a temporary fault comes next.
-// A place without metadata says nothing if the other place may have it.
+// of the first. Metadata with a fault says most, and a temporary fault comes next. A
+// redirect that is not followed says where to look. A place without metadata says
+// nothing if the other place may have it.
 func tellsMore(second, first *tokenError) bool {
 	rank := func(e *tokenError) int {
 		switch {
 		case e.Status == http.StatusOK:
-			return 2
+			return 3
 		case !e.permanent:
+			return 2
+		case isRedirect(e.Status):
 			return 1
 		}
 		return 0
@@ -137,21 +146,87 @@ func tellsMore(second, first *tokenError) bool {
 	return rank(second) > rank(first)
 }
 
-// metadataAt looks the metadata up at one place.
-func (d *discovery) metadataAt(ctx context.Context, u *url.URL) (*metadata, *tokenError) {
-	var at destination
-	ctx = at.to(ctx)
-	a, err := exchange(ctx, d.transport, newServerRequest(ctx, http.MethodGet, u, http.Header{}, ""))
-	if err != nil {
-		failure := networkError(ctx, u.Host, err)
-		failure.Description = "looking up the token endpoint: " + failure.Description
-		if failure.Code == codeTimeout {
-			failure.Hint = "see whether the issuer answers, or set token_url instead"
+// maxRedirects is how many redirects are followed from one place.
+const maxRedirects = 3
+
+// isRedirect reports whether a status sends a GET elsewhere (RFC 9110 §15.4).
+func isRedirect(status int) bool {
+	switch status {
+	case http.StatusMovedPermanently, http.StatusFound, http.StatusSeeOther, http.StatusTemporaryRedirect, http.StatusPermanentRedirect:
+		return true
+	}
+	return false
+}
+
+// published gets what is published at a place. It follows redirects within the origin
+// of the place: some servers add a slash. fromHere says whether this machine has
+// answered each request. A name may lead to several machines, and none may speak for
+// another.
+func (d *discovery) published(ctx context.Context, place *url.URL) (a serverAnswer, fromHere bool, failure *tokenError) {
+	fromHere = true
+	for u, followed := place, 0; ; followed++ {
+		var at destination
+		ctx := at.to(ctx)
+		a, err := exchange(ctx, d.transport, newServerRequest(ctx, http.MethodGet, u, http.Header{}, ""))
+		if err != nil {
+			failure = networkError(ctx, place.Host, err)
+			failure.Description = "looking up the token endpoint: " + failure.Description
+			if failure.Code == codeTimeout {
+				failure.Hint = "see whether the issuer answers, or set token_url instead"
+			}
+			return a, false, failure
 		}
+		fromHere = fromHere && at.here.Load()
+		if !isRedirect(a.status) {
+			return a, fromHere, nil
+		}
+		if u, failure = redirected(u, a); failure == nil && followed == maxRedirects {
+			failure = unfollowed(place, a, fmt.Sprintf("comes after %d others", maxRedirects))
+		}
+		if failure != nil {
+			return a, false, failure
+		}
+	}
+}
+
+// redirected returns where an answer redirects a request for u. The server says only
+// path and query: the host stays the one that was configured, as it is written there.
+func redirected(u *url.URL, a serverAnswer) (*url.URL, *tokenError) {
+	location := a.header.Get("Location")
+	to, err := u.Parse(location)
+	switch {
+	case location == "" || err != nil || to.Hostname() == "":
+		return nil, unfollowed(u, a, "names no address")
+	case originOf(to) != originOf(u):
+		failure := unfollowed(u, a, "leads elsewhere")
+		failure.Hint = "set issuer to what the server names itself, or set token_url instead"
+		failure.leadsTo = withoutQuery(to)
+		return nil, failure
+	case to.User != nil: // there is no reason for it (RFC 9110 §4.2.4)
+		return nil, unfollowed(u, a, "names a user")
+	}
+	next := *u
+	next.Path, next.RawPath, next.RawQuery = to.Path, to.RawPath, to.RawQuery
+	return &next, nil
+}
+
+// unfollowed returns the error of a redirect, and why it is not followed.
+func unfollowed(u *url.URL, a serverAnswer, why string) *tokenError {
+	failure := &tokenError{
+		Endpoint: u.Host, Status: a.status, Code: codeHTTPStatus, Hint: metadataHint,
+		Description: "a redirect in the place of the issuer's metadata, which " + why + " and is not followed",
+	}
+	return failure.classify()
+}
+
+// metadataAt looks the metadata up at one place.
+func (d *discovery) metadataAt(ctx context.Context, place *url.URL) (*metadata, *tokenError) {
+	a, fromHere, failure := d.published(ctx, place)
+	if failure != nil {
 		return nil, failure
 	}
-	failure := &tokenError{
-		Endpoint: u.Host, Status: a.status, Code: codeInvalidResponse,
+	failure = &tokenError{
+		Endpoint: place.Host, Status: a.status, Code: codeInvalidResponse,
 		Hint: metadataHint,
 	}
 	if a.status != http.StatusOK {
@@ -159,10 +234,7 @@ func (d *discovery) metadataAt(ctx context.Context, u *url.URL) (*metadata, *tok
 		failure.Description = "there is no metadata of the issuer"
 		failure.retryAfter = parseRetryAfter(a.header, time.Now())
 		failure = failure.classify()
-		switch {
-		case a.status >= 300 && a.status < 400:
-			failure.Description = "a redirect in the place of the issuer's metadata, which is not followed"
-		case !failure.permanent:
+		if !failure.permanent {
 			failure.Description, failure.Hint = "the issuer's metadata can't be had now", ""
 		}
 		return nil, failure
@@ -184,9 +256,9 @@ func (d *discovery) metadataAt(ctx context.Context, u *url.URL) (*metadata, *tok
 		case strings.TrimSuffix(m.issuer, "/"):
 			failure.Description += ": it ends with a /"
 		}
-		failure.Hint = "set issuer to exactly what stands there as `issuer`, if that is the one that is meant: " + redact.Clean(u.String(), maxShownValue)
+		failure.Hint = "set issuer to exactly what stands there as `issuer`, if that is the one that is meant: " + redact.Clean(place.String(), maxShownValue)
 	default:
-		m.fromHere = at.here.Load() || namesThisMachine(u.Hostname())
+		m.fromHere = fromHere || namesThisMachine(place.Hostname())
 		// Broken metadata must not replace good metadata. But each client decides
 		// later whether it permits the endpoint.
 		if _, err := d.parseEndpoint(m, cmp.Or(m.tokenEndpoint, m.mtlsTokenEndpoint)); err != nil {

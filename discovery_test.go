@@ -6,15 +6,19 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode"
 
 	"github.com/go-jose/go-jose/v4"
 
 	"github.com/caddyserver/caddy/v2/caddyconfig"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 func TestMetadataIsLookedForAtBothPlaces(t *testing.T) {
@@ -61,10 +65,12 @@ func TestMetadataIsLookedForAtBothPlaces(t *testing.T) {
 // Who publishes metadata need not be who is told the secret.
 func TestLookingUpTellsNothing(t *testing.T) {
 	p := newPublisher("")
+	p.publish(openidPlace, redirects(http.StatusFound, openidPlace+"/"))
 	cl, _ := discovering(t, issuerSecret+"token_request_header X-Api-Key "+canarySecret+"\nparam p "+canarySecret+"\nscopes a", p)
 	if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err == nil {
 		t.Error("request() = nil, want an error")
 	}
+	p.wantAsked(t, "GET "+oauthPlace, "GET "+openidPlace, "GET "+openidPlace+"/")
 	header, form := p.sent()
 	want := http.Header{"Accept": {"application/json"}, "User-Agent": {"caddy-outbound-auth"}}
 	if fmt.Sprint(header) != fmt.Sprint(want) || len(form) != 0 {
@@ -107,6 +113,264 @@ func TestIssuerIsAskedWithTheFirstToken(t *testing.T) {
 	g.get().want(t, http.StatusOK)
 	wantLookups("with the second token", 1)
 	auth.wantAsked(t, 2)
+}
+
+// Some servers put a slash behind a place. A redirect may be written in many ways.
+func TestRedirectOfMetadata(t *testing.T) {
+	const (
+		plain     = "http://as.example.com"
+		slashed   = openidPlace + "/"
+		elsewhere = "leads elsewhere and is not followed: "
+		nowhere   = "names no address and is not followed"
+	)
+	for _, test := range []struct {
+		name, issuer, location string
+		asked                  string // after the place of OpenID Connect; "": nothing
+		want                   string // the end of the description; "": it can be used
+	}{
+		{"a slash", testIssuer, slashed, slashed, ""},
+		{"path", testIssuer, "/.well-known/openid-configuration/", slashed, ""},
+		{"relative", testIssuer, "openid-configuration/", slashed, ""},
+		{"dots", testIssuer, "../../.well-known/./openid-configuration/", slashed, ""},
+		{"no scheme", testIssuer, "//as.example.com/.well-known/openid-configuration/", slashed, ""},
+		{"the port that is the default", testIssuer, "https://as.example.com:443/.well-known/openid-configuration/", slashed, ""},
+		{"capitals", testIssuer, "HTTPS://AS.Example.COM/.well-known/openid-configuration/", slashed, ""},
+		{"fragment", testIssuer, slashed + "#" + canarySecret, slashed, ""},
+		{"query", testIssuer, slashed + "?a=b%26c&d", slashed + "?a=b%26c&d", ""},
+		{"query only", testIssuer, "?a=b", openidPlace + "?a=b", ""},
+		{"escaped path", testIssuer, "/a%2Fb/%C3%BC", testIssuer + "/a%2Fb/%C3%BC", ""},
+		{"no TLS", plain, plain + ":80/x", plain + "/x", ""},
+		{"with a port", testIssuer + ":8443", testIssuer + ":8443/x", testIssuer + ":8443/x", ""},
+
+		{"another host", testIssuer, "https://login.example.com/a%2Fb?" + canarySecret + "#" + canarySecret, "", elsewhere + "https://login.example.com/a%2Fb"},
+		{"another host, no scheme", testIssuer, "//login.example.com", "", elsewhere + "https://login.example.com"},
+		{"a host below", testIssuer, "https://www.as.example.com/", "", elsewhere + "https://www.as.example.com/"},
+		{"another port", testIssuer, testIssuer + ":8443/x", "", elsewhere + testIssuer + ":8443/x"},
+		{"the port of another scheme", testIssuer, testIssuer + ":80/x", "", elsewhere + testIssuer + ":80/x"},
+		{"the default port", testIssuer + ":8443", testIssuer + "/x", "", elsewhere + testIssuer + "/x"},
+		{"to plain text", testIssuer, plain + "/x", "", elsewhere + plain + "/x"},
+		{"to plain text on the port", testIssuer, plain + ":443/x", "", elsewhere + plain + ":443/x"},
+		{"to TLS", plain, testIssuer + "/x", "", elsewhere + testIssuer + "/x"},
+		{"another scheme", testIssuer, "ftp://as.example.com/x", "", elsewhere + "ftp://as.example.com/x"},
+		{"another host with a user", testIssuer, "https://id:" + canarySecret + "@evil.example/x", "", elsewhere + "https://evil.example/x"},
+		{"a host that looks alike", testIssuer, "https://as.example.com:" + canarySecret + "@evil.example/x", "", elsewhere + "https://evil.example/x"},
+		{"what a terminal obeys", testIssuer, "https://evil.example/\u202e%1b[2J", "", elsewhere + "https://evil.example/%E2%80%AE%1B%5B2J"},
+		{"long", testIssuer, "https://evil.example/" + strings.Repeat("x", 5000), "", elsewhere + "https://evil.example/" + strings.Repeat("x", maxShownValue-21) + "…"},
+
+		{"a user", testIssuer, "https://id:" + canarySecret + "@as.example.com/x", "", "names a user and is not followed"},
+		{"nothing", testIssuer, "", "", nowhere},
+		{"no host", testIssuer, "https:///" + canarySecret, "", nowhere},
+		{"no path", testIssuer, "https:" + canarySecret, "", nowhere},
+		{"mail", testIssuer, "mailto:" + canarySecret + "@as.example.com", "", nowhere},
+		{"an address that is none", testIssuer, "https://[" + canarySecret, "", nowhere},
+		{"a port that is none", testIssuer, testIssuer + ":" + canarySecret + "/", "", nowhere},
+		{"an escape that is none", testIssuer, "/%zz" + canarySecret, "", nowhere},
+		{"a backslash", testIssuer, "https://as.example.com\\@evil.example/", "", nowhere},
+		{"a line break", testIssuer, "/\r\nX-Canary: 1", "", nowhere},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			oauth, openid := test.issuer+"/.well-known/oauth-authorization-server", test.issuer+"/.well-known/openid-configuration"
+			p := newPublisher("")
+			p.publish(oauth, http.NotFound)
+			p.publish(openid, redirects(http.StatusMovedPermanently, test.location))
+			p.publish(test.asked, page(http.StatusOK, document(test.issuer, test.issuer+"/token")))
+			p.publish(test.issuer+"/token", page(http.StatusOK, goodAnswer))
+			cl, _ := discovering(t, strings.Replace(issuerSecret, testIssuer, test.issuer, 1)+"insecure_plaintext token_url", p)
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
+			if test.want == "" {
+				if err != nil {
+					t.Errorf("request() = %v, want no error", err)
+				}
+				p.wantAsked(t, "GET "+oauth, "GET "+openid, "GET "+test.asked, "POST "+test.issuer+"/token")
+				return
+			}
+			got := wantTokenError(t, err, codeHTTPStatus, true)
+			if !strings.HasSuffix(got.Description, test.want) || got.Status != http.StatusMovedPermanently || got.Hint == "" {
+				t.Errorf("request() = %v, want %q in it, and what to change", err, test.want)
+			}
+			wantNoCanary(t, err)
+			p.wantAsked(t, "GET "+oauth, "GET "+openid)
+		})
+	}
+}
+
+func TestWhichAnswersAreRedirects(t *testing.T) {
+	for status, followed := range map[int]bool{300: false, 301: true, 302: true, 303: true, 304: false, 305: false, 307: true, 308: true, 201: false, 404: false} {
+		t.Run(fmt.Sprint(status), func(t *testing.T) {
+			p := newPublisher("")
+			p.publish(oauthPlace, redirects(status, "/x"))
+			p.publish(testIssuer+"/x", page(http.StatusOK, document(testIssuer, tokenPlace)))
+			cl, _ := discovering(t, issuerSecret, p)
+			if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); (err == nil) != followed {
+				t.Errorf("request() = %v, want that it is followed: %v", err, followed)
+			}
+		})
+	}
+}
+
+func TestRedirectsHaveAnEnd(t *testing.T) {
+	chain := []string{"GET " + oauthPlace, "GET " + testIssuer + "/1", "GET " + testIssuer + "/2", "GET " + testIssuer + "/3"}
+	for redirected := range 6 {
+		t.Run(fmt.Sprint(redirected), func(t *testing.T) {
+			p := newPublisher("")
+			at := oauthPlace
+			for n := 1; n <= redirected; n++ {
+				p.publish(at, redirects(http.StatusFound, fmt.Sprint("/", n)))
+				at = fmt.Sprint(testIssuer, "/", n)
+			}
+			p.publish(at, page(http.StatusOK, document(testIssuer, tokenPlace)))
+			cl, _ := discovering(t, issuerSecret, p)
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
+			if redirected <= 3 {
+				if err != nil {
+					t.Errorf("request() = %v, want no error", err)
+				}
+				p.wantAsked(t, append(slices.Clone(chain[:redirected+1]), "POST "+tokenPlace)...)
+				return
+			}
+			got := wantTokenError(t, err, codeHTTPStatus, true)
+			if !strings.Contains(got.Description, "comes after 3 others and is not followed") {
+				t.Errorf("request() = %v, want that these are too many", err)
+			}
+			p.wantAsked(t, append(slices.Clone(chain), "GET "+openidPlace)...)
+		})
+	}
+	t.Run("loop", func(t *testing.T) {
+		p := newPublisher("")
+		p.publish(oauthPlace, redirects(http.StatusFound, oauthPlace))
+		cl, _ := discovering(t, issuerSecret, p)
+		_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
+		wantTokenError(t, err, codeHTTPStatus, true)
+		p.wantAsked(t, "GET "+oauthPlace, "GET "+oauthPlace, "GET "+oauthPlace, "GET "+oauthPlace, "GET "+openidPlace)
+	})
+}
+
+// The server may name in a redirect what it knows from token requests.
+func TestRedirectThatRepeatsASecretIsNotShown(t *testing.T) {
+	for _, location := range []string{
+		"https://evil.example/" + canarySecret,
+		"https://evil.example/" + strings.ToUpper(canarySecret),
+		"https://evil.example/%63anary%2ds3cret",
+		"https://evil.example/Y2FuYXJ5LXMzY3JldA==",
+		"https://" + canarySecret + ".example/",
+		canarySecret + "://evil.example/",
+		"https://evil.example/" + strings.Repeat("x", maxShownValue) + canarySecret,
+		"https://evil.example/" + canaryToken,
+		"https://evil.example/the-former-s3cret",
+	} {
+		t.Run(location, func(t *testing.T) {
+			p := newPublisher("")
+			p.publish(oauthPlace, redirects(http.StatusFound, location))
+			cl, _ := discovering(t, issuerSecret, p)
+			cl.endpoint.sent.add(redact.Secrets{"the-former-s3cret"})
+			_, err := cl.endpoint.locateAndRequest(t.Context(), redact.Secrets{canaryToken})
+			if got := wantTokenError(t, err, codeHTTPStatus, true); !strings.HasSuffix(got.Description, "and is not followed: "+withheld) {
+				t.Errorf("request() = %v, want that where it leads is withheld", err)
+			}
+			wantNoCanary(t, err)
+		})
+	}
+}
+
+func TestTokenInARedirectIsNotShown(t *testing.T) {
+	p := newPublisher(document(testIssuer, tokenPlace))
+	cl, _ := discovering(t, issuerSecret, p)
+	if _, err := cl.source.FetchNow(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	p.publish(oauthPlace, redirects(http.StatusFound, "https://evil.example/"+cl.source.Peek().value))
+	i := cl.endpoint.discovery.issuerMetadata
+	i.mu.Lock()
+	i.current = nil
+	i.mu.Unlock()
+	_, err := cl.source.rested().FetchNow(t.Context())
+	if err == nil || !strings.Contains(err.Error(), "leads elsewhere and is not followed: "+withheld) {
+		t.Errorf("FetchNow() = %v, want that where it leads is withheld", err)
+	}
+}
+
+// The clients of an issuer share the error of a look-up, and not their secrets.
+func TestRedirectIsShownToEachClientByItsOwnSecrets(t *testing.T) {
+	p := newPublisher("")
+	p.publish(oauthPlace, redirects(http.StatusFound, "https://evil.example/"+canarySecret))
+	owner, _ := discovering(t, issuerSecret, p)
+	other, _ := discovering(t, strings.Replace(issuerSecret, canarySecret, "another-secret", 1), p)
+	t.Setenv("TEST_ISSUER_SECRET", assertingSecret)
+	broken, _ := discovering(t, issuerClient+"auth_method client_secret_jwt\nclient_secret {env.TEST_ISSUER_SECRET}", p)
+	t.Setenv("TEST_ISSUER_SECRET", "short") // which can't sign
+	synctest.Test(t, func(t *testing.T) {
+		for _, order := range [][]*client{{owner, other, broken}, {broken, other, owner}} {
+			for _, cl := range order {
+				_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
+				got := wantTokenError(t, err, codeHTTPStatus, true)
+				if shown := strings.Contains(got.Description, canarySecret); shown != (cl == other) {
+					t.Errorf("request() = %v, want where it leads: %v", err, cl == other)
+				}
+			}
+			p.wantAsked(t, "GET "+oauthPlace, "GET "+openidPlace)
+			time.Sleep(metadataErrorLifetime)
+		}
+	})
+}
+
+// Redirects get none of the time that is for the other place.
+func TestRedirectsThatAreSlow(t *testing.T) {
+	p := newPublisher("")
+	p.publish(oauthPlace, func(w http.ResponseWriter, r *http.Request) {
+		select {
+		case <-time.After(metadataTimeout / 5):
+			redirects(http.StatusFound, oauthPlace)(w, r)
+		case <-r.Context().Done():
+		}
+	})
+	p.publish(openidPlace, page(http.StatusOK, document(testIssuer, tokenPlace)))
+	cl, _ := discovering(t, issuerSecret, p)
+	synctest.Test(t, func(t *testing.T) {
+		started := time.Now()
+		if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
+			t.Errorf("request() = %v, want a token", err)
+		}
+		if took := time.Since(started); took != metadataTimeout/2 {
+			t.Errorf("request() took %v, want %v", took, metadataTimeout/2)
+		}
+	})
+}
+
+// FuzzRedirect holds redirects to the origin of the issuer, wherever they lead. No
+// error has a query, a user or more than one line.
+func FuzzRedirect(f *testing.F) {
+	for _, seed := range []string{
+		"", "/", "x/", "?canary", "#canary", "//evil.example", "https://as.example.com:443/x?canary", "HTTPS://AS.EXAMPLE.COM./x",
+		"https://canary@as.example.com/", "https://as.example.com\\@evil.example/", "https:canary", "https://[::1]:2019/stop?canary",
+		"/\r\nX: canary", "%zz", "/%00", "//", "///evil.example", "http://as.example.com", "\u202e", "https://as.example.com/?a b",
+	} {
+		f.Add(seed)
+	}
+	issuer, err := parseIssuer(testIssuer)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Fuzz(func(t *testing.T, location string) {
+		u, failure := redirected(issuer, serverAnswer{status: http.StatusFound, header: http.Header{"Location": {location}}})
+		if failure != nil {
+			shown := failure.leading(shownText(failure.leadsTo, maxShownValue, redact.Secrets{canarySecret})).Error()
+			_, to, _ := strings.Cut(failure.leadsTo, "://")
+			if host, _, _ := strings.Cut(to, "/"); strings.Contains(host, "@") || strings.ContainsAny(to, "?#") {
+				t.Errorf("redirected(%q) leads to %q, want scheme, host and path only", location, failure.leadsTo)
+			}
+			if len(shown) > 600 || strings.ContainsFunc(shown, unicode.IsControl) || u != nil || !failure.permanent {
+				t.Errorf("redirected(%q) = %v, %q, want one line of 600 bytes at most", location, u, shown)
+			}
+			return
+		}
+		req := newServerRequest(t.Context(), http.MethodGet, u, http.Header{}, "")
+		if req.URL.Scheme != "https" || req.URL.Host != "as.example.com" || req.Host != "as.example.com" || req.URL.User != nil || req.URL.Opaque != "" {
+			t.Errorf("redirected(%q) = %v, want the origin of the issuer", location, u)
+		}
+		if uri := u.RequestURI(); !strings.HasPrefix(uri, "/") || strings.ContainsFunc(uri, unicode.IsControl) {
+			t.Errorf("redirected(%q) has the target %q, want a path", location, uri)
+		}
+	})
 }
 
 // A place that hangs leaves time for the other.
@@ -182,6 +446,8 @@ func TestUnusableMetadata(t *testing.T) {
 	const unreadable = "the issuer's metadata is not a JSON object that can be read"
 	const other = "the metadata is that of another issuer"
 	const endpoint = "the token_endpoint in the issuer's metadata: "
+	const elsewherePlace = "https://login.example.com/x"
+	const elsewhere = "a redirect in the place of the issuer's metadata, which leads elsewhere and is not followed: " + elsewherePlace
 	for _, test := range []struct {
 		name          string
 		oauth, openid http.HandlerFunc // nil: 404
@@ -202,6 +468,12 @@ func TestUnusableMetadata(t *testing.T) {
 		{"an error at the first place only", page(500, ""), page(200, good), "", false, ""},
 		{"redirected", redirects(302, openidPlace), nil, codeHTTPStatus, true, ""},
 		{"redirected from the first place", redirects(302, movedPlace), page(200, good), "", false, ""},
+		{"redirected elsewhere from the first place", redirects(302, elsewherePlace), page(200, good), "", false, ""},
+		{"redirected elsewhere, or nothing", redirects(302, elsewherePlace), nil, codeHTTPStatus, true, elsewhere},
+		{"nothing, or redirected elsewhere", nil, redirects(302, elsewherePlace), codeHTTPStatus, true, elsewhere},
+		{"redirected elsewhere twice", redirects(302, elsewherePlace), redirects(302, "https://other.example.com/"), codeHTTPStatus, true, elsewhere},
+		{"redirected elsewhere, or overloaded", redirects(302, elsewherePlace), page(503, ""), codeHTTPStatus, false, "can't be had now"},
+		{"a page, or redirected elsewhere", page(200, "<!doctype html>"), redirects(302, elsewherePlace), codeInvalidResponse, false, unreadable},
 
 		{"a page", page(200, "<!doctype html><title>"+canarySecret), nil, codeInvalidResponse, false, unreadable},
 		{"a page at the first place only", page(200, "<!doctype html>"), page(200, good), "", false, ""},

@@ -282,6 +282,32 @@ func TestIssuerOnThisMachineByName(t *testing.T) {
 	}
 }
 
+// A redirect may lead to another machine of the same name. Metadata is from here only
+// if each answer on the way to it was.
+func TestRedirectedMetadataIsFromHereOnlyIfAllIs(t *testing.T) {
+	const endpoint = "https://127.0.0.1/token"
+	for _, here := range [][]bool{{true, true}, {true, false}, {false, true}, {false, false}} {
+		t.Run(fmt.Sprint(here), func(t *testing.T) {
+			p := newPublisher("")
+			p.publish(oauthPlace, redirects(http.StatusFound, "/x"))
+			p.publish(testIssuer+"/x", page(http.StatusOK, document(testIssuer, endpoint)))
+			p.publish(endpoint, page(http.StatusOK, goodAnswer))
+			asked := 0
+			cl, _ := discovering(t, issuerSecret, roundTripFunc(func(req *http.Request) (*http.Response, error) {
+				if d, ok := req.Context().Value(destinationKey{}).(*destination); ok && asked < len(here) && here[asked] {
+					d.here.Store(true)
+				}
+				asked++
+				return p.RoundTrip(req)
+			}))
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
+			if want := here[0] && here[1]; (err == nil) != want {
+				t.Errorf("got %v, want a token: %v", err, want)
+			}
+		})
+	}
+}
+
 // A proxy on this machine leads elsewhere, and where, only it knows.
 func TestTokenEndpointBehindAProxyOnThisMachine(t *testing.T) {
 	var asked atomic.Pointer[url.URL]

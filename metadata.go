@@ -10,8 +10,6 @@ import (
 	"sync"
 	"time"
 
-	"go.uber.org/zap"
-
 	"github.com/caddyserver/caddy/v2"
 )
 
@@ -135,8 +133,8 @@ func (i *issuerMetadata) Destruct() error { return nil }
 
 // get returns the metadata. If there is none, get waits for a look-up. If the
 // metadata is doubtful, get waits only for a short time. If it is only old, get
-// does not wait.
-func (i *issuerMetadata) get(ctx context.Context, lookUp func(context.Context) (*metadata, error), logger *zap.Logger) (*metadata, error) {
+// does not wait. It calls failed if a look-up fails and older metadata is used instead.
+func (i *issuerMetadata) get(ctx context.Context, lookUp func(context.Context) (*metadata, error), failed func(error)) (*metadata, error) {
 	i.mu.Lock()
 	known, doubtful := i.current, i.doubtful
 	if known != nil && !doubtful && time.Now().Before(i.until) {
@@ -156,7 +154,7 @@ func (i *issuerMetadata) get(ctx context.Context, lookUp func(context.Context) (
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), metadataTimeout)
 		go func() {
 			defer cancel()
-			i.run(ctx, l, lookUp, logger)
+			i.run(ctx, l, lookUp, failed)
 		}()
 	}
 	i.mu.Unlock()
@@ -188,14 +186,14 @@ func (i *issuerMetadata) get(ctx context.Context, lookUp func(context.Context) (
 }
 
 // run is the goroutine of one look-up. The look-up's timeout ends it.
-func (i *issuerMetadata) run(ctx context.Context, l *metadataLookUp, lookUp func(context.Context) (*metadata, error), logger *zap.Logger) {
+func (i *issuerMetadata) run(ctx context.Context, l *metadataLookUp, lookUp func(context.Context) (*metadata, error), failed func(error)) {
 	l.err = safely(func() (err error) {
 		l.m, err = lookUp(ctx)
 		return err
 	})
 	if i.finish(l) {
 		_ = safely(func() error {
-			logger.Warn("looking up the token endpoint failed; the one known before is used", zap.Error(l.err))
+			failed(l.err)
 			return nil
 		})
 	}

@@ -211,6 +211,7 @@ func TestKnownEndpointIsKeptWhenLookingUpFails(t *testing.T) {
 		{"it hangs at the second place", http.NotFound, hangs},
 		{"a page", page(200, "<!doctype html>"), http.NotFound},
 		{"another issuer", page(200, document("https://evil.example", movedPlace)), http.NotFound},
+		{"it redirects to the secret", redirects(302, "https://evil.example/"+canarySecret), http.NotFound},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			p := newPublisher(document(testIssuer, tokenPlace))
@@ -244,6 +245,9 @@ func TestKnownEndpointIsKeptWhenLookingUpFails(t *testing.T) {
 					t.Errorf("got %v in the log, want one warning", got)
 				} else {
 					wantNoCanaryIn(t, fmt.Sprint(got[0].ContextMap()))
+					if client := got[0].ContextMap()["client"]; client != "as.example.com/gateway" {
+						t.Errorf("got the client %v in the log, want that which looked it up", client)
+					}
 				}
 
 				// It is tried again after a while.
@@ -378,6 +382,9 @@ func TestUnusableEndpointIsLookedUpAgain(t *testing.T) {
 	})
 }
 
+// unchanged shows an error as it is.
+func unchanged(err error) error { return err }
+
 // doubt makes the next token request look the metadata up again.
 func doubt(cl *client) {
 	i := cl.endpoint.discovery.issuerMetadata
@@ -404,7 +411,7 @@ func TestDiscoveryIsSafeForConcurrentUse(t *testing.T) {
 				if doubts {
 					doubt(one)
 				}
-				if u, err := d.tokenEndpoint(t.Context()); err != nil || u.String() != tokenPlace {
+				if u, err := d.tokenEndpoint(t.Context(), unchanged); err != nil || u.String() != tokenPlace {
 					t.Errorf("tokenEndpoint() = %v, %v, want %s", u, err, tokenPlace)
 				}
 				d.expire()
@@ -484,7 +491,7 @@ func FuzzMetadata(f *testing.F) {
 				return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(strings.NewReader(body))}, nil
 			}),
 		}
-		u, err := d.tokenEndpoint(t.Context())
+		u, err := d.tokenEndpoint(t.Context(), unchanged)
 		for _, entry := range logs.All() {
 			if text := fmt.Sprint(entry.ContextMap()); strings.ContainsAny(text, "\r\n") {
 				t.Errorf("got %q in the log, want one line", text)

@@ -28,7 +28,7 @@ type foe struct {
 	n atomic.Int64
 }
 
-func (f *foe) locate(ctx context.Context) (*url.URL, error) {
+func (f *foe) locate(ctx context.Context, _ redact.Secrets) (*url.URL, error) {
 	if f.found > 0 {
 		if err := pause(ctx, f.found, nil); err != nil {
 			return nil, err

@@ -92,7 +92,7 @@ type simulatedUser struct {
 	life lifecycle
 }
 
-func (u *simulatedUser) locate(context.Context) (*url.URL, error) {
+func (u *simulatedUser) locate(context.Context, redact.Secrets) (*url.URL, error) {
 	u.looksWhereToAsk()
 	host := fmt.Sprintf("simulated-%d.example", u.seed)
 	if u.crowd != nil {

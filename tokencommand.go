@@ -254,7 +254,7 @@ func (c *upstreamClient) report() tokenReport {
 		g grant
 	)
 	err := safely(func() error {
-		u, err := c.endpoint.locate(ctx)
+		u, err := c.endpoint.locate(ctx, nil)
 		if err == nil {
 			t, g, err = c.endpoint.credentials.lifecycle().requestToken(ctx, c.endpoint, u, nil, nil)
 		}
@@ -286,7 +286,7 @@ func (c *upstreamClient) report() tokenReport {
 func shownObject(object map[string]any, secrets redact.Secrets) map[string]any {
 	shown := make(map[string]any, len(object))
 	for name, value := range object {
-		shown[shownText(name, secrets)] = shownValue(value, secrets)
+		shown[shownText(name, maxPrintedClaim, secrets)] = shownValue(value, secrets)
 	}
 	return shown
 }
@@ -294,7 +294,7 @@ func shownObject(object map[string]any, secrets redact.Secrets) map[string]any {
 func shownValue(value any, secrets redact.Secrets) any {
 	switch value := value.(type) {
 	case string:
-		return shownText(value, secrets)
+		return shownText(value, maxPrintedClaim, secrets)
 	case float64:
 		if secrets.In(strconv.FormatFloat(value, 'f', -1, 64)) {
 			return withheld
@@ -309,15 +309,6 @@ func shownValue(value any, secrets redact.Secrets) any {
 		return shownObject(value, secrets)
 	}
 	return value
-}
-
-func shownText(text string, secrets redact.Secrets) string {
-	clean := redact.Clean(text, maxPrintedClaim)
-	// As for an error, the raw text is searched, too. What is cut off is not.
-	if secrets.In(text[:min(len(text), maxSearchedDescription)] + "\n" + clean) {
-		return withheld
-	}
-	return clean
 }
 
 // writeReports writes the reports as text for people, or as JSON for programs.

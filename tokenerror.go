@@ -38,6 +38,7 @@ type tokenError struct {
 
 	permanent  bool
 	retryAfter time.Duration
+	leadsTo    string // where a redirect leads: the server's words, which nobody has searched for secrets
 }
 
 func (e *tokenError) Error() string {
@@ -54,6 +55,13 @@ func (e *tokenError) Error() string {
 		b.WriteString(" (" + e.Hint + ")")
 	}
 	return b.String()
+}
+
+// leading returns the error with where the redirect leads, in words that may be shown.
+func (e *tokenError) leading(to string) *tokenError {
+	shown := *e
+	shown.Description, shown.leadsTo = e.Description+": "+to, ""
+	return &shown
 }
 
 // Permanent reports whether it is useless to repeat the request.

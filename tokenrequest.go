@@ -117,7 +117,7 @@ func (e *endpoint) fingerprint(ctx context.Context) string {
 }
 
 // locate implements requester.
-func (e *endpoint) locate(ctx context.Context) (*url.URL, error) {
+func (e *endpoint) locate(ctx context.Context, granted redact.Secrets) (*url.URL, error) {
 	if e.discovery == nil {
 		return e.url, nil
 	}
@@ -125,7 +125,7 @@ func (e *endpoint) locate(ctx context.Context) (*url.URL, error) {
 	var u *url.URL
 	r, err := e.credentials.resolve(ctx, &e.certificates)
 	if err == nil {
-		u, err = e.lookUp(ctx, r)
+		u, err = e.lookUp(ctx, r, granted)
 	}
 	if err != nil { // otherwise request counts
 		e.count(ctx, start, err)
@@ -133,10 +133,25 @@ func (e *endpoint) locate(ctx context.Context) (*url.URL, error) {
 	return u, err
 }
 
-// lookUp returns the token endpoint that the issuer names.
-func (e *endpoint) lookUp(ctx context.Context, r resolved) (*url.URL, error) {
+// lookUp returns the token endpoint that the issuer names. Other clients share the
+// look-up and its error, so each decides for itself what it shows of the error.
+func (e *endpoint) lookUp(ctx context.Context, r resolved, granted redact.Secrets) (*url.URL, error) {
 	ctx, _ = clientcert.With(ctx, r.certificate)
-	return e.discovery.tokenEndpoint(ctx)
+	return e.discovery.tokenEndpoint(ctx, func(err error) error { return e.shownRedirect(err, r, granted) })
+}
+
+// shownRedirect returns the error of a look-up with where a redirect leads. A look-up
+// sends no secret, but the server may know secrets and tokens from token requests.
+func (e *endpoint) shownRedirect(err error, r resolved, granted redact.Secrets) error {
+	failure, ok := errors.AsType[*tokenError](err)
+	if !ok || failure.leadsTo == "" {
+		return err
+	}
+	to := withheld
+	if _, _, secrets, err := e.form(r, ""); err == nil { // else nobody knows what to look for
+		to = shownText(failure.leadsTo, maxShownValue, slices.Concat(secrets, e.sent.all(), granted))
+	}
+	return failure.leading(to)
 }
 
 // request implements requester.
@@ -171,7 +186,7 @@ func (e *endpoint) requestUncounted(ctx context.Context, u *url.URL, granted red
 	g, err := e.requestAt(ctx, u, e.credentials.Issuer, r, granted)
 	if err != nil && !isGivenUp(ctx) && mayHaveMoved(err) {
 		e.discovery.expire()
-		if moved, lookUpErr := e.lookUp(ctx, r); lookUpErr == nil && *moved != *u {
+		if moved, lookUpErr := e.lookUp(ctx, r, granted); lookUpErr == nil && *moved != *u {
 			return e.requestAt(ctx, moved, e.credentials.Issuer, r, granted)
 		}
 		// The endpoint may have moved before the issuer says so. Then no server
@@ -260,6 +275,13 @@ func (s *sentSecrets) add(secrets redact.Secrets) redact.Secrets {
 		s.last = append(s.last, secrets)
 		s.last = s.last[max(0, len(s.last)-maxSent):]
 	}
+	return slices.Concat(s.last...)
+}
+
+// all returns the secrets of the last requests.
+func (s *sentSecrets) all() redact.Secrets {
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	return slices.Concat(s.last...)
 }
 

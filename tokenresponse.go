@@ -86,6 +86,17 @@ func (c *Credentials) readAnswer(host string, a serverAnswer, secrets redact.Sec
 	return grant{}, failure
 }
 
+// shownText returns a text of the server as it may be shown: cleaned, and cut after
+// limit bytes. It returns withheld if the text holds one of the secrets.
+func shownText(text string, limit int, secrets redact.Secrets) string {
+	clean := redact.Clean(text, limit)
+	// As for an error, the raw text is searched, too. What is cut off is not.
+	if secrets.In(text[:min(len(text), maxSearchedDescription)] + "\n" + clean) {
+		return withheld
+	}
+	return clean
+}
+
 // unreadable returns the error for an answer that is neither a token nor a
 // refusal. It counts as a temporary fault of the server, or of something in front
 // of the server.

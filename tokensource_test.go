@@ -34,7 +34,7 @@ type scriptedRequester struct {
 }
 
 // locate gives each requester a server of its own.
-func (r *scriptedRequester) locate(context.Context) (*url.URL, error) {
+func (r *scriptedRequester) locate(context.Context, redact.Secrets) (*url.URL, error) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.host == "" {
