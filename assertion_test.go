@@ -486,16 +486,16 @@ func TestUnusableAssertionFileMakesNoRequest(t *testing.T) {
 		return writeFile(t, filepath.Join(dir, name), []byte(content))
 	}
 	const noJWT = "assertion_file: the file holds no JWT"
-	const notRegular = "assertion_file: reading the file that it names failed: it is no regular file of up to 1048576 bytes"
+	const named = "assertion_file: the file that it names "
 	jwt := string(jwtWith(`{}`))
 	t.Setenv("TEST_SHORT_JWT", "a.b.c")
 	for name, test := range map[string]struct{ file, want string }{
-		"missing":     {filepath.Join(dir, "none"), "assertion_file: reading the file that it names failed: no such file or directory"},
-		"unset":       {"{env.TEST_UNSET_FILE}", "assertion_file: evaluated placeholder {env.TEST_UNSET_FILE} is empty"},
-		"too short":   {"{env.TEST_SHORT_JWT}", "assertion_file: reading the file that it names failed: no such file or directory"},
-		"directory":   {dir, notRegular},
-		"pipe":        {pipe(t, dir), notRegular},
-		"too large":   {fileOfSize(t, dir, maxSecretFile+1), notRegular},
+		"missing":     {filepath.Join(dir, "none"), named + "does not exist"},
+		"unset":       {"{env.TEST_UNSET_FILE}", "assertion_file: {env.TEST_UNSET_FILE} is not set"},
+		"too short":   {"{env.TEST_SHORT_JWT}", named + "does not exist"},
+		"directory":   {dir, named + "is a directory"},
+		"pipe":        {pipe(t, dir), named + "is no regular file"},
+		"too large":   {fileOfSize(t, dir, maxSecretFile+1), named + "is larger than 1 MiB"},
 		"empty":       {holding("empty", " \n"), noJWT},
 		"key":         {holding("key", string(keytest.PKCS8(t, keytest.New(t)))), noJWT},
 		"JWK":         {holding("jwk", string(keytest.JWK(t, keytest.New(t), nil))), noJWT},
@@ -743,10 +743,10 @@ func TestClaimsAreResolvedForEachRequest(t *testing.T) {
 		Subject: "{env.TEST_SUBJECT}", Claims: map[string]string{"region": "{env.TEST_REGION}"},
 	}, server)
 	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
-	wantError(t, err, "subject: evaluated placeholder {env.TEST_SUBJECT} is empty")
+	wantError(t, err, "subject: {env.TEST_SUBJECT} is empty")
 	t.Setenv("TEST_SUBJECT", "jane")
 	_, err = cl.endpoint.locateAndRequest(t.Context(), nil)
-	wantError(t, err, "claim region: evaluated placeholder {env.TEST_REGION} is empty")
+	wantError(t, err, "claim region: {env.TEST_REGION} is empty")
 
 	fingerprints := make(map[string]bool)
 	for _, values := range [][2]string{{"jane", "eu"}, {"jane", "us"}, {"joe", "us"}} {

@@ -56,12 +56,13 @@ type Credentials struct {
 	// read the config would see it. Global placeholders are supported and
 	// evaluated for each token request, so the gateway uses a new secret
 	// without a reload. If a placeholder evaluates to nothing, the token
-	// request fails. One line break at the end of a file is not sent. Other
-	// line breaks, blanks and byte order marks are sent; the log warns about
-	// them. A text without a placeholder is sent as it is; in a text with a
-	// placeholder, Caddy takes the backslash out of `\{` and `\}`. A secret
-	// that is not UTF-8 can only stand in a file. Required if the
-	// `auth_method` is one of `client_secret_*`.
+	// request fails; the log says why, also when the config is loaded. One
+	// line break at the end of a file is not sent. Other line breaks, blanks
+	// and byte order marks are sent; the log warns about them. A text without
+	// a placeholder is sent as it is; in a text with a placeholder, Caddy
+	// takes the backslash out of `\{` and `\}`. A secret that is not UTF-8 can
+	// only stand in a file. Required if the `auth_method` is one of
+	// `client_secret_*`.
 	ClientSecret string `json:"client_secret,omitempty"`
 
 	// How the client authenticates at the token endpoint. The gateway uses

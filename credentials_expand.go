@@ -26,8 +26,10 @@ func (c Credentials) expand(repl *caddy.Replacer) (Credentials, error) {
 			return
 		}
 		if len(placeholdersIn(*value)) > 0 {
-			if *value, err = repl.ReplaceOrErr(*value, true, true); err != nil {
-				err = fmt.Errorf("%s: %w (only global placeholders such as {env.*} and {file.*} are known here)", setting, err)
+			if *value, err = replacePlaceholders(repl, setting, *value, false, true); err != nil {
+				if _, said := errors.AsType[*settingError](err); !said {
+					err = fmt.Errorf("%w (only global placeholders such as {env.*} and {file.*} are known here)", err)
+				}
 				return
 			}
 		}

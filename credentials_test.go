@@ -565,7 +565,7 @@ func TestFailedProvisionReleasesWhatWasAcquired(t *testing.T) {
 	for _, test := range []struct{ name, settings, want string }{
 		{"before anything was acquired", settings + "versions 4", "unsupported HTTP version"},
 		{"in the http transport of the tokens", settings + "token_transport {\n versions 4\n}", "token_transport"},
-		{"in an upstream block", settings + "upstream 127.0.0.1:9000 {\n client_id {env.TEST_UNSET}\n}", "is empty"},
+		{"in an upstream block", settings + "upstream 127.0.0.1:9000 {\n client_id {env.TEST_UNSET}\n}", "is not set"},
 		{"in a certificate that can't be bound", settings + "upstream 127.0.0.1:9000 {\n name never-ran\n token_url https://auth.example.com/token\n client_certificate a b\n bind_certificate\n}", "bind_certificate: a certificate is presented in TLS only"},
 		{"in an address", settings + "upstream 127.0.0.1:9000 127.0.0.1:9000 {\n tenant acme\n}", "named twice"},
 		{"when all was acquired", settings + "upstream 127.0.0.1:9009 {\n tenant acme\n}", "no such upstream"},

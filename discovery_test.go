@@ -799,7 +799,7 @@ func TestIssuerIsCheckedAtLoad(t *testing.T) {
 		{testIssuer, ""},
 		{"http://127.0.0.1:1/tenant", ""},
 		{"{env.TEST_ISSUER}", ""},
-		{"https://as.example.com/{env.TEST_CLIENT_ID}", "issuer: evaluated placeholder {env.TEST_CLIENT_ID} is empty"},
+		{"https://as.example.com/{env.TEST_CLIENT_ID}", "issuer: {env.TEST_CLIENT_ID} is not set"},
 		{"{env.TEST_BAD_ISSUER}", "issuer: must have no query and no fragment (RFC 8414 section 2)"},
 		{"{http.request.host}", "issuer: unrecognized placeholder {http.request.host}"},
 		{"as.example.com", "issuer: must be an absolute URL"},

@@ -230,6 +230,8 @@ func TestSecretThatCannotBeReadHoldsNothing(t *testing.T) {
 		}
 	}`, "$UP", up.addr, "$AUTH", auth.URL, "$PIPE", pipe))
 	g.get().want(t, http.StatusGatewayTimeout)
+	const todo = "(name files on a disk that answers, and no pipe to which nobody writes)"
+	eventually(t, func() bool { return len(g.logged("obtaining token failed", todo)) > 0 }, "%q in the log", todo)
 
 	// Whoever still waits for the pipe gets the secret, and the next fetch too.
 	done := make(chan struct{})

@@ -2,11 +2,12 @@ package outboundauth
 
 import (
 	"fmt"
+	"io/fs"
 	"net/http"
-	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"go.uber.org/zap"
@@ -18,14 +19,21 @@ import (
 	"github.com/outboundauth/caddy-outbound-auth/internal/keytest"
 )
 
+// What each warning at load says at its end.
+const (
+	sentAsItIs = "; it is sent as it is: correct it, unless that is meant"
+	noToken    = "; until then, no token can be requested"
+)
+
 // warned makes a client of c, and returns what is logged then, but for what it is about.
 func warned(t *testing.T, c Credentials, server http.RoundTripper) (cl *client, warnings []string) {
 	t.Helper()
 	core, logs := observer.New(zapcore.WarnLevel)
 	cl = newLoggingClient(t, c, server, zap.New(core))
 	for _, entry := range logs.TakeAll() {
-		setting, ok := strings.CutSuffix(entry.Message, "; it is sent as it is: correct it, unless that is meant")
-		if !ok {
+		setting, odd := strings.CutSuffix(entry.Message, sentAsItIs)
+		setting, absent := strings.CutSuffix(setting, noToken)
+		if odd == absent {
 			t.Errorf("got %q in the log, want what to do", entry.Message)
 		}
 		warnings = append(warnings, setting)
@@ -128,31 +136,102 @@ func TestOddSecretThatTheServerDoesNotMean(t *testing.T) {
 	}
 }
 
-// A config may be loaded where its secrets are not, as `caddy validate` does. What can't
-// be read at once is not read at all: Caddy would write an error to its log, or wait.
+// A config may be loaded where its secrets are not, as `caddy validate` does. Nobody
+// waits there for what can't be read at once: a pipe may have its value later.
 func TestSecretsThatAreNotThereWhenTheConfigIsLoaded(t *testing.T) {
 	dir := t.TempDir()
-	t.Setenv("TEST_UNSET", "")
-	unreadable := writeFile(t, filepath.Join(dir, "unreadable"), []byte("canary\n\n"))
-	if err := os.Chmod(unreadable, 0); err != nil {
-		t.Fatal(err)
-	}
-	for name, file := range map[string]string{
-		"missing": filepath.Join(dir, "missing"), "pipe": pipe(t, dir), "directory": dir, "endless": "/dev/zero", "too large": fileOfSize(t, dir, maxSecretFile+1),
+	t.Setenv("TEST_EMPTY", "")
+	missing := filepath.Join(dir, "missing")
+	const create, set = "create the file, or correct its path", "set it where Caddy is started, in its service or its shell, and start it again"
+	for name, test := range map[string]struct{ placeholder, wrong, todo string }{
+		"missing":             {"{file." + missing + "}", "does not exist", create},
+		"missing, relative":   {"{file.no-such/secret}", "does not exist", create + ", which is relative to Caddy's working directory"},
+		"missing, with blank": {"{file." + missing + " }", "does not exist (the name ends with a blank)", create},
+		"below a file":        {"{file." + writeFile(t, filepath.Join(dir, "file"), []byte("x")) + "/secret}", "can't be read (not a directory)", "check the file and its path"},
+		"empty":               {"{file." + writeFile(t, filepath.Join(dir, "empty"), nil) + "}", "is empty", "write the value into the file"},
+		"line break":          {"{file." + writeFile(t, filepath.Join(dir, "line"), []byte("\r\n")) + "}", "is empty", "write the value into the file"},
+		"directory":           {"{file." + dir + "}", "is a directory", "name a file in it"},
+		"too large":           {"{file." + fileOfSize(t, dir, maxSecretFile+1) + "}", "is larger than 1 MiB, which is all that Caddy reads", "correct its path"},
+		"unset":               {"{env.TEST_NOT_SET}", "is not set in the environment of this process", set},
+		"empty variable":      {"{env.TEST_EMPTY}", "is empty", set},
+		"pipe":                {"{file." + pipe(t, dir) + "}", "", ""},
+		"endless":             {"{file./dev/zero}", "", ""},
 	} {
-		template := "x{file." + file + "}"
-		if canRead(template) {
-			t.Errorf("%s: got that it can be read, want that it can't", name)
-		}
-		if _, warnings := warned(t, Credentials{TokenURL: testTokenURL, ClientID: "id", ClientSecret: template}, nil); len(warnings) > 0 {
-			t.Errorf("%s: got the warnings %q, want none", name, warnings)
+		t.Run(name, func(t *testing.T) {
+			server := answering(http.StatusOK, goodAnswer)
+			cl, warnings := warned(t, Credentials{TokenURL: testTokenURL, ClientID: "id", ClientSecret: canarySecret + test.placeholder}, server)
+			var want []string
+			wrong := "client_secret: " + test.placeholder + " " + test.wrong
+			if test.wrong != "" {
+				want = []string{wrong + ": " + test.todo}
+			}
+			if !slices.Equal(warnings, want) {
+				t.Errorf("got the warnings %q, want %q", warnings, want)
+			}
+			if test.wrong == "" {
+				return
+			}
+			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
+			got := wantTokenError(t, err, codeConfiguration, true)
+			wantNoCanary(t, err)
+			if got.Description != wrong || got.Hint != test.todo {
+				t.Errorf("got the description %q and the hint %q, want %q and %q", got.Description, got.Hint, wrong, test.todo)
+			}
+			if len(server.requests()) > 0 {
+				t.Error("got a token request, want none")
+			}
+		})
+	}
+}
+
+// A device has no end, and what it yields is no secret.
+func TestSecretOfADeviceMakesNoRequest(t *testing.T) {
+	for device, want := range map[string]string{"/dev/zero": "is larger than 1 MiB, which is all that Caddy reads", "/dev/null": "is empty"} {
+		cl := newTestClient(t, Credentials{TokenURL: testTokenURL, ClientID: "id", ClientSecret: "{file." + device + "}"}, answering(http.StatusOK, goodAnswer))
+		_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
+		if got := wantTokenError(t, err, codeConfiguration, true); got.Description != "client_secret: {file."+device+"} "+want {
+			t.Errorf("got %v, want that it %s", err, want)
 		}
 	}
-	if got := canRead("{file." + unreadable + "}"); got != (os.Geteuid() == 0) {
-		t.Errorf("got that a file without permissions can be read: %v", got)
+}
+
+// The tests may run as root, who may read everything.
+func TestFileThatMayNotBeRead(t *testing.T) {
+	file := writeFile(t, filepath.Join(t.TempDir(), "secret"), []byte("x"))
+	for _, err := range []error{&fs.PathError{Op: "open", Path: file, Err: syscall.EACCES}, &fs.PathError{Op: "stat", Path: file, Err: syscall.EPERM}} {
+		wantError(t, fileError("client_secret", "{file."+file+"}", file, err),
+			"client_secret: {file."+file+"} may not be read by the user that Caddy runs as: allow this user to read the file, and to enter its directory")
 	}
-	if _, warnings := warned(t, Credentials{TokenURL: testTokenURL, ClientID: "id", ClientSecret: "{env.TEST_UNSET}"}, nil); len(warnings) > 0 {
-		t.Errorf("got the warnings %q without a secret, want none", warnings)
+}
+
+// Each setting says for itself what it lacks, once.
+func TestEachSettingWithoutItsFileIsNamed(t *testing.T) {
+	missing := "{file." + filepath.Join(t.TempDir(), "missing") + "}"
+	const is = " does not exist: create the file, or correct its path"
+	key := string(keytest.PKCS8(t, keytest.New(t)))
+	_, warnings := warned(t, Credentials{
+		TokenURL: testTokenURL, ClientID: "id", ClientSecret: missing, GrantType: grantJWTBearer, PrivateKey: key,
+		Subject: missing, Claims: map[string]string{"c": missing + missing},
+		Params: map[string]string{"p": missing, "q": "plain"}, TokenRequestHeaders: map[string]string{"X-H": "Key " + missing},
+	}, nil)
+	var want []string
+	for _, setting := range []string{"claim c", "client_secret", "param p", "subject", "token_request_header X-H"} {
+		want = append(want, setting+": "+missing+is)
+	}
+	if !slices.Equal(warnings, want) {
+		t.Errorf("got the warnings %q, want %q", warnings, want)
+	}
+	for template, want := range map[string]string{
+		missing: "assertion_file: " + missing + is, "/no/such/file": "assertion_file: the file that it names" + is,
+	} {
+		if _, warnings := warned(t, Credentials{TokenURL: testTokenURL, AssertionFile: template}, nil); !slices.Equal(warnings, []string{want}) {
+			t.Errorf("got the warnings %q, want %q", warnings, want)
+		}
+	}
+	// What is read only when the config is loaded can't come later.
+	_, err := Credentials{TokenURL: testTokenURL, ClientID: missing, ClientSecret: "s"}.expand(caddy.NewReplacer())
+	if wantError(t, err, "client_id: "+missing+is); err != nil && strings.Contains(err.Error(), "known here") {
+		t.Errorf("got %v, want no word about placeholders that are not known", err)
 	}
 }
 
@@ -161,7 +240,7 @@ func TestSecretOfWhiteSpaceMakesNoRequest(t *testing.T) {
 	file := writeFile(t, filepath.Join(t.TempDir(), "secret"), []byte("\n \n"))
 	server := answering(http.StatusOK, goodAnswer)
 	_, err := newTestClient(t, Credentials{TokenURL: testTokenURL, ClientID: "id", ClientSecret: "{file." + file + "}"}, server).endpoint.locateAndRequest(t.Context(), nil)
-	if got := wantTokenError(t, err, codeConfiguration, true); got.Description != "client_secret holds nothing but white space" {
+	if got := wantTokenError(t, err, codeConfiguration, true); got.Description != "client_secret holds nothing but white space" || got.Hint != "write a value" {
 		t.Errorf("got %v, want that there is no secret", err)
 	}
 	if len(server.requests()) > 0 {

@@ -173,6 +173,38 @@ func TestNewSecretEndsTheBackoffAtOnce(t *testing.T) {
 	auth.wantAsked(t, 2)
 }
 
+// So does a secret that comes after the config. What was missing is told where somebody
+// looks, and by nobody but the gateway.
+func TestSecretThatComesLateEndsTheBackoffAtOnce(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	r := newRotation(t, auth, "", "late", nil)
+	if err := os.Remove(r.file); err != nil {
+		t.Fatal(err)
+	}
+	g := startGateway(t, r.site(up, auth))
+	missing := "client_secret: {file." + r.file + "} does not exist"
+	about := []string{`"client":"`, `"token_endpoint":"` + mustParse(auth.URL).Host + `"`, `"client_id":"gateway"`}
+	if got := g.logged(append(about, `"level":"warn"`, missing+": create the file, or correct its path; until then, no token can be requested")...); len(got) != 1 {
+		t.Errorf("got %d warnings that the file is missing, want one: %q", len(got), got)
+	}
+	for _, comes := range []string{"", "late"} { // an editor may create it first
+		g.get().want(t, http.StatusServiceUnavailable)
+		source := theSource(t)
+		eventually(t, func() bool { return source.when((*tokenSource).checkDue) }, "that the file may be read again")
+		source.backOff(time.Hour) // which nobody waits for
+		r.write(comes)
+	}
+	g.get().want(t, http.StatusOK)
+	auth.wantAsked(t, 1)
+	for _, want := range []string{missing + " (create the file", "{file." + r.file + "} is empty (write the value into the file"} {
+		eventually(t, func() bool { return len(g.logged("obtaining token failed", want)) > 0 }, "%q in the log", want)
+	}
+	if got := g.logged("placeholder: failed to read file"); len(got) > 0 {
+		t.Errorf("got %q, want no line of Caddy's own beside that", got)
+	}
+}
+
 // An outage of the authorization server that outlasts the token is nobody
 // else's: each request is tried once, and no upstream is taken for down.
 func TestOutageBeyondTheTokensLife(t *testing.T) {

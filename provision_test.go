@@ -36,7 +36,7 @@ func TestValidate(t *testing.T) {
 		noURL    = "client_id gateway\nclient_secret secret\n"
 		noID     = "token_url https://auth.example.com/token\nclient_secret secret\n"
 		noSecret = "token_url https://auth.example.com/token\nclient_id gateway\n"
-		empty    = "evaluated placeholder {env.TEST_UNSET} is empty"
+		empty    = "{env.TEST_UNSET} is not set in the environment of this process: set it where Caddy is started"
 		unknown  = "unrecognized placeholder {http.request.host} (only global placeholders such as {env.*} and {file.*} are known here)"
 	)
 	for _, test := range []struct{ name, upstreams, settings, want string }{
@@ -97,7 +97,7 @@ func TestValidate(t *testing.T) {
 		{"an empty client_id", local, noID + "client_id {env.TEST_UNSET}", "client_id: " + empty},
 		{"empty scopes", local, clientSettings + "scopes {env.TEST_UNSET}", "scopes: " + empty},
 		{"an empty audience", local, clientSettings + "audience {env.TEST_UNSET}", "audience: " + empty},
-		{"an empty address", local, clientSettings + "upstream {env.TEST_UNSET} off", empty},
+		{"an empty address", local, clientSettings + "upstream {env.TEST_UNSET} off", "evaluated placeholder {env.TEST_UNSET} is empty"},
 		{"an empty value in an upstream block", local, clientSettings + "upstream 127.0.0.1:9000 {\n client_id {env.TEST_UNSET}\n}", "upstream 0 (127.0.0.1:9000): client_id: " + empty},
 		{"the request in token_url", local, noURL + "token_url https://{host}/token", "token_url: " + unknown},
 		{"the request in client_id", local, noID + "client_id {host}", "client_id: " + unknown},
@@ -269,15 +269,21 @@ func TestFileThatIsNoneDoesNotHoldUpLoading(t *testing.T) {
 	key := keytest.New(t)
 	certificate := writeFile(t, filepath.Join(dir, "crt"), keytest.CertificatePEM(t, key))
 	keyFile := writeFile(t, filepath.Join(dir, "key"), keytest.PKCS8(t, key))
-	for name, file := range map[string]string{
-		"pipe": pipe(t, dir), "directory": dir, "endless": "/dev/zero", "too large": fileOfSize(t, dir, maxSecretFile+1),
+	for name, is := range map[string]struct{ file, what string }{
+		"pipe": {pipe(t, dir), "no regular file"}, "directory": {dir, "a directory"},
+		"endless": {"/dev/zero", "no regular file"}, "too large": {fileOfSize(t, dir, maxSecretFile+1), "larger than 1 MiB"},
 	} {
-		for _, test := range []struct{ settings, want string }{
-			{"private_key " + file, "private_key: "},
-			{"client_certificate " + file + " " + keyFile, "client_certificate, the certificate: "},
-			{"client_certificate " + certificate + " " + file, "client_certificate, its key: "},
+		content := "{file." + is.file + "}"
+		const named = "the file that it names"
+		for _, test := range []struct{ settings, want, what string }{
+			{"private_key " + is.file, "private_key: ", named},
+			{"private_key " + content, "private_key: ", content},
+			{"client_certificate " + is.file + " " + keyFile, "client_certificate, the certificate: ", named},
+			{"client_certificate " + certificate + " " + is.file, "client_certificate, its key: ", named},
+			{"client_certificate " + certificate + " " + content, "client_certificate, its key: ", content},
+			{"client_secret s\nscopes " + content, "scopes: ", content},
 		} {
-			t.Run(name+" "+strings.TrimSuffix(test.want, ": "), func(t *testing.T) {
+			t.Run(name+" "+test.want+test.what, func(t *testing.T) {
 				adapted := encode(t, adaptCaddyfile(t, proxyConfig("127.0.0.1:9000", "token_url https://auth.example.com/token\nclient_id gateway\n"+test.settings)))
 				transport := findModules(t, adapted, "handler", "reverse_proxy")[0]["transport"]
 				loaded := make(chan error, 1)
@@ -287,7 +293,7 @@ func TestFileThatIsNoneDoesNotHoldUpLoading(t *testing.T) {
 				}()
 				select {
 				case err := <-loaded:
-					wantError(t, err, test.want+"reading the file that it names failed: it is no regular file of up to 1048576 bytes")
+					wantError(t, err, test.want+test.what+" is "+is.what)
 				case <-time.After(patience):
 					t.Fatalf("got nothing in %v, want an error", patience)
 				}

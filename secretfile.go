@@ -10,6 +10,7 @@ import (
 	"io"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"unicode"
@@ -19,8 +20,8 @@ import (
 )
 
 // resolveSecret replaces the placeholders of a setting that may be secret. The
-// error may name an empty placeholder, but never a value.
-func resolveSecret(repl *caddy.Replacer, setting, template string) (value string, err error) {
+// error may name an empty placeholder, but never a value. mayWait is that of contentOf.
+func resolveSecret(repl *caddy.Replacer, setting, template string, mayWait bool) (value string, err error) {
 	known := func(name string) bool {
 		if strings.HasPrefix(name, filePlaceholder) {
 			return true
@@ -30,21 +31,71 @@ func resolveSecret(repl *caddy.Replacer, setting, template string) (value string
 	}
 	value = template
 	if slices.ContainsFunc(placeholdersIn(template), known) {
-		if value, err = repl.ReplaceOrErr(template, true, false); err != nil {
-			return "", fmt.Errorf("%s: %w", setting, err)
+		if value, err = replacePlaceholders(repl, setting, template, mayWait, false); err != nil {
+			return "", err
 		}
 	}
 	switch {
 	case value == "":
 		return "", fmt.Errorf("%s is empty", setting)
 	case strings.TrimSpace(value) == "":
-		return "", fmt.Errorf("%s holds nothing but white space", setting)
+		return "", &settingError{wrong: setting + " holds nothing but white space", todo: "write a value"}
 	}
 	return value, nil
 }
 
-// filePlaceholder begins the names of the placeholders that read a file.
-const filePlaceholder = "file."
+// The beginnings of the names of placeholders that read a file, or a variable.
+const (
+	filePlaceholder     = "file."
+	variablePlaceholder = "env."
+)
+
+// replacePlaceholders replaces the placeholders of a setting, as Caddy's replacer does.
+// But Caddy does not tell why there is no value, and logs what it can't read each time.
+// So files are read here. strict says that an unknown placeholder is an error.
+func replacePlaceholders(repl *caddy.Replacer, setting, text string, mayWait, strict bool) (string, error) {
+	var fault error
+	replacer := caddy.NewEmptyReplacer()
+	replacer.Map(func(name string) (any, bool) { // the first that yields "" ends the replacement
+		if file, ok := strings.CutPrefix(name, filePlaceholder); ok {
+			content, err := contentOf(file, mayWait)
+			content = bytes.TrimSuffix(bytes.TrimSuffix(content, []byte("\n")), []byte("\r")) // as Caddy
+			if err == nil && len(content) == 0 {
+				err = errEmptyFile
+			}
+			if err != nil {
+				fault = fileError(setting, "{"+name+"}", file, err)
+				return "", true
+			}
+			return string(content), true
+		}
+		value, ok := repl.Get(name)
+		if variable, ofEnv := strings.CutPrefix(name, variablePlaceholder); ofEnv && value == "" {
+			fault = variableError(setting, variable)
+		}
+		return value, ok
+	})
+	value, err := replacer.ReplaceOrErr(text, true, strict)
+	switch {
+	case fault != nil:
+		return "", fault
+	case err != nil:
+		return "", fmt.Errorf("%s: %w", setting, err)
+	}
+	return value, nil
+}
+
+// variableError says why an environment variable has no value.
+func variableError(setting, variable string) error {
+	wrong := "is not set in the environment of this process"
+	if _, set := os.LookupEnv(variable); set {
+		wrong = "is empty"
+	}
+	return &settingError{
+		wrong: fmt.Sprintf("%s: {%s%s} %s", setting, variablePlaceholder, variable, wrong),
+		todo:  "set it where Caddy is started, in its service or its shell, and start it again",
+	}
+}
 
 // placeholdersIn returns the names of the placeholders that Caddy sees in a text. Not
 // all of them have a value. A text without placeholders must not go through Caddy's
@@ -128,7 +179,7 @@ func trimText(text string) string {
 // its value begins as such a file does, the value is the content itself. No
 // error quotes the value, because it may be a key without its first line.
 func readSource(repl *caddy.Replacer, setting, template string) ([]byte, error) {
-	value, err := resolveSecret(repl, setting, template)
+	value, err := resolveSecret(repl, setting, template, false)
 	if err != nil {
 		return nil, err
 	}
@@ -146,61 +197,88 @@ func readSource(repl *caddy.Replacer, setting, template string) ([]byte, error) 
 	return readSecretFile(setting, value)
 }
 
-// maxSecretFile is how large a file that a setting names may be, in bytes. The
-// largest files are certificates with their chain.
+// maxSecretFile is how large a file that a setting names may be, in bytes. Caddy reads
+// no more of one. The largest files are certificates with their chain.
 const maxSecretFile = 1 << 20
 
-// openSecretFile opens a file that a setting names. It opens only regular files:
-// opening another kind of file may never return, and reading it may never end.
-func openSecretFile(name string) (*os.File, error) {
+// What contentOf and those who call it find wrong with a file.
+var (
+	errDirectory  = errors.New("is a directory")
+	errNotRegular = errors.New("is no regular file")
+	errLargeFile  = errors.New("is too large")
+	errEmptyFile  = errors.New("is empty")
+)
+
+// contentOf returns the content of a file that a setting names. It reads a pipe or a
+// device only if mayWait says so: to open it may never return.
+func contentOf(name string, mayWait bool) ([]byte, error) {
 	info, err := os.Stat(name)
+	switch {
+	case err != nil:
+		return nil, err
+	case info.IsDir():
+		return nil, errDirectory
+	case !info.Mode().IsRegular() && !mayWait:
+		return nil, errNotRegular
+	}
+	file, err := os.Open(name)
 	if err != nil {
 		return nil, err
 	}
-	if !info.Mode().IsRegular() || info.Size() > maxSecretFile {
-		return nil, fmt.Errorf("it is no regular file of up to %d bytes", maxSecretFile)
+	defer file.Close()
+	content, err := io.ReadAll(io.LimitReader(file, maxSecretFile+1)) // a device may have no end
+	if err == nil && len(content) > maxSecretFile {
+		err = errLargeFile
 	}
-	return os.Open(name)
+	return content, err
+}
+
+// fileFaults say what is wrong with a file, and what to do.
+var fileFaults = []struct {
+	err         error
+	wrong, todo string
+}{
+	{fs.ErrNotExist, "does not exist", "create the file, or correct its path"},
+	{fs.ErrPermission, "may not be read by the user that Caddy runs as", "allow this user to read the file, and to enter its directory"},
+	{errEmptyFile, "is empty", "write the value into the file"},
+	{errDirectory, "is a directory", "name a file in it"},
+	{errNotRegular, "is no regular file", "name one: a pipe or a device could keep Caddy waiting"},
+	{errLargeFile, "is larger than 1 MiB, which is all that Caddy reads", "correct its path"},
+}
+
+// fileError says why the content of a file can't be used. what stands for the file in
+// the error, which does not quote its name.
+func fileError(setting, what, name string, err error) error {
+	if reason, ok := errors.AsType[*fs.PathError](err); ok {
+		err = reason.Err // leave out the file's name, see readSource
+	}
+	wrong, todo := fmt.Sprintf("can't be read (%v)", err), "check the file and its path"
+	for _, fault := range fileFaults {
+		if errors.Is(err, fault.err) {
+			wrong, todo = fault.wrong, fault.todo
+		}
+	}
+	if odd := oddEnds(name); odd != "" {
+		wrong += " (the name " + odd + ")"
+	}
+	if errors.Is(err, fs.ErrNotExist) && !filepath.IsAbs(name) {
+		todo += ", which is relative to Caddy's working directory"
+	}
+	return &settingError{wrong: setting + ": " + what + " " + wrong, todo: todo, cause: err}
 }
 
 // readSecretFile reads the file that a setting names, with a key, a certificate or a
 // JWT. It leaves out a byte order mark.
 func readSecretFile(setting, name string) ([]byte, error) {
-	content, err := func() ([]byte, error) {
-		file, err := openSecretFile(name)
-		if err != nil {
-			return nil, err
-		}
-		defer file.Close()
-		return io.ReadAll(io.LimitReader(file, maxSecretFile))
-	}()
+	content, err := contentOf(name, false)
+	if err == nil && len(content) == 0 {
+		err = errEmptyFile
+	}
 	if err != nil {
-		if reason, ok := errors.AsType[*fs.PathError](err); ok {
-			err = reason.Err // leave out the file's name, see readSource
-		}
-		err = fmt.Errorf("%s: reading the file that it names failed: %w", setting, err)
-		if odd := oddEnds(name); odd != "" {
-			err = fmt.Errorf("%w (the name %s)", err, odd)
-		}
-		return nil, err
+		return nil, fileError(setting, "the file that it names", name, err)
 	}
 	if isUTF16(string(content[:min(2, len(content))])) {
 		return nil, fmt.Errorf("%s: the file that it names is UTF-16: save it as UTF-8", setting)
 	}
 	return bytes.TrimPrefix(content, []byte(byteOrderMark)), nil
-}
-
-// canRead reports whether Caddy can replace the placeholders of a template now, without
-// a wait and without an error in the log.
-func canRead(template string) bool {
-	for _, name := range placeholdersIn(template) {
-		if name, ok := strings.CutPrefix(name, filePlaceholder); ok {
-			file, err := openSecretFile(name)
-			if err != nil {
-				return false
-			}
-			file.Close()
-		}
-	}
-	return true
 }

@@ -60,23 +60,32 @@ func (r resolved) values() map[string]string {
 	return values
 }
 
-// valuesNow returns the same values while a config is loaded. It leaves out those that
-// can't be read then: a config may be validated on a machine without the secrets.
-func (c *Credentials) valuesNow() map[string]string {
-	repl, values := caddy.NewReplacer(), make(map[string]string)
-	for setting, template := range c.templates() {
-		switch setting {
-		case "private_key", "client_certificate", "assertion_file":
-			continue // their format tells what belongs to them
-		}
-		if template == "" || !canRead(template) {
+// valuesNow returns the same values while a config is loaded, and why some can't be had
+// then. That is no error: a config may be validated on a machine without the secrets. A
+// pipe may have its value later, and nobody waits for that here.
+func (c *Credentials) valuesNow() (values map[string]string, faults []error) {
+	repl, templates := caddy.NewReplacer(), c.templates()
+	values = make(map[string]string)
+	for _, setting := range sortedKeys(templates) {
+		template := templates[setting]
+		if template == "" {
 			continue
 		}
-		if value, err := resolveSecret(repl, setting, template); err == nil {
-			values[setting] = value
+		var err error
+		switch setting {
+		case "private_key", "client_certificate": // resolveKeys reads them at load
+		case "assertion_file": // its format tells what belongs to it
+			_, err = readAssertion(repl, template)
+		default:
+			if values[setting], err = resolveSecret(repl, setting, template, false); errors.Is(err, errNotRegular) {
+				err = nil
+			}
+		}
+		if err != nil {
+			faults = append(faults, err)
 		}
 	}
-	return values
+	return values, faults
 }
 
 // oddities names the settings that begin or end with an invisible character, such as
@@ -127,23 +136,26 @@ func (c *Credentials) resolve(ctx context.Context, certificates *clientcert.Cach
 	select {
 	case res := <-done:
 		if res.err != nil {
-			return resolved{}, &tokenError{Endpoint: c.host(), Code: codeConfiguration, Description: res.err.Error(), permanent: true}
+			return resolved{}, configurationError(c.host(), res.err)
 		}
 		return res.resolved, nil
 	case <-ctx.Done():
-		return resolved{}, &tokenError{Endpoint: c.host(), Code: codeTimeout, Description: "reading the client's secrets from their files took too long"}
+		return resolved{}, &tokenError{
+			Endpoint: c.host(), Code: codeTimeout, Description: "reading the client's secrets from their files took too long",
+			Hint: "name files on a disk that answers, and no pipe to which nobody writes",
+		}
 	}
 }
 
 func (c *Credentials) resolveNow(certificates *clientcert.Cache) (r resolved, err error) {
 	repl := caddy.NewReplacer()
 	if c.ClientSecret != "" {
-		if r.secret, err = resolveSecret(repl, "client_secret", c.ClientSecret); err != nil {
+		if r.secret, err = resolveSecret(repl, "client_secret", c.ClientSecret, true); err != nil {
 			return resolved{}, err
 		}
 	}
 	if c.Subject != "" {
-		if r.subject, err = resolveSecret(repl, "subject", c.Subject); err != nil {
+		if r.subject, err = resolveSecret(repl, "subject", c.Subject, true); err != nil {
 			return resolved{}, err
 		}
 	}
@@ -166,7 +178,7 @@ func (c *Credentials) resolveNow(certificates *clientcert.Cache) (r resolved, er
 	} {
 		*values.into = make(map[string]string, len(values.templates))
 		for name, template := range values.templates {
-			if (*values.into)[name], err = resolveSecret(repl, values.setting+" "+name, template); err != nil {
+			if (*values.into)[name], err = resolveSecret(repl, values.setting+" "+name, template, true); err != nil {
 				return resolved{}, err
 			}
 		}
@@ -220,7 +232,7 @@ const minInlineJWT = 101
 
 // readAssertion reads the file with a JWT. A placeholder may also hold the JWT.
 func readAssertion(repl *caddy.Replacer, template string) (string, error) {
-	value, err := resolveSecret(repl, "assertion_file", template)
+	value, err := resolveSecret(repl, "assertion_file", template, false)
 	if err != nil {
 		return "", err
 	}
@@ -233,7 +245,7 @@ func readAssertion(repl *caddy.Replacer, template string) (string, error) {
 	}
 	assertion := strings.TrimSpace(string(content))
 	if !jwt.Is(assertion) {
-		return "", errors.New("assertion_file: the file holds no JWT")
+		return "", &settingError{wrong: "assertion_file: the file holds no JWT", todo: "see that one is written into it, and nothing else"}
 	}
 	return assertion, nil
 }

@@ -213,6 +213,28 @@ func TestTokenCommandSaysWhatToChange(t *testing.T) {
 	}
 }
 
+// What is wrong with a secret shows only where its file is.
+func TestTokenCommandSaysWhatIsWrongWithASecret(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "secret")
+	for _, test := range []struct{ content, wrong, todo string }{
+		{"", "client_secret: {file." + file + "} does not exist", "create the file, or correct its path"},
+		{"\n", "client_secret: {file." + file + "} is empty", "write the value into the file"},
+		{" canary-secret\n", "", "client_secret begins with a blank: correct that, or check client_id, client_secret"},
+		{"canary-secret\n", "", "check client_id, client_secret"},
+	} {
+		if test.content != "" {
+			writeFile(t, file, []byte(test.content))
+		}
+		auth := newAuthServer(t)
+		auth.script(refusing(http.StatusUnauthorized, `{"error":"invalid_client"}`))
+		site := strings.Replace(expand(threeOfTwoClients, "$AUTH", auth.URL), "canary-secret", "{file."+file+"}", 1)
+		output, status, _ := runTokenCommand(t, site, "127.0.0.1:9000", false, false)
+		if status != exitNoToken || !strings.Contains(output, test.wrong+"\nwhat to change   "+test.todo) || strings.Contains(output, "canary") {
+			t.Errorf("%q: got status %d and\n%s\nwant %d, %q and %q", test.content, status, output, exitNoToken, test.wrong, test.todo)
+		}
+	}
+}
+
 func TestTokenCommandPicksAnUpstream(t *testing.T) {
 	auth := newAuthServer(t)
 	site := expand(threeOfTwoClients, "$AUTH", auth.URL)

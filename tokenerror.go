@@ -110,6 +110,26 @@ func (e *tokenError) remedy() string {
 	return "ask who runs the authorization server what it rejects"
 }
 
+// A settingError says what is wrong with a setting and, apart from that, what to do. No
+// part quotes a value.
+type settingError struct {
+	wrong, todo string
+	cause       error // may be nil
+}
+
+func (e *settingError) Error() string { return e.wrong + ": " + e.todo }
+
+func (e *settingError) Unwrap() error { return e.cause }
+
+// configurationError describes a token request that is not made because of a setting.
+func configurationError(endpoint string, err error) *tokenError {
+	e := &tokenError{Endpoint: endpoint, Code: codeConfiguration, Description: err.Error(), permanent: true}
+	if setting, ok := errors.AsType[*settingError](err); ok {
+		e.Description, e.Hint = setting.wrong, setting.todo
+	}
+	return e
+}
+
 // networkError describes a request that got no answer.
 func networkError(ctx context.Context, endpoint string, err error) *tokenError {
 	// net/http has its own error for a context that has ended, so ask the context.

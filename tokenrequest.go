@@ -80,7 +80,11 @@ func newEndpoint(c Credentials, urlTemplate string, transport tokenTransport, pl
 		return nil, err
 	}
 	e.metrics = metricsOf(c.name(), c.host())
-	for _, odd := range c.oddities(c.valuesNow()) {
+	values, faults := c.valuesNow()
+	for _, fault := range faults {
+		logger.Warn(fault.Error()+"; until then, no token can be requested", e.logFields()...)
+	}
+	for _, odd := range c.oddities(values) {
 		logger.Warn(odd+"; it is sent as it is: correct it, unless that is meant", e.logFields()...)
 	}
 	return e, nil
@@ -218,7 +222,7 @@ func mayHaveMoved(err error) bool {
 func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r resolved, granted redact.Secrets) (grant, error) {
 	form, header, secrets, err := e.form(r, cmp.Or(e.credentials.AssertionAudience, audience))
 	if err != nil {
-		return grant{}, &tokenError{Endpoint: u.Host, Code: codeConfiguration, Description: err.Error(), permanent: true}
+		return grant{}, configurationError(u.Host, err)
 	}
 	if e.discovery == nil {
 		secrets.AddQuery(e.urlTemplate, u)

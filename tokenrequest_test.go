@@ -171,13 +171,13 @@ func TestUnusableSecretMakesNoRequest(t *testing.T) {
 		c    Credentials
 		want string // in the error
 	}{
-		{"client_secret empty", Credentials{ClientSecret: "{env.TEST_EMPTY}"}, "client_secret: evaluated placeholder {env.TEST_EMPTY} is empty"},
+		{"client_secret empty", Credentials{ClientSecret: "{env.TEST_EMPTY}"}, "client_secret: {env.TEST_EMPTY} is empty"},
 		{"client_secret in part", Credentials{ClientSecret: canarySecret + "{env.TEST_EMPTY}"}, "{env.TEST_EMPTY}"},
-		{"client_secret unset", Credentials{ClientSecret: "{env.TEST_UNSET_VARIABLE}"}, "client_secret: evaluated placeholder {env.TEST_UNSET_VARIABLE} is empty"},
+		{"client_secret unset", Credentials{ClientSecret: "{env.TEST_UNSET_VARIABLE}"}, "client_secret: {env.TEST_UNSET_VARIABLE} is not set"},
 		{"client_secret in the body", Credentials{AuthMethod: authPost, ClientSecret: "{env.TEST_EMPTY}"}, "{env.TEST_EMPTY}"},
-		{"client_secret in a missing file", Credentials{ClientSecret: "{file." + missing + "}"}, "{file." + missing + "} is empty"},
-		{"param", Credentials{Params: map[string]string{"p": "{env.TEST_EMPTY}"}}, "param p: evaluated placeholder {env.TEST_EMPTY} is empty"},
-		{"token_request_header", Credentials{TokenRequestHeaders: map[string]string{"X-Key": "{env.TEST_EMPTY}"}}, "token_request_header X-Key: evaluated placeholder {env.TEST_EMPTY} is empty"},
+		{"client_secret in a missing file", Credentials{ClientSecret: "{file." + missing + "}"}, "client_secret: {file." + missing + "} does not exist"},
+		{"param", Credentials{Params: map[string]string{"p": "{env.TEST_EMPTY}"}}, "param p: {env.TEST_EMPTY} is empty"},
+		{"token_request_header", Credentials{TokenRequestHeaders: map[string]string{"X-Key": "{env.TEST_EMPTY}"}}, "token_request_header X-Key: {env.TEST_EMPTY} is empty"},
 		{"token_request_header of two lines", Credentials{TokenRequestHeaders: map[string]string{"X-Key": "{env.TEST_CONTROL}"}}, "token_request_header X-Key: the value holds a control character"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
