@@ -164,8 +164,14 @@ func TestClientSecretTooShortToSign(t *testing.T) {
 		server := answering(http.StatusOK, goodAnswer)
 		cl := newTestClient(t, c, server)
 		_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
-		wantTokenError(t, err, codeConfiguration, true)
+		got := wantTokenError(t, err, codeConfiguration, true)
 		wantError(t, err, fmt.Sprintf("client_secret: has %d bytes, too few for %s", need-1, alg))
+		// What is long enough for HS256 need not be longer, if the server agrees.
+		weaker := map[string]string{"HS384": "signing_alg HS256, or ", "HS512": "signing_alg HS256, or "}[alg]
+		want := fmt.Sprintf("have the authorization server issue one of %d bytes at least or, if it allows that, set %sauth_method client_secret_basic or client_secret_post", need, weaker)
+		if got.Hint != want {
+			t.Errorf("%s: got the hint %q, want %q", alg, got.Hint, want)
+		}
 		wantNoCanary(t, err)
 		if got := len(server.requests()); got != 0 {
 			t.Errorf("%s: got %d requests, want none", alg, got)

@@ -6,6 +6,8 @@ import (
 	"cmp"
 	"crypto/rand"
 	"encoding/base64"
+	"errors"
+	"fmt"
 	"net/http"
 	"net/url"
 	"time"
@@ -100,7 +102,24 @@ func (c *Credentials) clientAssertion(r resolved, audience string) (string, erro
 		}
 		key = jwt.SecretKey(r.secret, alg)
 	}
-	return c.sign(key, cmp.Or(c.AssertionTyp, typ), c.ClientID, audience, nil)
+	assertion, err := c.sign(key, cmp.Or(c.AssertionTyp, typ), c.ClientID, audience, nil)
+	if short, ok := errors.AsType[*jwt.ShortSecretError](err); ok {
+		return "", shortSecretError(short)
+	}
+	return assertion, err
+}
+
+// shortSecretError says what to do about a client_secret that is too short to sign.
+func shortSecretError(short *jwt.ShortSecretError) error {
+	instead := "auth_method " + authBasic + " or " + authPost
+	if short.Bytes >= jwt.MinSecretBytes["HS256"] {
+		instead = "signing_alg HS256, or " + instead
+	}
+	return &settingError{
+		wrong: "client_secret: " + short.Error(),
+		todo: fmt.Sprintf("have the authorization server issue one of %d bytes at least or, if it allows that, set %s",
+			jwt.MinSecretBytes[short.Alg], instead),
+	}
 }
 
 // grantAssertion makes the JWT that the token is granted for (RFC 7523 §2.1).

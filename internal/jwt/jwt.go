@@ -4,7 +4,6 @@ package jwt
 import (
 	"encoding/base64"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"regexp"
 	"strings"
@@ -15,6 +14,9 @@ import (
 
 // Sign makes a JWT with these claims. No error quotes the key.
 func (k *Key) Sign(typ string, claims map[string]any) (string, error) {
+	if secret, ok := k.key.([]byte); ok && len(secret) < MinSecretBytes[string(k.alg)] {
+		return "", &ShortSecretError{string(k.alg), len(secret)}
+	}
 	payload, err := json.Marshal(claims)
 	if err != nil {
 		return "", err
@@ -38,9 +40,6 @@ func (k *Key) Sign(typ string, claims map[string]any) (string, error) {
 }
 
 func (k *Key) signingError(err error) error {
-	if secret, ok := k.key.([]byte); ok && errors.Is(err, jose.ErrInvalidKeySize) {
-		return fmt.Errorf("client_secret: has %d bytes, too few for %s (RFC 7518 section 3.2)", len(secret), k.alg)
-	}
 	return fmt.Errorf("signing the JWT with %s failed: %w", k.alg, err)
 }
 

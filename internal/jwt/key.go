@@ -34,6 +34,20 @@ var Algorithms = []string{
 // §3.3).
 const minRSABits = 2048
 
+// MinSecretBytes are how many bytes a client's secret needs at least to sign (RFC 7518
+// §3.2).
+var MinSecretBytes = map[string]int{"HS256": 32, "HS384": 48, "HS512": 64}
+
+// A ShortSecretError says that a client's secret has too few bytes for an algorithm.
+type ShortSecretError struct {
+	Alg   string
+	Bytes int
+}
+
+func (e *ShortSecretError) Error() string {
+	return fmt.Sprintf("has %d bytes, too few for %s (RFC 7518 section 3.2)", e.Bytes, e.Alg)
+}
+
 // A Key signs JWTs.
 type Key struct {
 	key        any // a crypto.Signer, or a []byte for HS*
