@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
@@ -132,7 +133,7 @@ func TestBasicWithoutEncoding(t *testing.T) {
 // shows when the config is loaded (RFC 7617 §2).
 func TestRawBasicSendsNoIDWithAColon(t *testing.T) {
 	t.Setenv("TEST_ID", "a:b")
-	const want = "basic_encoding: raw can't send a client_id with a colon"
+	const want = "basic_encoding: raw can't send a client_id with a colon, where servers cut it (RFC 7617 section 2); set auth_method client_secret_post in its place"
 	for _, test := range []struct{ id, encoding, method, want string }{
 		{"a:b", basicRaw, "", want},
 		{"a:b", basicRaw, authBasic, want},
@@ -148,6 +149,40 @@ func TestRawBasicSendsNoIDWithAColon(t *testing.T) {
 		}})
 		if wantError(t, err, test.want); t.Failed() {
 			t.Fatalf("that was for %+v", test)
+		}
+	}
+}
+
+// People know the methods by other names, and misspell them. What they wrote is not
+// quoted: it may be a secret on the wrong line.
+func TestAuthMethodOfAnotherName(t *testing.T) {
+	const unknown = "auth_method: unknown method; "
+	for method, want := range map[string]string{
+		"self_signed_tls_client_auth": "write tls_client_auth, which presents self-signed certificates, too",
+		"mtls":                        "write tls_client_auth",
+		"basic":                       "write client_secret_basic",
+		"header":                      "write client_secret_basic",
+		"POST":                        "write client_secret_post",
+		"body":                        "write client_secret_post",
+		"client_secret":               "write client_secret_basic or client_secret_post",
+		"private_key":                 "write private_key_jwt",
+		"client_secret_pots":          "write client_secret_post",
+		"client_secret_jot":           "write client_secret_jwt", // two letters from client_secret_post
+		"client-secret-basic":         "write client_secret_basic",
+		"Client_Secret_Post":          "write client_secret_post",
+		"tls_client_aut":              "write tls_client_auth",
+		"private_key_jwts":            "write private_key_jwt",
+		"non":                         "write none",
+		"client_secret_canary":        "use one of client_secret_basic, client_secret_post, ",
+		"nine_":                       "use one of ",
+		"node":                        "write none",
+		"home":                        "use one of ", // two of four letters
+		"jwt":                         "use one of ",
+	} {
+		_, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(proxyConfig("127.0.0.1:9000", "auth_method "+method+"\n"+clientSettings)), nil)
+		wantError(t, err, unknown+want)
+		if err != nil && (!strings.Contains(err.Error(), ", at Caddyfile:4") || strings.Contains(err.Error(), "canary")) {
+			t.Errorf("%s: got %v, want the line, and not what stands there", method, err)
 		}
 	}
 }

@@ -147,7 +147,7 @@ func (c *Credentials) checkTexts() error {
 // authentication that are present.
 func (c *Credentials) checkAuth() error {
 	if c.AuthMethod != "" && !slices.Contains(authMethods, c.AuthMethod) {
-		return errors.New("auth_method: unknown method; use one of " + strings.Join(authMethods, ", "))
+		return unknownMethodError(c.AuthMethod)
 	}
 	if c.GrantType != "" && !slices.Contains(grantTypes, c.GrantType) {
 		return errors.New("grant_type: unknown grant; use one of " + strings.Join(grantTypes, ", "))
@@ -166,13 +166,59 @@ func (c *Credentials) checkAuth() error {
 	}
 	for _, name := range sortedKeys(c.Claims) {
 		if slices.Contains(reservedClaims, name) {
-			return fmt.Errorf("claim %s: is set for each JWT; sub is the subject, aud the assertion_audience, exp follows from assertion_lifetime", name)
+			return fmt.Errorf("claim %s: is set for each JWT; iss is the client_id, sub the subject, aud the assertion_audience, exp follows from assertion_lifetime", name)
 		}
 		if blank(name) || c.Claims[name] == "" {
 			return errors.New("claim: name and value must not be empty")
 		}
 	}
 	return nil
+}
+
+// otherMethods are other names of methods, and what to write for them.
+var otherMethods = map[string]string{
+	"self_signed_tls_client_auth": authTLS + ", which presents self-signed certificates, too", // RFC 8705 §2.2
+	"mtls":                        authTLS,
+	"basic":                       authBasic,
+	"header":                      authBasic,
+	"post":                        authPost,
+	"body":                        authPost,
+	"client_secret":               authBasic + " or " + authPost,
+	"private_key":                 authKeyJWT,
+}
+
+// unknownMethodError says what to write for an auth_method that is none.
+func unknownMethodError(method string) error {
+	method = strings.ToLower(method)
+	write, ok := otherMethods[method]
+	if !ok {
+		write = slices.MinFunc(authMethods, func(a, b string) int { return edits(method, a) - edits(method, b) })
+		ok = edits(method, write) <= min(2, len(write)/4) // of a short name, little would be left
+	}
+	if !ok {
+		return errors.New("auth_method: unknown method; use one of " + strings.Join(authMethods, ", "))
+	}
+	return errors.New("auth_method: unknown method; write " + write)
+}
+
+// edits returns how many letters one has to add, remove or replace to make b of a.
+func edits(a, b string) int {
+	row := make([]int, len(b)+1) // for the part of a that was read, and each part of b
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		before := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			n := before
+			if a[i] != b[j] {
+				n = 1 + min(before, row[j], row[j+1])
+			}
+			before, row[j+1] = row[j+1], n
+		}
+	}
+	return row[len(b)]
 }
 
 // checkTogether returns which settings do not fit together. c is a block with
@@ -250,7 +296,7 @@ func (c *Credentials) checkAuthTogether() error {
 	}
 	switch {
 	case c.BasicEncoding == basicRaw && strings.Contains(c.ClientID, ":"):
-		return errors.New("basic_encoding: raw can't send a client_id with a colon, where servers cut it (RFC 7617 section 2)")
+		return errors.New("basic_encoding: raw can't send a client_id with a colon, where servers cut it (RFC 7617 section 2); set auth_method client_secret_post in its place, which sends it whole")
 	case c.BindCertificate && c.ClientCertificate == nil:
 		return errors.New("bind_certificate: there is no client_certificate to bind tokens to; add one")
 	case c.ClientCertificate != nil && c.presentsOther():
