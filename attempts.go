@@ -32,6 +32,9 @@ type requester interface {
 	// concurrent reports whether several token requests may be under way at once.
 	concurrent() bool
 
+	// repeatable reports whether a token request that failed may be repeated at once.
+	repeatable() bool
+
 	// describe says who the client is. It does no I/O.
 	describe() description
 
@@ -225,7 +228,7 @@ func (a *attempts) retriesQuickly(ctx context.Context, failed attempt) bool {
 	if ctx.Err() != nil || a.failures > 0 || a.quick == quickRetries || failed.spent || leftAlone(failed.err) {
 		return false
 	}
-	if a.slot != nil && !a.slot.mayRepeat() {
+	if a.slot != nil && (!a.repeatable() || !a.slot.mayRepeat()) { // without a slot, only the issuer was asked
 		return false
 	}
 	decided := time.Now()

@@ -132,6 +132,7 @@ type failure struct {
 	ended  time.Time     // when the fetch ended
 	lasted time.Duration // how long there have been failures
 	left   time.Duration // how long the current token is valid; 0 if there is none
+	login  bool          // the request may be a login, which must not be repeated quickly
 }
 
 // kind tells failures apart whose waits grow on their own.
@@ -194,7 +195,11 @@ func (s *streak) next(f failure) (soonest, retryAt time.Time) {
 			soonest = half // nobody is refused yet, and this try may prevent it
 		}
 	}
-	if asks := f.ended.Add(min(retryAfter(f.err), maxRetryAfter)); soonest.Before(asks) {
+	least := min(retryAfter(f.err), maxRetryAfter)
+	if f.login {
+		least = max(least, permanentBackoff)
+	}
+	if asks := f.ended.Add(least); soonest.Before(asks) {
 		soonest = asks
 	}
 	if retryAt.Before(soonest) {

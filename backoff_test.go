@@ -53,6 +53,7 @@ func TestWaitAfterAFailure(t *testing.T) {
 			[2]time.Duration{3 * second / 2, 2 * second},
 			[2]time.Duration{3 * second / 2, 3 * second},
 		},
+		{"a login", 1, failure{err: errTransient, began: now.Add(-10 * second), ended: now, lasted: time.Hour, login: true}, [2]time.Duration{permanentBackoff, permanentBackoff}, [2]time.Duration{permanentBackoff, maxTransientBackoff}},
 		{"429", 1, failure{err: status(http.StatusTooManyRequests, 0), ended: now}, [2]time.Duration{second, second}, [2]time.Duration{second, second}},
 		{"429 again", 3, failure{err: status(http.StatusTooManyRequests, 0), ended: now}, [2]time.Duration{4 * second, 4 * second}, [2]time.Duration{4 * second, 4 * second}},
 		{"429 for long", 20, failure{err: status(http.StatusTooManyRequests, 0), ended: now}, [2]time.Duration{30 * second, 30 * second}, [2]time.Duration{30 * second, 30 * second}},

@@ -38,7 +38,7 @@ import (
 //		assertion_file       <file>
 //		client_certificate   <certificate> <key>
 //		bind_certificate
-//		grant_type           client_credentials | jwt_bearer
+//		grant_type           client_credentials | jwt_bearer | none | <another grant>
 //		subject              <subject>
 //		claim                <name> <value>
 //		scopes               <scope...>
@@ -46,6 +46,11 @@ import (
 //		resource             <uri...>
 //		param                <name> <value>
 //		token_request_header <field> <value>
+//		token_request        form | json
+//		token_response {
+//			access_token <pointer>
+//			expires_in   <pointer> [<unit>]
+//		}
 //		token_timeout        <duration>
 //		token_transport {
 //			<option of transport http>
@@ -59,6 +64,7 @@ import (
 //		# the life of a token
 //		refresh_before       <duration>
 //		default_lifetime     <duration>
+//		max_lifetime         <duration>
 //		retry_on             (<status> | grpc)... | off
 //		replay_body          <size> [announce]
 //
@@ -342,7 +348,9 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 	"token_request_header": func(c *Credentials, d *caddyfile.Dispenser) error {
 		return namedArg(d, &c.TokenRequestHeaders, true)
 	},
-	"token_timeout": func(c *Credentials, d *caddyfile.Dispenser) error { return durationArg(d, &c.TokenTimeout) },
+	"token_request":  func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.TokenRequest) },
+	"token_response": unmarshalTokenResponse,
+	"token_timeout":  func(c *Credentials, d *caddyfile.Dispenser) error { return durationArg(d, &c.TokenTimeout) },
 	"token_transport": func(c *Credentials, d *caddyfile.Dispenser) error {
 		if d.CountRemainingArgs() > 0 {
 			return d.Err("token_transport takes no arguments: write options of transport http in a block")
@@ -380,6 +388,7 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 		return nil
 	},
 	"refresh_before":   func(c *Credentials, d *caddyfile.Dispenser) error { return durationArg(d, &c.RefreshBefore) },
+	"max_lifetime":     func(c *Credentials, d *caddyfile.Dispenser) error { return durationArg(d, &c.MaxLifetime) },
 	"default_lifetime": func(c *Credentials, d *caddyfile.Dispenser) error { return durationArg(d, &c.DefaultLifetime) },
 	"retry_on": func(c *Credentials, d *caddyfile.Dispenser) error {
 		var args []string
@@ -423,6 +432,46 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 		}
 		return nil
 	},
+}
+
+// unmarshalTokenResponse reads where the token is in the answer:
+//
+//	token_response {
+//		access_token <pointer>
+//		expires_in   <pointer> [<unit>]
+//	}
+func unmarshalTokenResponse(c *Credentials, d *caddyfile.Dispenser) error {
+	if d.CountRemainingArgs() > 0 {
+		return d.Err("token_response takes no arguments: write access_token and expires_in in a block")
+	}
+	r := new(TokenResponse)
+	c.TokenResponse = r
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		member, into := d.Val(), &r.AccessToken
+		switch member {
+		case "access_token":
+		case "expires_in":
+			into = &r.ExpiresIn
+		default:
+			return d.Err("token_response: a line begins with neither access_token nor expires_in")
+		}
+		if *into != "" {
+			return d.Errf("token_response: %s is set twice: keep one", member)
+		}
+		if err := oneArg(d, into); err != nil {
+			return err
+		}
+		if member == "expires_in" && d.NextArg() {
+			r.ExpiresInUnit = d.Val()
+		}
+		if d.NextArg() {
+			return d.Errf("token_response: %s: too many arguments", member)
+		}
+		if err := c.checkExchange(); err != nil {
+			return d.WrapErr(err)
+		}
+	}
+	return nil
 }
 
 // oneArg reads the single argument of a setting.

@@ -6,11 +6,14 @@ import (
 	"cmp"
 	"crypto/rand"
 	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
@@ -59,7 +62,9 @@ func (c *Credentials) authenticate(r resolved, audience string, form url.Values,
 		form.Set("client_assertion", assertion)
 		secrets.Add(assertion)
 	case authTLS, authNone:
-		form.Set("client_id", c.ClientID) // RFC 8705 §2, RFC 6749 §3.2.1
+		if c.ClientID != "" { // what is granted for params may need none
+			form.Set("client_id", c.ClientID) // RFC 8705 §2, RFC 6749 §3.2.1
+		}
 	}
 	secrets.Add(r.secret)
 	return secrets, nil
@@ -68,8 +73,11 @@ func (c *Credentials) authenticate(r resolved, audience string, form url.Values,
 // authorize adds what the token is granted for. It returns the parts of the
 // request that must not be shown.
 func (c *Credentials) authorize(r resolved, audience string, form url.Values) (secrets redact.Secrets, err error) {
-	if !c.grantsByJWT() {
-		form.Set("grant_type", grantClientCredentials)
+	switch {
+	case c.sendsNoGrant():
+		return nil, nil
+	case !c.grantsByJWT():
+		form.Set("grant_type", c.grantType())
 		return nil, nil
 	}
 	assertion := r.assertion
@@ -86,6 +94,29 @@ func (c *Credentials) authorize(r resolved, audience string, form url.Values) (s
 		secrets.AddReplaced(c.Claims[name], value)
 	}
 	return secrets, nil
+}
+
+// write returns the parameters of a token request as its body, and the type of the body.
+func (c *Credentials) write(parameters url.Values) (body, contentType string, err error) {
+	if c.TokenRequest != asJSON {
+		return parameters.Encode(), "application/x-www-form-urlencoded", nil
+	}
+	object := make(map[string]any, len(parameters))
+	for name, values := range parameters {
+		for _, value := range values {
+			if !utf8.ValidString(value) { // U+FFFD would take the place of what is not
+				return "", "", fmt.Errorf("token_request: json can hold nothing but UTF-8, and the value of %s is not; write it in UTF-8, or use token_request form", name)
+			}
+		}
+		if object[name] = any(values[0]); len(values) > 1 {
+			object[name] = values
+		}
+	}
+	var text strings.Builder
+	encoder := json.NewEncoder(&text)
+	encoder.SetEscapeHTML(false) // no server needs that, and an error may quote the text
+	err = encoder.Encode(object)
+	return strings.TrimSuffix(text.String(), "\n"), "application/json", err
 }
 
 // clientAssertion makes the JWT that authenticates the client (RFC 7523 §2.2).

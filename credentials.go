@@ -150,9 +150,20 @@ type Credentials struct {
 	// over HTTP/1.1 or HTTP/2. Default: `false`.
 	BindCertificate bool `json:"bind_certificate,omitempty"`
 
-	// What the token is granted for: `client_credentials`, or `jwt_bearer`.
-	// With `jwt_bearer`, it is granted for a JWT of the client (RFC 7523
-	// section 2.1). Service accounts of some clouds need this. Default:
+	// What the token is granted for.
+	//
+	// - `client_credentials`: for the client itself
+	// - `jwt_bearer`: for a JWT of the client (RFC 7523 section 2.1). Service
+	//   accounts of some clouds need this.
+	// - the name or the URI of another grant (RFC 6749 section 4.5), such as
+	//   `account_credentials`: the gateway sends it with your `params`
+	// - `none`: for what your `params` say. The gateway leaves the parameter
+	//   out, and needs no `client_id`. Login endpoints that do not speak
+	//   OAuth need this.
+	//
+	// With the last two, the gateway repeats no token request at once, and
+	// makes only one at a time: a login could lock its user out. Grants that
+	// need a user or a user's token are refused. Default:
 	// `client_credentials`.
 	GrantType string `json:"grant_type,omitempty"`
 
@@ -195,14 +206,26 @@ type Credentials struct {
 	// evaluates to nothing, the token request fails. Default: none.
 	TokenRequestHeaders map[string]string `json:"token_request_headers,omitempty"`
 
+	// How the token request is written: `form`, as RFC 6749 asks, or `json`,
+	// as one JSON object. In the object, each parameter is a string; an
+	// `audience` or `resource` of several values is an array of strings. `json`
+	// needs the `auth_method` `client_secret_post` or `none`, and all values
+	// in UTF-8. Default: `form`.
+	TokenRequest string `json:"token_request,omitempty"`
+
+	// Where the token is in the answer, for servers that use names of their
+	// own. Default: in the members that RFC 6749 section 5.1 names.
+	TokenResponse *TokenResponse `json:"token_response,omitempty"`
+
 	// How long the gateway tries to get one token, all its tries included.
 	// After this time, it answers the requests that wait for the token with
 	// 504. If an earlier try to get a token has failed, they wait for a second
 	// at most, or three times as long as usual. If the server is silent for a
 	// quarter of this time while requests wait, the gateway asks it again
 	// beside the first token request, four times at most. It does not do so
-	// with an `assertion_file`. Of those who share a token, the longest time
-	// counts. 0 means the default. Default: `10s`.
+	// with an `assertion_file`, or with a `grant_type` of another name. Of
+	// those who share a token, the longest time counts. 0 means the default.
+	// Default: `10s`.
 	TokenTimeout caddy.Duration `json:"token_timeout,omitempty"`
 
 	// How to reach the token endpoint, with the settings of the `http`
@@ -237,11 +260,21 @@ type Credentials struct {
 	// authorization server.
 	RefreshBefore caddy.Duration `json:"refresh_before,omitempty"`
 
-	// The lifetime of a token if the server names none (`expires_in` is absent
-	// or 0). If the server repeats a token whose lifetime it has named before,
-	// the token keeps its end. Of those who share a token, the shortest time
-	// counts. 0 means the default. Default: `5m`.
+	// The lifetime of a token if the server names none: `expires_in` is absent
+	// or 0, or nobody can tell what it means. If the server repeats a token
+	// whose lifetime it has named before, the token keeps its end. Of those
+	// who share a token, the shortest time counts. 0 means the default.
+	// Default: `5m`.
 	DefaultLifetime caddy.Duration `json:"default_lifetime,omitempty"`
+
+	// How long the gateway uses a token at most, whatever lifetime the server
+	// names: some servers name it in milliseconds instead of seconds. The time
+	// counts from the token request. If the server grants the same token again
+	// after that, it counts as a new one. A reload with another time changes
+	// the end of the token that is there. Of those who share a token, the
+	// shortest time counts. At least 1 second; 0 means no limit. Default: no
+	// limit.
+	MaxLifetime caddy.Duration `json:"max_lifetime,omitempty"`
 
 	// The statuses with which the upstream may refuse the token, from 400 to
 	// 599. 16 is UNAUTHENTICATED of gRPC, and `grpc` in a Caddyfile: an answer
@@ -270,6 +303,21 @@ type ClientCertificate struct {
 
 	// The private key of the certificate. Required.
 	Key string `json:"key,omitempty"`
+}
+
+// TokenResponse says where the token is in the answer of the token endpoint.
+type TokenResponse struct {
+	// The place of the token: a JSON Pointer (RFC 6901), such as
+	// `/data/token`. What is there must be a string. Default:
+	// `/access_token`.
+	AccessToken string `json:"access_token,omitempty"`
+
+	// The place of the token's lifetime: a JSON Pointer. What is there must be
+	// a number, or a number in a string. Default: `/expires_in`.
+	ExpiresIn string `json:"expires_in,omitempty"`
+
+	// The unit of the lifetime: `ms`, `s`, `m`, `h` or `d`. Default: `s`.
+	ExpiresInUnit string `json:"expires_in_unit,omitempty"`
 }
 
 // Tenant is the header that names the tenant to the upstream.
@@ -347,24 +395,24 @@ const (
 
 var authMethods = []string{authBasic, authPost, authSecretJWT, authKeyJWT, authTLS, authNone}
 
-// The grants, as they are configured and as they are sent.
-const (
-	grantClientCredentials = "client_credentials" // RFC 6749 §4.4
-	grantJWTBearer         = "jwt_bearer"         // RFC 7523 §2.1
-	grantJWTBearerURN      = "urn:ietf:params:oauth:grant-type:jwt-bearer"
-)
-
-var grantTypes = []string{grantClientCredentials, grantJWTBearer}
-
 const (
 	basicForm = "form"
 	basicRaw  = "raw"
 )
 
+// How a token request is written.
+const (
+	asForm = "form"
+	asJSON = "json"
+)
+
 // name returns the client's name. It is valid UTF-8, because labels have to be.
 func (c *Credentials) name() string {
 	name := c.ClientID
-	if host := c.host(); host != "" {
+	switch host := c.host(); {
+	case name == "":
+		name = host
+	case host != "":
 		name = host + "/" + name
 	}
 	return strings.ToValidUTF8(cmp.Or(c.Name, name), "\uFFFD")
@@ -398,6 +446,8 @@ func (c *Credentials) authMethod() string {
 		return authBasic
 	case c.grantsByJWT():
 		return authByGrant
+	case c.sendsNoGrant() && c.PrivateKey == "" && c.AssertionFile == "" && c.ClientCertificate == nil:
+		return authNone
 	case c.PrivateKey != "" || c.AssertionFile != "":
 		return authKeyJWT
 	case c.ClientCertificate != nil:
@@ -417,10 +467,21 @@ func needsSecret(method string) bool {
 }
 
 // grantType returns what the token is granted for.
-func (c *Credentials) grantType() string { return cmp.Or(c.GrantType, grantClientCredentials) }
+func (c *Credentials) grantType() string {
+	return canonicalGrant(cmp.Or(c.GrantType, grantClientCredentials))
+}
 
 // grantsByJWT reports whether the token is granted for a JWT.
-func (c *Credentials) grantsByJWT() bool { return c.GrantType == grantJWTBearer }
+func (c *Credentials) grantsByJWT() bool { return c.grantType() == grantJWTBearer }
+
+// sendsNoGrant reports whether the token request names no grant.
+func (c *Credentials) sendsNoGrant() bool { return c.grantType() == grantNone }
+
+// grantsByParams reports whether nobody here knows what the token is granted for: the
+// params say it. It may be a login, which locks its user out after some failures.
+func (c *Credentials) grantsByParams() bool {
+	return c.grantType() != grantClientCredentials && !c.grantsByJWT()
+}
 
 // usesKey reports whether a private key signs JWTs. It signs those that do not
 // come from the assertion_file. If there is a JWT for the grant, the
@@ -454,6 +515,7 @@ func (c *Credentials) lifecycle() lifecycle {
 	return lifecycle{
 		refreshBefore:   time.Duration(c.RefreshBefore),
 		defaultLifetime: cmp.Or(time.Duration(c.DefaultLifetime), defaultTokenLifetime),
+		maxLifetime:     time.Duration(c.MaxLifetime),
 		fetchTimeout:    cmp.Or(time.Duration(c.TokenTimeout), defaultTokenTimeout),
 	}
 }
@@ -465,8 +527,9 @@ func (c *Credentials) lifecycle() lifecycle {
 func (c Credentials) shape(transportConfig []byte) ([]byte, error) {
 	c.AuthMethod, c.GrantType = c.authMethod(), c.grantType()
 	c.BasicEncoding = cmp.Or(c.BasicEncoding, basicForm)
+	c.TokenRequest = cmp.Or(c.TokenRequest, asForm)
 	c.AssertionLifetime = cmp.Or(c.AssertionLifetime, caddy.Duration(defaultAssertionLifetime))
-	c.TokenTransport, c.TokenTimeout, c.RefreshBefore, c.DefaultLifetime = nil, 0, 0, 0
+	c.TokenTransport, c.TokenTimeout, c.RefreshBefore, c.DefaultLifetime, c.MaxLifetime = nil, 0, 0, 0, 0
 	c.Name, c.Tenant, c.Headers, c.BearerHeader, c.RetryOn, c.ReplayBody = "", nil, nil, nil, nil, nil
 	c.Scopes = slices.Compact(slices.Sorted(slices.Values(c.Scopes))) // they have no order (RFC 6749 §3.3)
 	// encoding/json sorts the maps, and keeps values that follow each other
@@ -476,6 +539,23 @@ func (c Credentials) shape(transportConfig []byte) ([]byte, error) {
 		return nil, fmt.Errorf("token_transport: %w", err)
 	}
 	return shape, nil
+}
+
+// unit returns how long 1 is as a lifetime; 0 if the unit is not known.
+func (r *TokenResponse) unit() time.Duration {
+	switch r.ExpiresInUnit {
+	case "", "s":
+		return time.Second
+	case "ms":
+		return time.Millisecond
+	case "m":
+		return time.Minute
+	case "h":
+		return time.Hour
+	case "d":
+		return 24 * time.Hour
+	}
+	return 0
 }
 
 // field returns the field name, or its default.

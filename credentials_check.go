@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/jsonpointer"
 	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 )
 
@@ -21,7 +22,6 @@ var reservedParams = map[string]string{
 	"client_secret":         "use client_secret",
 	"client_assertion":      "use private_key or assertion_file",
 	"client_assertion_type": "it is set with the client_assertion",
-	"assertion":             "use grant_type jwt_bearer",
 	"scope":                 "use scopes",
 	"audience":              "use audience",
 	"resource":              "use resource",
@@ -103,8 +103,39 @@ func (c *Credentials) check() error {
 		return errors.New("refresh_before: must not be negative")
 	case c.DefaultLifetime < 0:
 		return errors.New("default_lifetime: must not be negative")
+	case c.MaxLifetime != 0 && time.Duration(c.MaxLifetime) < minLifetime:
+		return fmt.Errorf("max_lifetime: must be %v at least", minLifetime)
+	}
+	if err := c.checkExchange(); err != nil {
+		return err
 	}
 	return c.checkHeaders()
+}
+
+// checkExchange checks how the token request is written, and how its answer is read.
+func (c *Credentials) checkExchange() error {
+	if c.TokenRequest != "" && c.TokenRequest != asForm && c.TokenRequest != asJSON {
+		return fmt.Errorf("token_request: use %s or %s", asForm, asJSON)
+	}
+	r := c.TokenResponse
+	if r == nil {
+		return nil
+	}
+	if r.AccessToken == "" && r.ExpiresIn == "" {
+		return errors.New("token_response: names no member; name access_token, expires_in or both, or remove it")
+	}
+	for _, member := range []struct{ name, pointer string }{{"access_token", r.AccessToken}, {"expires_in", r.ExpiresIn}} {
+		if _, err := jsonpointer.Parse(member.pointer); err != nil && member.pointer != "" {
+			return fmt.Errorf("token_response: %s: %w", member.name, err)
+		}
+	}
+	switch {
+	case r.ExpiresInUnit != "" && r.ExpiresIn == "":
+		return errors.New("token_response: a unit stands behind the place of expires_in; name that, too")
+	case r.unit() == 0:
+		return errors.New("token_response: expires_in: the unit is ms, s, m, h or d")
+	}
+	return nil
 }
 
 // checkReplay checks replay_body.
@@ -137,7 +168,7 @@ func (c *Credentials) checkTexts() error {
 			return fmt.Errorf("%s: holds nothing but white space; write a value, or remove the setting", withoutName(setting))
 		}
 		if checkUTF8(setting) != nil || checkUTF8(values[setting]) != nil {
-			return fmt.Errorf("%s: is not UTF-8, which is all that a config can hold; a secret of other bytes can stand in a file that {file.*} names", setting)
+			return fmt.Errorf("%s: is not UTF-8, which is all that a config can hold; a secret of other bytes can stand in a file that {file.*} names", withoutName(setting))
 		}
 	}
 	return nil
@@ -149,8 +180,8 @@ func (c *Credentials) checkAuth() error {
 	if c.AuthMethod != "" && !slices.Contains(authMethods, c.AuthMethod) {
 		return unknownMethodError(c.AuthMethod)
 	}
-	if c.GrantType != "" && !slices.Contains(grantTypes, c.GrantType) {
-		return errors.New("grant_type: unknown grant; use one of " + strings.Join(grantTypes, ", "))
+	if err := checkGrantType(c.GrantType); err != nil {
+		return err
 	}
 	if c.BasicEncoding != "" && c.BasicEncoding != basicForm && c.BasicEncoding != basicRaw {
 		return fmt.Errorf("basic_encoding: unknown encoding; use %s or %s", basicForm, basicRaw)
@@ -193,32 +224,12 @@ func unknownMethodError(method string) error {
 	write, ok := otherMethods[method]
 	if !ok {
 		write = slices.MinFunc(authMethods, func(a, b string) int { return edits(method, a) - edits(method, b) })
-		ok = edits(method, write) <= min(2, len(write)/4) // of a short name, little would be left
+		ok = isSlip(method, write)
 	}
 	if !ok {
 		return errors.New("auth_method: unknown method; use one of " + strings.Join(authMethods, ", "))
 	}
 	return errors.New("auth_method: unknown method; write " + write)
-}
-
-// edits returns how many letters one has to add, remove or replace to make b of a.
-func edits(a, b string) int {
-	row := make([]int, len(b)+1) // for the part of a that was read, and each part of b
-	for j := range row {
-		row[j] = j
-	}
-	for i := range len(a) {
-		before := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			n := before
-			if a[i] != b[j] {
-				n = 1 + min(before, row[j], row[j+1])
-			}
-			before, row[j+1] = row[j+1], n
-		}
-	}
-	return row[len(b)]
 }
 
 // checkTogether returns which settings do not fit together. c is a block with
@@ -264,6 +275,9 @@ func (c *Credentials) checkAuthTogether() error {
 		with = "client_secret (auth_method is " + method + " by default)"
 	}
 	signing, granting := with, "grant_type "+c.grantType()
+	if c.grantsByParams() {
+		granting = "this grant_type" // which nobody here knows
+	}
 	if c.AssertionFile != "" { // the JWT in it takes the place of a JWT that would be signed
 		if c.grantsByJWT() {
 			granting = "assertion_file"
@@ -293,6 +307,12 @@ func (c *Credentials) checkAuthTogether() error {
 		if setting.set && !setting.used {
 			return fmt.Errorf("%s has no effect with %s: remove one of the two", setting.name, setting.with)
 		}
+	}
+	if _, ok := c.Params["assertion"]; ok && !c.grantsByParams() {
+		return errors.New("param assertion: has a setting of its own: use grant_type jwt_bearer, or name another grant")
+	}
+	if c.TokenRequest == asJSON && method != authPost && method != authNone {
+		return fmt.Errorf("token_request: json can hold no other way to authenticate than %s and none: set auth_method to one of them", authPost)
 	}
 	switch {
 	case c.BasicEncoding == basicRaw && strings.Contains(c.ClientID, ":"):
@@ -355,6 +375,10 @@ func (c *Credentials) missing() string {
 func (c *Credentials) missingAuth() string {
 	method := c.authMethod()
 	switch {
+	case c.ClientID == "" && c.sendsNoGrant() && method == authNone:
+		return ""
+	case c.ClientID == "" && c.sendsNoGrant() && method == authTLS && (c.ClientCertificate != nil || c.presentsOther()):
+		return ""
 	case c.ClientID == "" && (c.AssertionFile == "" || c.signs() || (method != authKeyJWT && method != authByGrant)):
 		return "client_id is missing"
 	case c.usesKey() && c.PrivateKey == "" && c.ClientCertificate == nil && c.AssertionFile != "":
@@ -463,6 +487,9 @@ func withoutName(setting string) string {
 // be sent as text. It allows other braces, because generated secrets contain any
 // character.
 func checkSecretTemplate(setting, template string) error {
+	if strings.Contains(template, "{http.request.uri.path.file.") { // so the Caddyfile expands the file's name without a path
+		return fmt.Errorf("%s: Caddy takes a {file.*} without a path for a part of a request's path; write one, such as {file./run/secrets/name} or {file../name}", withoutName(setting))
+	}
 	for _, prefix := range requestNamespaces {
 		if strings.Contains(template, prefix) {
 			return fmt.Errorf("%s: %s*} placeholders have no value in a token request; use {env.*} or {file.*}", withoutName(setting), prefix)

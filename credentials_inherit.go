@@ -40,6 +40,8 @@ func (c Credentials) inherit(base *Credentials) Credentials {
 	c.Resource = orList(c.Resource, base.Resource)
 	c.Params = union(base.Params, c.Params)
 	c.TokenRequestHeaders = union(base.TokenRequestHeaders, c.TokenRequestHeaders)
+	c.TokenRequest = cmp.Or(c.TokenRequest, base.TokenRequest)
+	c.TokenResponse = cmp.Or(c.TokenResponse, base.TokenResponse)
 	c.TokenTimeout = cmp.Or(c.TokenTimeout, base.TokenTimeout)
 	c.TokenTransport = cmp.Or(c.TokenTransport, base.TokenTransport)
 	c.Tenant = cmp.Or(c.Tenant, base.Tenant)
@@ -47,6 +49,7 @@ func (c Credentials) inherit(base *Credentials) Credentials {
 	c.BearerHeader = cmp.Or(c.BearerHeader, base.BearerHeader)
 	c.RefreshBefore = cmp.Or(c.RefreshBefore, base.RefreshBefore)
 	c.DefaultLifetime = cmp.Or(c.DefaultLifetime, base.DefaultLifetime)
+	c.MaxLifetime = cmp.Or(c.MaxLifetime, base.MaxLifetime)
 	c.RetryOn = orList(c.RetryOn, base.RetryOn)
 	if !c.neverRetries() { // otherwise nothing uses it
 		c.ReplayBody = cmp.Or(c.ReplayBody, base.ReplayBody)

@@ -134,6 +134,8 @@ func settingChanges(t *testing.T) map[string]settingChange {
 		"resource":             secret(nil, func(c *Credentials) { c.Resource = []string{"https://billing.example.com"} }),
 		"param":                secret(nil, func(c *Credentials) { c.Params = map[string]string{"organization": "globex"} }),
 		"token_request_header": secret(nil, func(c *Credentials) { c.TokenRequestHeaders = map[string]string{"X-Api-Version": "3"} }),
+		"token_request":        secret(func(c *Credentials) { c.AuthMethod = authPost }, func(c *Credentials) { c.TokenRequest = asJSON }),
+		"token_response":       secret(nil, func(c *Credentials) { c.TokenResponse = &TokenResponse{AccessToken: "/data/token"} }),
 		"token_timeout":        secret(nil, func(c *Credentials) { c.TokenTimeout = caddy.Duration(7 * time.Second) }),
 		"token_transport": secret(nil, func(c *Credentials) {
 			c.TokenTransport = &reverseproxy.HTTPTransport{LocalAddress: "127.0.0.2"}
@@ -143,6 +145,7 @@ func settingChanges(t *testing.T) map[string]settingChange {
 		"bearer_header":    secret(nil, func(c *Credentials) { c.BearerHeader = &BearerHeader{Field: "X-Token"} }),
 		"refresh_before":   secret(nil, func(c *Credentials) { c.RefreshBefore = caddy.Duration(2 * time.Minute) }),
 		"default_lifetime": secret(nil, func(c *Credentials) { c.DefaultLifetime = caddy.Duration(2 * time.Hour) }),
+		"max_lifetime":     secret(nil, func(c *Credentials) { c.MaxLifetime = caddy.Duration(3 * time.Hour) }),
 		"retry_on":         secret(nil, func(c *Credentials) { c.RetryOn = []int{403} }),
 		"replay_body":      secret(nil, func(c *Credentials) { c.ReplayBody = &ReplayBody{Size: 4096, Announce: true} }),
 	}
@@ -456,7 +459,7 @@ func loadCredentials(t *testing.T, a, b Credentials) (first, second *client) {
 func TestWhatShapesTheTokenRequestTellsSourcesApart(t *testing.T) {
 	onlyForTheUpstream := []string{
 		"name", "tenant", "header", "bearer_header", "retry_on", "replay_body",
-		"token_timeout", "refresh_before", "default_lifetime", // only when and how long
+		"token_timeout", "refresh_before", "default_lifetime", "max_lifetime", // only when and how long
 	}
 	eachSetting(t, func(t *testing.T, _ int, base, _, changed Credentials) {
 		a, b := loadCredentials(t, base, changed)

@@ -60,6 +60,7 @@ func (c crowdClient) locate(context.Context, redact.Secrets) (*url.URL, error) {
 
 func (c crowdClient) fingerprint(context.Context) string { return "secret" }
 func (c crowdClient) concurrent() bool                   { return true }
+func (c crowdClient) repeatable() bool                   { return true }
 func (c crowdClient) describe() description {
 	return description{name: fmt.Sprint("client ", c.n), ClientID: fmt.Sprint(c.n)}
 }

@@ -104,6 +104,7 @@ func TestValidate(t *testing.T) {
 		{"the request in scopes", local, clientSettings + "scopes {host}", "scopes: " + unknown},
 		{"the request in audience", local, clientSettings + "audience {host}", "audience: " + unknown},
 		{"the request in client_secret", local, noSecret + "client_secret {header.X-Secret}", "client_secret: {http.*} placeholders have no value in a token request; use {env.*} or {file.*}"},
+		{"a file without a path", local, noSecret + "client_secret {file.secret}", "client_secret: Caddy takes a {file.*} without a path for a part of a request's path"},
 		{"the request in part of client_secret", local, noSecret + "client_secret prefix-{vars.secret}", "client_secret: {http.*} placeholders"},
 		{"the request in param", local, clientSettings + "param organization {host}", "param: {http.*} placeholders"},
 		{"the request in token_request_header", local, clientSettings + "token_request_header X-Caller {remote_host}", "token_request_header: {http.*} placeholders"},

@@ -47,6 +47,7 @@ func (f *foe) fingerprint(ctx context.Context) string {
 	return "secret"
 }
 func (f *foe) concurrent() bool      { return true }
+func (f *foe) repeatable() bool      { return true }
 func (f *foe) describe() description { return description{name: "client " + f.id, ClientID: f.id} }
 func (f *foe) fetched(_ *token, err *fetchError, _ int) {
 	if err != nil && f.told != nil {

@@ -126,6 +126,7 @@ func TestReloadInAnOutageKeepsTheToken(t *testing.T) {
 		"token_timeout":    "token_timeout 30s",
 		"refresh_before":   "refresh_before 5m",
 		"default_lifetime": "default_lifetime 10m",
+		"max_lifetime":     "max_lifetime 10m",
 		"token_transport":  "token_transport {\nresponse_header_timeout 20s\nmax_conns_per_host 3\nversions 1.1 2\n}",
 		"order of scopes":  "scopes b a",
 	} {

@@ -116,6 +116,8 @@ func (u *simulatedUser) request(ctx context.Context, _ *url.URL, _ redact.Secret
 
 func (u *simulatedUser) concurrent() bool { return u.config.concurrent }
 
+func (u *simulatedUser) repeatable() bool { return true }
+
 func (u *simulatedUser) fingerprint(context.Context) string {
 	u.mu.Lock()
 	defer u.mu.Unlock()

@@ -60,7 +60,7 @@ func TestStatusOfASource(t *testing.T) {
 
 		failed := errors.New("no answer")
 		source.mu.Lock()
-		source.fail(&fetch{started: time.Now()}, failed, time.Now())
+		source.fail(&fetch{started: time.Now(), attempts: attempts{requester: new(scriptedRequester)}}, failed, time.Now())
 		source.mu.Unlock()
 		if s := wantState(stateExpired); s.failures != 1 || !errors.Is(s.err, failed) || s.retryAt.IsZero() {
 			t.Errorf("got %d failures, err %v, retry at %v, want one failure", s.failures, s.err, s.retryAt)

@@ -4,7 +4,6 @@ package outboundauth
 
 import (
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"math/rand/v2"
 	"time"
@@ -41,6 +40,7 @@ func (t *token) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("token")) }
 type grant struct {
 	accessToken string
 	lifetime    time.Duration // 0 if the server named no lifetime
+	odd         string        // why nobody can tell which lifetime the server named
 	scope       string        // what the server says; "" if it granted what was asked for
 
 	// When the token was asked for. Its life did not begin before that.
@@ -61,7 +61,7 @@ func (g grant) repeats(current *token) (grant, error) {
 	left := current.expires.Sub(g.issued.Round(0))
 	switch {
 	case left <= 0 && g.lifetime == 0:
-		return g, errors.New("the server repeats a token that has expired, and names no new lifetime (expires_in)")
+		return g, &settingError{wrong: "granted, but the server repeats a token that has expired, and names no new lifetime (expires_in)", todo: "ask who runs it"}
 	case left > 0 && (g.lifetime == 0 || left < g.lifetime):
 		g.lifetime = left
 	}
@@ -75,6 +75,7 @@ type lifecycle struct {
 	refreshBefore   time.Duration // 0 means 26 % of the lifetime
 	orByDefault     bool          // 26 % of the lifetime, if that is longer than refreshBefore
 	defaultLifetime time.Duration
+	maxLifetime     time.Duration // 0 means no limit
 	fetchTimeout    time.Duration
 }
 
@@ -84,8 +85,24 @@ func (l lifecycle) strictest(other lifecycle) lifecycle {
 		refreshBefore:   max(l.refreshBefore, other.refreshBefore),
 		orByDefault:     l.orByDefault || other.orByDefault || (l.refreshBefore == 0) != (other.refreshBefore == 0),
 		defaultLifetime: min(l.defaultLifetime, other.defaultLifetime),
+		maxLifetime:     shorter(l.maxLifetime, other.maxLifetime),
 		fetchTimeout:    max(l.fetchTimeout, other.fetchTimeout),
 	}
+}
+
+// A shorter lifetime counts as minLifetime, so that no server is asked without a
+// pause. A longer one counts as maxLifetime, so that no sum of instants overflows.
+const (
+	minLifetime = 1 * time.Second
+	maxLifetime = 10 * 365 * 24 * time.Hour
+)
+
+// shorter returns the shorter limit; 0 is no limit.
+func shorter(a, b time.Duration) time.Duration {
+	if a == 0 || b == 0 {
+		return max(a, b)
+	}
+	return min(a, b)
 }
 
 // The parts of a token's life, as divisors of its length or in percent.
@@ -116,7 +133,11 @@ func (l lifecycle) newToken(g grant, current *token) (*token, error) {
 	t := l.token(g, now)
 	if t.inReserve(now) {
 		life, age := t.expires.Sub(g.issued.Round(0)), now.Sub(g.issued)
-		return nil, fmt.Errorf("the token lives for %v, but took %v to get: nothing is left of it", life, age.Round(time.Millisecond))
+		todo := "have the server issue tokens that live longer"
+		if life == l.maxLifetime {
+			todo = "raise max_lifetime"
+		}
+		return nil, &settingError{wrong: fmt.Sprintf("granted, but the token lives for %v and took %v to get: nothing is left of it", life, age.Round(time.Millisecond)), todo: todo}
 	}
 	return t, nil
 }
@@ -127,6 +148,9 @@ func (l lifecycle) token(g grant, obtained time.Time) *token {
 	life := g.lifetime
 	if life == 0 {
 		life = l.defaultLifetime
+	}
+	if l.maxLifetime > 0 {
+		life = min(life, l.maxLifetime)
 	}
 	if g.binding != nil { // nobody accepts the token without the certificate
 		if left := g.binding.Leaf.NotAfter.Sub(g.issued); left > 0 {

@@ -819,7 +819,7 @@ func (s *tokenSource) fail(f *fetch, err error, now time.Time) *fetchError {
 	if isPermanent(err) {
 		s.failedWith, s.warming = f.attempts.secrets, false
 	}
-	last := failure{err: err, began: f.attempts.tried, ended: now, lasted: now.Sub(s.failingFrom)}
+	last := failure{err: err, began: f.attempts.tried, ended: now, lasted: now.Sub(s.failingFrom), login: !f.attempts.repeatable()}
 	if s.valid(now) {
 		last.left = s.current.expires.Sub(now)
 	}
@@ -828,7 +828,7 @@ func (s *tokenSource) fail(f *fetch, err error, now time.Time) *fetchError {
 		retryAt = soonest // requests are refused meanwhile
 	}
 	s.lastErr = &fetchError{err: err, retryAt: retryAt, soonest: soonest}
-	if s.server != nil && !s.unused() && !leftAlone(err) { // see rest
+	if s.server != nil && !s.unused() && !leftAlone(err) && !last.login { // see rest
 		s.server.remind(s, s.revived)
 	}
 	return s.lastErr

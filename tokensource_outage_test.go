@@ -382,6 +382,53 @@ func TestSourceOutlivesItsLastUser(t *testing.T) {
 	}
 }
 
+// max_lifetime ends a token, whatever the server says: also the one that is there, and one
+// that the server repeats.
+func TestMaxLifetime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r, strict := &scriptedRequester{lifetime: 1000 * time.Hour}, &scriptedRequester{lifetime: 1000 * time.Hour}
+		s := newTestSource(t, r)
+		expectToken(t, s, "t1", 0)
+		start := time.Now()
+		time.Sleep(time.Minute)
+		limited := testLife
+		limited.maxLifetime = 10 * time.Minute
+		s.attach(strict, limited)
+		s.begin(strict)
+		if got := s.Peek().expires.Sub(start); got != 10*time.Minute {
+			t.Errorf("got a token that lives for %v, want 10m", got)
+		}
+		time.Sleep(10 * time.Minute)
+		if got, _, err := s.Token(t.Context()); err != nil || time.Until(got.expires) > 10*time.Minute {
+			t.Errorf("got a token for %v, err %v, want 10m at most", time.Until(got.expires), err)
+		}
+
+		limited.maxLifetime = time.Second
+		stricter := &scriptedRequester{}
+		s.attach(stricter, limited)
+		s.begin(stricter)
+		if got := s.Peek(); got != nil && time.Until(got.expires) > time.Second {
+			t.Errorf("got a token for %v, want a second at most", time.Until(got.expires))
+		}
+	})
+	now := time.Now()
+	life := lifecycle{maxLifetime: 10 * time.Minute}
+	first, err := life.newToken(grant{accessToken: "t", lifetime: time.Hour, issued: now}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The server repeats it before its end, which stays.
+	again, err := grant{accessToken: "t", lifetime: time.Hour, issued: now.Add(4 * time.Minute)}.repeats(first)
+	if err != nil || again.lifetime != 6*time.Minute {
+		t.Errorf("got a grant for %v, err %v, want 6m", again.lifetime, err)
+	}
+	// After the end, it counts as a new one.
+	again, err = grant{accessToken: "t", lifetime: time.Hour, issued: now.Add(15 * time.Minute)}.repeats(first)
+	if got := life.token(again, now).expires; err != nil || !got.Equal(now.Add(25*time.Minute).Round(0)) {
+		t.Errorf("got a token until %v, err %v, want 10m after it was granted again", got, err)
+	}
+}
+
 // The strictest settings of those who share a source count, for its token too.
 func TestStrictestSettingsCount(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -396,7 +443,7 @@ func TestStrictestSettingsCount(t *testing.T) {
 		if got.value != "t1" || got.expires.Sub(start) != time.Minute || got.refreshAt.Sub(start) > 30*time.Second {
 			t.Errorf("got %q, until %v, renewed after %v, want t1, a minute and half of that", got.value, got.expires.Sub(start), got.refreshAt.Sub(start))
 		}
-		if want := (lifecycle{30 * time.Second, true, time.Minute, time.Minute}); s.life != want {
+		if want := (lifecycle{30 * time.Second, true, time.Minute, 0, time.Minute}); s.life != want {
 			t.Errorf("got %+v, want %+v", s.life, want)
 		}
 		s.detach(strict, func() {})
@@ -407,9 +454,9 @@ func TestStrictestSettingsCount(t *testing.T) {
 }
 
 func TestStrictest(t *testing.T) {
-	a := lifecycle{refreshBefore: 0, defaultLifetime: 5, fetchTimeout: 5}
-	b := lifecycle{refreshBefore: 9, defaultLifetime: 6, fetchTimeout: 4}
-	want := lifecycle{refreshBefore: 9, orByDefault: true, defaultLifetime: 5, fetchTimeout: 5}
+	a := lifecycle{refreshBefore: 0, defaultLifetime: 5, maxLifetime: 0, fetchTimeout: 5}
+	b := lifecycle{refreshBefore: 9, defaultLifetime: 6, maxLifetime: 7, fetchTimeout: 4}
+	want := lifecycle{refreshBefore: 9, orByDefault: true, defaultLifetime: 5, maxLifetime: 7, fetchTimeout: 5}
 	if a.strictest(a) != a || b.strictest(b) != b {
 		t.Error("got other settings than those that both have")
 	}

@@ -219,7 +219,7 @@ func TestTokenThatExpiredOnItsWayIsAnError(t *testing.T) {
 		if got := ask(t.Context(), s); got.err == nil || got.waited != r.delay {
 			t.Errorf("Token() = %v, want an error after %v", got, r.delay)
 		} else {
-			wantError(t, got.err, "the token lives for 1s, but took 900ms to get: nothing is left of it")
+			wantError(t, got.err, "the token lives for 1s and took 900ms to get: nothing is left of it")
 		}
 		expectCached(t, s, nil)
 

@@ -24,6 +24,7 @@ type scriptedRequester struct {
 	secret   func() string                              // nil: it never changes
 	told     func(t *token, err *fetchError, after int) // nil: not of interest
 	alone    bool                                       // one request at a time
+	once     bool                                       // no request is repeated at once
 
 	mu     sync.Mutex
 	host   string
@@ -80,6 +81,8 @@ func (r *scriptedRequester) fingerprint(context.Context) string {
 }
 
 func (r *scriptedRequester) concurrent() bool { return !r.alone }
+
+func (r *scriptedRequester) repeatable() bool { return !r.once }
 
 func (r *scriptedRequester) describe() description { return description{name: "scripted"} }
 
