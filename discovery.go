@@ -9,14 +9,12 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
 
-	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -83,16 +81,11 @@ func (d *discovery) warnOlder(err error) {
 // name: the issuer's host, if the endpoint repeats one of the secrets.
 func (d *discovery) show(u *url.URL, secrets redact.Secrets) (host string) {
 	shown, host := shownText(withoutQuery(u), maxShownDescription, secrets), u.Host
-	if shown == withheld {
+	if shown == withheld || secrets.In(host) { // of a long URL, only the beginning is searched
 		host = d.issuer.Host
 	}
 	d.shown.Store(&shown)
 	return host
-}
-
-// withoutQuery returns scheme, host and path of a URL. The rest may hold a key.
-func withoutQuery(u *url.URL) string {
-	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path, RawPath: u.RawPath}).String()
 }
 
 // wellKnown returns where the metadata may be. RFC 8414 §3.1 puts the well-known
@@ -145,6 +138,9 @@ func tellsMore(second, first *tokenError) bool {
 	}
 	return rank(second) > rank(first)
 }
+
+// maxHost is how long the host of a URL may be: a name (RFC 1035 §2.3.4) and a port.
+const maxHost = 253 + len(":65535")
 
 // maxRedirects is how many redirects are followed from one place.
 const maxRedirects = 3
@@ -315,6 +311,10 @@ func (d *discovery) parseEndpoint(m *metadata, raw string) (*url.URL, error) {
 	if err != nil {
 		return nil, err
 	}
+	// Errors name the host, and the log has them.
+	if len(u.Host) > maxHost || redact.Clean(u.Host, maxHost) != u.Host {
+		return nil, errors.New("has a host that is no name of a server")
+	}
 	return u, d.keepOut(m, u)
 }
 
@@ -336,17 +336,7 @@ func (d *discovery) keepOut(m *metadata, u *url.URL) error {
 // authentication. The client uses it all the same: what servers publish is not
 // always true.
 func (d *discovery) warnUnsupported(m *metadata) {
-	method, setting := d.credentials.authMethod(), ""
-	var supported, known []string
-	switch {
-	case method != authByGrant && method != authNone && len(m.authMethods) > 0 && !supports(m.authMethods, method):
-		setting, supported, known = "auth_method", m.authMethods, append(slices.Clone(authMethods), authTLSSelfSigned)
-	case (method == authKeyJWT || method == authSecretJWT) && d.credentials.SigningAlg != "" &&
-		len(m.signingAlgs) > 0 && !slices.Contains(m.signingAlgs, d.credentials.SigningAlg):
-		setting, supported, known = "signing_alg", m.signingAlgs, slices.Clone(jwt.Algorithms)
-	}
-	// The server may list anything, so only what is known here is shown.
-	names := strings.Join(slices.DeleteFunc(known, func(name string) bool { return !slices.Contains(supported, name) }), " ")
+	setting, names := m.unlisted(d.credentials)
 	now := setting + " " + names
 	before := d.warned.Swap(&now)
 	if setting == "" || (before != nil && *before == now) {
@@ -354,15 +344,5 @@ func (d *discovery) warnUnsupported(m *metadata) {
 	}
 	d.logger.Warn("the authorization server does not list what is configured; check "+setting,
 		append(d.credentials.logFields(), zap.String("issuer", d.credentials.Issuer),
-			zap.String("auth_method", method), zap.String("supported", names))...)
-}
-
-// authTLSSelfSigned is the name of authTLS in metadata if the certificate is
-// self-signed (RFC 8705 §2.2).
-const authTLSSelfSigned = "self_signed_tls_client_auth"
-
-// supports reports whether a list of methods has this method. Self-signed
-// certificates have a name of their own there (RFC 8705 §2.2).
-func supports(methods []string, method string) bool {
-	return slices.Contains(methods, method) || (method == authTLS && slices.Contains(methods, authTLSSelfSigned))
+			zap.String("auth_method", d.credentials.authMethod()), zap.String("supported", names))...)
 }

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/keytest"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -794,7 +796,7 @@ func TestIssuerIsCheckedAtLoad(t *testing.T) {
 	t.Setenv("TEST_ISSUER", testIssuer+"/tenant")
 	t.Setenv("TEST_BAD_ISSUER", testIssuer+"/?"+canarySecret)
 	t.Setenv("TEST_METADATA_PLACE", openidPlace)
-	const metadataPlace = "issuer: is the address of the issuer's metadata; write the issuer without `/.well-known/`"
+	const metadataPlace = "issuer: is the address of the issuer's metadata: write the issuer itself, without `/.well-known/`"
 	for _, test := range []struct{ issuer, want string }{
 		{testIssuer, ""},
 		{"http://127.0.0.1:1/tenant", ""},
@@ -866,4 +868,45 @@ func TestOvertakenRequestLeavesTheMetadata(t *testing.T) {
 	}
 	eventually(t, func() bool { return len(goroutines()) == 0 }, "the end of both requests")
 	p.wantAsked(t, "GET "+oauthPlace, "POST "+tokenPlace, "POST "+tokenPlace, "POST "+tokenPlace)
+}
+
+// The host of an endpoint is in errors, so it is the name of a server or nothing.
+func TestHostsThatAreNoNames(t *testing.T) {
+	for _, host := range []string{strings.Repeat("a", 5000) + "." + canarySecret + ".example", "a%C2%9B31m%E2%80%AEb.example", strings.Repeat("%E2%80%8B", 500) + canarySecret} {
+		p := newPublisher(document(testIssuer, "https://"+host+"/token"))
+		cl, _ := discovering(t, issuerSecret, p)
+		_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
+		wantError(t, err, "has a host that is no name of a server")
+		wantNoCanary(t, err)
+	}
+}
+
+// A bad issuer could have JWTs signed for another server.
+func TestNoAdviceToSignForAnotherServer(t *testing.T) {
+	key := writeFile(t, filepath.Join(t.TempDir(), "key"), keytest.PKCS8(t, keytest.New(t)))
+	p := newPublisher(document(testIssuer, "https://honest.example.com/token"))
+	p.publish("https://honest.example.com/token", page(http.StatusUnauthorized, `{"error":"invalid_client"}`))
+	cl, _ := discovering(t, issuerClient+"private_key "+key, p)
+	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
+	wantError(t, err, "(check private_key, key_id and assertion_audience)")
+}
+
+// A login whose endpoint has moved finds it again, with the next request.
+func TestLoginEndpointMoves(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		p := newPublisher(document(testIssuer, tokenPlace))
+		cl, _ := discovering(t, "issuer "+testIssuer+"\ngrant_type none\nparam user a", p)
+		if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Minute)
+		p.publish(tokenPlace, page(http.StatusOK, "<html>moved"))
+		p.publish(oauthPlace, page(http.StatusOK, document(testIssuer, movedPlace)))
+		if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err == nil {
+			t.Error("got a token, want an error: a login is not repeated at once")
+		}
+		if _, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil {
+			t.Errorf("got %v, want a token of the new place", err)
+		}
+	})
 }

@@ -402,6 +402,9 @@ func TestTroubleshootingQuotesMessages(t *testing.T) {
 			}
 		}
 	}
+	for _, answer := range servedAnswers { // messages that are put together
+		messages += answer.want + "\n"
+	}
 	varying := regexp.MustCompile(`…|: |\(|\)|^check |\d+(\.\d+)+(:\d+)?`)
 	for _, quote := range quotes {
 		for _, part := range varying.Split(quote[1], -1) {

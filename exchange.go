@@ -125,6 +125,11 @@ func newServerRequest(ctx context.Context, method string, u *url.URL, header htt
 	return req
 }
 
+// withoutQuery returns scheme, host and path of a URL. The rest may hold a key.
+func withoutQuery(u *url.URL) string {
+	return (&url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path, RawPath: u.RawPath}).String()
+}
+
 // maxAnswer is the size of the largest answer that is accepted, in bytes.
 // RFC 6749 §5.1 does not limit a token. Real tokens have a few kilobytes.
 const maxAnswer = 1 << 20

@@ -41,7 +41,7 @@ func TestMissingTokenGoesThroughHandleErrors(t *testing.T) {
 		{
 			"not JSON", "", refusing(http.StatusOK, `<html>`),
 			http.StatusServiceUnavailable,
-			[]string{"not a JSON object"},
+			[]string{"no JSON object"},
 			0,
 		},
 		{

@@ -22,58 +22,71 @@ var hintedCodes = []string{
 	"invalid_request", "use_dpop_nonce", "invalid_dpop_proof",
 }
 
+// adviceOn returns what a client is told that was refused with a code.
+func (c *Credentials) adviceOn(code string) string {
+	return denial{
+		tokenError:  &tokenError{Status: http.StatusBadRequest, Code: code, answer: answerOAuthError, permanent: true},
+		Credentials: c, presented: new(clientcert.Presented), sent: resolved{secret: "plain"},
+	}.advice()
+}
+
 func TestHintNamesTheSettings(t *testing.T) {
+	const whatever = "check scopes and auth_method, and whether the client may use the client_credentials grant"
 	for _, test := range []struct {
 		way, code string
 		want      string
 	}{
-		{"basic", "invalid_client", "check client_id, client_secret, auth_method and basic_encoding"},
+		{"basic", "invalid_client", "check client_id, client_secret and auth_method"},
 		{"post", "invalid_client", "check client_id, client_secret and auth_method"},
-		{"none", "invalid_client", "check client_id, client_secret and auth_method"},
-		{"client_secret_jwt", "invalid_client", "check client_id, client_secret, auth_method, signing_alg and assertion_audience"},
-		{"private_key_jwt", "invalid_client", "check client_id, private_key, key_id, auth_method, signing_alg and assertion_audience"},
+		{"none", "invalid_client", "set client_secret, if the client has one; or check client_id"},
+		{"client_secret_jwt", "invalid_client", "check client_secret, assertion_audience and auth_method"},
+		{"private_key_jwt", "invalid_client", "check private_key, key_id and assertion_audience"},
 		{"assertion_file", "invalid_client", "check assertion_file (issuer, subject, audience and expiry of its JWT), client_id and auth_method"},
-		{"tls_client_auth", "invalid_client", "check client_id, client_certificate and auth_method"},
-		{"jwt_bearer, implied", "invalid_client", "check client_id, subject, claim, private_key, key_id, signing_alg and assertion_audience"},
-		{"jwt_bearer of a file, implied", "invalid_client", "check assertion_file: issuer, subject, audience and expiry of its JWT"},
-		{"jwt_bearer", "invalid_grant", "check client_id, subject, claim, private_key, key_id, signing_alg and assertion_audience"},
-		{"jwt_bearer of a file", "invalid_grant", "check assertion_file: issuer, subject, audience and expiry of its JWT"},
-		{"basic", "invalid_grant", ""},
+		{"jwt_bearer, implied", "invalid_client", "check subject, private_key and client_id"},
+		{"jwt_bearer of a file, implied", "invalid_client", "check assertion_file (issuer, subject, audience and expiry of its JWT)"},
+		{"jwt_bearer", "invalid_grant", "check subject, private_key and client_id"},
+		{"jwt_bearer of a file", "invalid_grant", "check assertion_file (issuer, subject, audience and expiry of its JWT)"},
+		{"basic", "invalid_grant", "check client_id, client_secret and scopes"},
 		{"basic", "unauthorized_client", "allow this client the client_credentials grant at the authorization server"},
 		{"jwt_bearer", "unauthorized_client", "allow this client the jwt-bearer grant for this subject at the authorization server"},
-		{"basic", "unsupported_grant_type", "check token_url and grant_type: the server does not offer the client_credentials grant there"},
-		{"jwt_bearer", "unsupported_grant_type", "check token_url and grant_type: the server does not offer the jwt_bearer grant there"},
-		{"basic", "invalid_scope", "check scopes"},
+		{"basic", "unsupported_grant_type", "check grant_type and token_url, or allow this client the client_credentials grant at the authorization server"},
+		{"jwt_bearer", "unsupported_grant_type", "check grant_type and token_url, or allow this client the jwt-bearer grant for this subject at the authorization server"},
 		{"basic", "invalid_target", "check audience and resource"},
-		{"basic", "invalid_request", "check auth_method and scopes"},
-		{"private_key_jwt", "invalid_request", "check auth_method, scopes, private_key and key_id"},
-		{"assertion_file", "invalid_request", "check auth_method, scopes and assertion_file"},
+		{"basic", "invalid_request", "check scopes and auth_method"},
+		{"private_key_jwt", "invalid_request", "check key_id, private_key and scopes"},
+		{"assertion_file", "invalid_request", "check assertion_file, scopes and auth_method"},
 		{"basic", "use_dpop_nonce", "register the client without DPoP: the tokens here are bearer tokens"},
-		{"basic", "AADSTS7000215", ""},
-		{"basic", "", ""},
+		{"basic", "AADSTS7000215", whatever},
+
+		// As others spell it.
+		{"basic", "Invalid-Client", "check client_id, client_secret and auth_method"},
+		{"basic", "scope_invalid", "set scopes: the server wants some"},
+		{"basic", "authorization_type_invalid", "allow this client the client_credentials grant at the authorization server"},
 	} {
 		c, ok := waysToAuthenticate()[test.way]
 		if !ok {
 			t.Fatalf("got no way to authenticate called %q", test.way)
 		}
 		c.TokenURL = testTokenURL
-		if got := c.hint(test.code); got != test.want {
+		if got := c.adviceOn(test.code); got != test.want {
 			t.Errorf("%s, %s: got %q, want %q", test.way, test.code, got, test.want)
 		}
 	}
-	for way, want := range map[string]string{ // a server with metadata may know the types of JWTs
-		"client_secret_jwt": "check client_id, client_secret, auth_method, signing_alg and assertion_audience, or assertion_typ",
-		"private_key_jwt":   "check client_id, private_key, key_id, auth_method, signing_alg and assertion_audience, or assertion_typ",
-		"basic":             "check client_id, client_secret, auth_method and basic_encoding",
+	const audience = "set assertion_audience to the URL of the token endpoint, which many servers want; or check "
+	for way, want := range map[string]string{ // most servers expect another audience
+		"client_secret_jwt":   audience + "client_secret and auth_method",
+		"private_key_jwt":     audience + "private_key and key_id",
+		"jwt_bearer, implied": audience + "subject and private_key",
+		"basic":               "check client_id, client_secret and auth_method",
 	} {
 		c := waysToAuthenticate()[way]
-		c.Issuer = "https://auth.example.com"
-		if got := c.hint("invalid_client"); got != want {
+		c.Issuer, c.AssertionAudience = "https://auth.example.com", ""
+		if got := c.adviceOn("invalid_client"); got != want {
 			t.Errorf("%s with issuer: got %q, want %q", way, got, want)
 		}
 	}
 	all := Credentials{PrivateKey: "k", Audience: []string{"a"}, Resource: []string{"b"}, Params: map[string]string{"c": "d"}}
-	if got, want := all.hint("invalid_request"), "check auth_method, scopes, audience, resource, param, private_key and key_id"; got != want {
+	if got, want := all.adviceOn("invalid_request"), "check audience, resource and param"; got != want {
 		t.Errorf("got %q, want %q", got, want)
 	}
 }
@@ -86,7 +99,7 @@ var settingName = regexp.MustCompile(`[a-z]+(_[a-z]+)+|\bissuer\b|\bscopes\b|\bp
 // A hint that names a setting without an effect, or none that can be found,
 // leads nowhere.
 func TestHintsNameSettingsThatHaveAnEffect(t *testing.T) {
-	notSettings := []string{authKeyJWT, grantClientCredentials, grantJWTBearer}
+	notSettings := []string{authKeyJWT, authPost, grantClientCredentials, grantJWTBearer}
 	for way, c := range waysToAuthenticate() {
 		c.ClientID = "id"
 		for server, set := range map[string]func(*Credentials){
@@ -97,7 +110,7 @@ func TestHintsNameSettingsThatHaveAnEffect(t *testing.T) {
 			set(&c)
 			wantUsable(t, way, c)
 			for _, code := range append(slices.Clone(hintedCodes), "invalid_grant") {
-				hint := c.hint(code)
+				hint := c.adviceOn(code)
 				if slices.Contains(hintedCodes, code) && hint == "" {
 					t.Errorf("%s, %s: got no hint", way, code)
 				}
@@ -107,6 +120,9 @@ func TestHintsNameSettingsThatHaveAnEffect(t *testing.T) {
 					}
 					if _, ok := credentialsSettings[name]; !ok {
 						t.Errorf("%s, %s: got %q, which names %s, want settings only", way, code, hint, name)
+					}
+					if strings.Contains(hint, "or set "+name) || strings.Contains(hint, "which "+name+" finds") || strings.Contains(hint, "set "+name+" to") {
+						continue
 					}
 					if other := map[string]string{"token_url": "issuer", "issuer": "token_url"}[name]; other == server {
 						t.Errorf("%s with %s, %s: got %q, want what is set", way, server, code, hint)
@@ -152,31 +168,31 @@ func TestAdviceOnARejection(t *testing.T) {
 		c      Credentials
 		status int
 		body   string
-		want   string // in the error; "": no hint
+		want   string // in the error
 	}{
-		{"secret, invalid_client", secret, 401, `{"error":"invalid_client"}`, "(check client_id, client_secret, auth_method and basic_encoding)"},
+		{"secret, invalid_client", secret, 401, `{"error":"invalid_client"}`, "(check client_id, client_secret and auth_method)"},
 		// Glewlwyd answers so when the client or its scope is not allowed.
-		{"secret, empty 403", secret, 403, "", "(check client_id, client_secret, auth_method and basic_encoding, and scopes)"},
-		{"secret, empty 401", secret, 401, "", "(check client_id, client_secret, auth_method and basic_encoding, and scopes)"},
-		{"secret, code of its own", secret, 401, `{"error":"E1"}`, "(check client_id, client_secret, auth_method and basic_encoding, and scopes)"},
-		{"secret, invalid_grant", secret, 400, `{"error":"invalid_grant"}`, "(check client_id, client_secret, auth_method and basic_encoding, and scopes)"},
-		{"secret, invalid_scope with 403", secret, 403, `{"error":"invalid_scope"}`, "(check scopes)"},
-		{"secret, empty 400", secret, 400, "", ""},
-		{"secret, empty 404", secret, 404, "", ""},
-		{"secret, code of its own with 400", secret, 400, `{"error":"E1"}`, ""},
-		{"secret, a passing failure", secret, 503, `{"error":"temporarily_unavailable"}`, ""},
-		{"secret, too many requests", secret, 429, "", ""},
+		{"secret, empty 403", secret, 403, "", "(check client_id, client_secret and scopes)"},
+		{"secret, empty 401", secret, 401, "", "(check client_id, client_secret and scopes)"},
+		{"secret, code of its own", secret, 401, `{"error":"E1"}`, "(check client_id, client_secret and scopes)"},
+		{"secret, invalid_grant", secret, 400, `{"error":"invalid_grant"}`, "(check client_id, client_secret and scopes)"},
+		{"secret, invalid_scope with 403", secret, 403, `{"error":"invalid_scope"}`, "(set scopes: the server wants some)"},
+		{"secret, empty 400", secret, 400, "", nothingThere[1:]},
+		{"secret, empty 404", secret, 404, "", nothingThere[1:]},
+		{"secret, code of its own with 400", secret, 400, `{"error":"E1"}`, "(check scopes and auth_method, and whether the client may use"},
+		{"secret, a passing failure", secret, 503, `{"error":"temporarily_unavailable"}`, "(wait, or ask who runs"},
+		{"secret, too many requests", secret, 429, "", "(wait: the server limits the rate"},
 
-		{"key, empty 403", signing, 403, "", "(check client_id, private_key, key_id, auth_method, signing_alg and assertion_audience, and scopes)"},
+		{"key, empty 403", signing, 403, "", "(check private_key, key_id and scopes)"},
 
 		{"expired assertion_file, invalid_client", Credentials{AssertionFile: expired}, 400, `{"error":"invalid_client"}`, hasExpired},
 		{"expired assertion_file, empty 401", Credentials{AssertionFile: expired}, 401, "", hasExpired},
 		{"expired assertion_file of the grant", Credentials{AssertionFile: expired, GrantType: grantJWTBearer}, 400, `{"error":"invalid_grant"}`, hasExpired},
 		{"expired assertion_file, and another reason", Credentials{AssertionFile: expired}, 400, `{"error":"invalid_scope"}`, hasExpired},
 		{"expired assertion_file that the server fails at", Credentials{AssertionFile: expired}, 500, "", hasExpired},
-		{"living assertion_file, a fault of the server", Credentials{AssertionFile: living}, 500, "", ""},
+		{"living assertion_file, a fault of the server", Credentials{AssertionFile: living}, 500, "", "(wait, or ask who runs"},
 		{"living assertion_file", Credentials{AssertionFile: living}, 400, `{"error":"invalid_client"}`, checkFile + ")"},
-		{"assertion_file that does not expire", Credentials{AssertionFile: eternal}, 401, "", checkFile + ", and scopes)"},
+		{"assertion_file that does not expire", Credentials{AssertionFile: eternal}, 401, "", "(check assertion_file (issuer, subject, audience and expiry of its JWT), client_id and scopes)"},
 		{"assertion_file with an odd expiry", Credentials{AssertionFile: odd}, 400, `{"error":"invalid_client"}`, checkFile + ")"},
 		{"assertion_file that can't be read", Credentials{AssertionFile: encrypted}, 400, `{"error":"invalid_client"}`, checkFile + ")"},
 
@@ -184,7 +200,7 @@ func TestAdviceOnARejection(t *testing.T) {
 		{"certificate, invalid_client", tls, 401, `{"error":"invalid_client"}`, notAsked},
 		{"certificate, empty 403", tls, 403, "", notAsked},
 		{"certificate, and another reason", tls, 400, `{"error":"invalid_target"}`, "(check audience and resource)"},
-		{"certificate beside a secret", Credentials{ClientSecret: "s", ClientCertificate: certificate}, 401, `{"error":"invalid_client"}`, "(check client_id, client_secret, auth_method and basic_encoding)"},
+		{"certificate beside a secret", Credentials{ClientSecret: "s", ClientCertificate: certificate}, 401, `{"error":"invalid_client"}`, "(check client_id, client_secret and auth_method)"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			test.c.TokenURL = testTokenURL
@@ -193,11 +209,7 @@ func TestAdviceOnARejection(t *testing.T) {
 			}
 			cl := newTestClient(t, test.c, answering(test.status, test.body))
 			_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
-			if test.want != "" {
-				wantError(t, err, test.want)
-			} else if err == nil || strings.HasSuffix(err.Error(), ")") {
-				t.Errorf("got %v, want an error without a hint", err)
-			}
+			wantError(t, err, test.want)
 		})
 	}
 }
@@ -217,7 +229,7 @@ func TestAdviceWhenTheServerAskedForTheCertificate(t *testing.T) {
 		return refusing.RoundTrip(req)
 	})
 	_, err := newTestClient(t, c, asking).endpoint.locateAndRequest(t.Context(), nil)
-	wantError(t, err, "invalid_client (check client_id, client_certificate and auth_method)")
+	wantError(t, err, "invalid_client (check client_id, client_certificate and token_url)")
 
 	// Each request is asked anew.
 	_, err = newTestClient(t, c, refusing).endpoint.locateAndRequest(t.Context(), nil)

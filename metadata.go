@@ -7,10 +7,14 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
+	"slices"
+	"strings"
 	"sync"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 )
 
 const (
@@ -75,6 +79,33 @@ func parseMetadata(body []byte) (*metadata, error) {
 	_ = json.Unmarshal(document["dpop_signing_alg_values_supported"], &m.dpopAlgs)
 	_ = json.Unmarshal(document["tls_client_certificate_bound_access_tokens"], &m.bindsCertificates)
 	return m, nil
+}
+
+// unlisted returns the first setting of client authentication that the server does not
+// list, and what it lists instead. It may list anything, so only what is known here is
+// shown.
+func (m *metadata) unlisted(c *Credentials) (setting, names string) {
+	method := c.authMethod()
+	var supported, known []string
+	switch {
+	case method != authByGrant && method != authNone && len(m.authMethods) > 0 && !supports(m.authMethods, method):
+		setting, supported, known = "auth_method", m.authMethods, append(slices.Clone(authMethods), authTLSSelfSigned)
+	case (method == authKeyJWT || method == authSecretJWT) && c.SigningAlg != "" &&
+		len(m.signingAlgs) > 0 && !slices.Contains(m.signingAlgs, c.SigningAlg):
+		setting, supported, known = "signing_alg", m.signingAlgs, slices.Clone(jwt.Algorithms)
+	}
+	known = slices.DeleteFunc(known, func(name string) bool { return !slices.Contains(supported, name) })
+	return setting, strings.Join(known, " ")
+}
+
+// authTLSSelfSigned is the name of authTLS in metadata if the certificate is
+// self-signed (RFC 8705 §2.2).
+const authTLSSelfSigned = "self_signed_tls_client_auth"
+
+// supports reports whether a list of methods has this method. Self-signed
+// certificates have a name of their own there (RFC 8705 §2.2).
+func supports(methods []string, method string) bool {
+	return slices.Contains(methods, method) || (method == authTLS && slices.Contains(methods, authTLSSelfSigned))
 }
 
 // issuers has the metadata by issuerKey. All clients that look metadata up in
@@ -214,6 +245,13 @@ func (i *issuerMetadata) finish(l *metadataLookUp) (older bool) {
 	}
 	close(l.done)
 	return older
+}
+
+// known returns the metadata that was found last; nil if there is none.
+func (i *issuerMetadata) known() *metadata {
+	i.mu.Lock()
+	defer i.mu.Unlock()
+	return i.current
 }
 
 // isFromHere reports whether the metadata that is known was published on this machine.

@@ -84,7 +84,7 @@ func TestWhatNobodySeesAtTheEndsOfASecret(t *testing.T) {
 					}
 				} else {
 					want := "client_secret " + want
-					if !slices.Equal(warnings, []string{want}) || got.Hint != want+": correct that, or "+check {
+					if !slices.Equal(warnings, []string{want}) || got.Hint != want+": correct that first" {
 						t.Errorf("got the warnings %q and the hint %q, want %q and what to check", warnings, got.Hint, want)
 					}
 				}
@@ -126,8 +126,8 @@ func TestOddSecretThatTheServerDoesNotMean(t *testing.T) {
 	t.Setenv("TEST_SECRET", "canary\n")
 	c := Credentials{TokenURL: testTokenURL, ClientID: "id", ClientSecret: "{env.TEST_SECRET}"}
 	for code, want := range map[string]string{
-		"invalid_scope": "check scopes",
-		"E1":            "client_secret ends with a line break: correct that, or check client_id, client_secret, auth_method and basic_encoding, and scopes",
+		"invalid_scope": "set scopes: the server wants some",
+		"E1":            "client_secret ends with a line break: correct that first",
 	} {
 		_, err := newTestClient(t, c, answering(http.StatusForbidden, fmt.Sprintf(`{"error":%q}`, code))).endpoint.locateAndRequest(t.Context(), nil)
 		if got := wantTokenError(t, err, code, true); got.Hint != want {

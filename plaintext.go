@@ -121,7 +121,7 @@ func parseTokenURL(raw string) (*url.URL, error) {
 func parseIssuer(raw string) (*url.URL, error) {
 	u, err := parseServerURL(raw, "https://auth.example.com")
 	if err == nil && strings.Contains(u.Path, "/.well-known/") {
-		return nil, errors.New("is the address of the issuer's metadata; write the issuer without `/.well-known/` and the name behind it")
+		return nil, errors.New("is the address of the issuer's metadata: write the issuer itself, without `/.well-known/` and the name behind that")
 	}
 	if err == nil && (u.RawQuery != "" || u.ForceQuery || u.Fragment != "" || strings.HasSuffix(raw, "#")) {
 		return nil, errors.New("must have no query and no fragment (RFC 8414 section 2)")

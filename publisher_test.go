@@ -95,7 +95,11 @@ func (p *publisher) RoundTrip(req *http.Request) (res *http.Response, err error)
 	}
 
 	defer func() {
-		if recover() != nil {
+		switch broken := recover(); broken {
+		case nil:
+		case io.EOF:
+			res, err = nil, io.EOF
+		default:
 			res, err = nil, reverseproxy.NewDialError(syscall.ECONNREFUSED)
 		}
 	}()

@@ -181,7 +181,7 @@ func TestServerThatIssuesDPoPTokens(t *testing.T) {
 	if g.accessToken != "" {
 		t.Errorf("request() = %v, want no token", g)
 	}
-	if got := wantTokenError(t, err, codeInvalidResponse, false); !strings.Contains(got.Description, "token_type") {
+	if got := wantTokenError(t, err, codeInvalidResponse, true); !strings.Contains(got.Description, "token_type") {
 		t.Errorf("request() = %v, want that it is the token_type", err)
 	}
 }
@@ -317,9 +317,9 @@ func TestServerThatIsAudienceByBothNames(t *testing.T) {
 // check can only be guessed.
 func TestServerThatRefusesWithoutAWord(t *testing.T) {
 	c := canaryCredentials(tokenPlace)
-	wantRefused(t, newTestClient(t, c, answering(http.StatusForbidden, "")), codeHTTPStatus, "client_secret", "auth_method", "scopes")
+	wantRefused(t, newTestClient(t, c, answering(http.StatusForbidden, "")), codeHTTPStatus, "client_id", "client_secret", "scopes")
 	c = asserting()
-	wantRefused(t, newTestClient(t, c, answering(http.StatusForbidden, "")), codeHTTPStatus, "signing_alg", "assertion_audience", "scopes")
+	wantRefused(t, newTestClient(t, c, answering(http.StatusForbidden, "")), codeHTTPStatus, "client_secret", "assertion_audience", "scopes")
 }
 
 // Glewlwyd, if its external URL ends in a slash. The endpoint is where it says.

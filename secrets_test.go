@@ -240,23 +240,24 @@ func readFile(t *testing.T, name string) string {
 func TestHugeAnswerIsCutBeforeItIsSearched(t *testing.T) {
 	const size = 500 << 10
 	huge := strings.Repeat("x ", size/2)
+	const setScopes, whatever = "set scopes: the server wants some", "check scopes and auth_method, and whether the client may use the client_credentials grant"
 	const hidden, beside = "the server's description repeats the client's credentials or a token, and is not shown", "the server's description stands beside a token, and is not shown"
 	for _, test := range []struct {
 		name                    string
 		answer                  map[string]string
 		code, description, hint string
 	}{
-		{"description", map[string]string{"error": "invalid_scope", "error_description": huge}, "invalid_scope", huge[:400] + "…", "check scopes"},
-		{"secret where the description is shown", map[string]string{"error": "invalid_scope", "error_description": huge[:300] + canarySecret + huge}, "invalid_scope", hidden, "check scopes"},
-		{"secret where it is cut", map[string]string{"error": "invalid_scope", "error_description": huge[:396] + canarySecret + huge}, "invalid_scope", hidden, "check scopes"},
+		{"description", map[string]string{"error": "invalid_scope", "error_description": huge}, "invalid_scope", huge[:400] + "…", setScopes},
+		{"secret where the description is shown", map[string]string{"error": "invalid_scope", "error_description": huge[:300] + canarySecret + huge}, "invalid_scope", hidden, setScopes},
+		{"secret where it is cut", map[string]string{"error": "invalid_scope", "error_description": huge[:396] + canarySecret + huge}, "invalid_scope", hidden, setScopes},
 		// That nothing is said of a secret there tells that nobody looked.
-		{"secret far behind", map[string]string{"error": "invalid_scope", "error_description": huge + canarySecret}, "invalid_scope", huge[:400] + "…", "check scopes"},
-		{"code", map[string]string{"error": huge}, strings.Repeat("x ", 32) + "…", "", ""},
-		{"code with a secret far behind", map[string]string{"error": huge + canarySecret}, strings.Repeat("x ", 32) + "…", "", ""},
-		{"code with a secret", map[string]string{"error": huge[:60] + canarySecret + huge}, codeHTTPStatus, "", ""},
-		{"token", map[string]string{"error": "invalid_scope", "error_description": "x", "access_token": huge}, "invalid_scope", beside, "check scopes"},
-		{"token with a secret", map[string]string{"error": "invalid_scope", "access_token": huge + canarySecret}, "invalid_scope", beside, "check scopes"},
-		{"all", map[string]string{"error": huge[:size/2], "error_description": huge[:size/2], "access_token": huge[:size/2]}, strings.Repeat("x ", 32) + "…", beside, ""},
+		{"secret far behind", map[string]string{"error": "invalid_scope", "error_description": huge + canarySecret}, "invalid_scope", huge[:400] + "…", setScopes},
+		{"code", map[string]string{"error": huge}, strings.Repeat("x ", 32) + "…", "", whatever},
+		{"code with a secret far behind", map[string]string{"error": huge + canarySecret}, strings.Repeat("x ", 32) + "…", "", whatever},
+		{"code with a secret", map[string]string{"error": huge[:60] + canarySecret + huge}, codeHTTPStatus, "", whatever},
+		{"token", map[string]string{"error": "invalid_scope", "error_description": "x", "access_token": huge}, "invalid_scope", beside, setScopes},
+		{"token with a secret", map[string]string{"error": "invalid_scope", "access_token": huge + canarySecret}, "invalid_scope", beside, setScopes},
+		{"all", map[string]string{"error": huge[:size/2], "error_description": huge[:size/2], "access_token": huge[:size/2]}, codeHTTPStatus, beside, whatever},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			server := answering(http.StatusBadRequest, string(encode(t, test.answer)))
@@ -283,7 +284,7 @@ func TestHugeAnswerCostsNoMoreToSearch(t *testing.T) {
 		for range 30 { // what others allocate meanwhile is counted too, but they don't all the time
 			least = min(least, testing.AllocsPerRun(1, func() {
 				a := serverAnswer{status: http.StatusBadRequest, header: http.Header{}, body: body}
-				if _, err := c.readAnswer(mustParse(testTokenURL).Host, a, redact.Secrets{canarySecret}); err == nil {
+				if _, err := c.readAnswer(mustParse(testTokenURL), "", a, redact.Secrets{canarySecret}); err == nil {
 					t.Errorf("%s: got a token, want an error", member)
 				}
 			}))

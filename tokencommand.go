@@ -231,6 +231,9 @@ type tokenReport struct {
 	Granted    string   `json:"granted_scope,omitempty"`
 	NotGranted []string `json:"not_granted,omitempty"`
 
+	// What to change although there is a token. The log has it as warnings.
+	Advice string `json:"advice,omitempty"`
+
 	Lifetime float64    `json:"lifetime,omitempty"` // in seconds
 	Expires  *time.Time `json:"expires,omitempty"`
 	Renewal  *time.Time `json:"renewal,omitempty"`
@@ -273,12 +276,32 @@ func (c *upstreamClient) report() tokenReport {
 	r.Lifetime = t.expires.Sub(g.issued).Round(time.Second).Seconds()
 	r.Expires, r.Renewal = &t.expires, &t.refreshAt
 	r.Token, r.length = t.value, len(t.value)
-	if header, claims, ok := jwt.Decode(t.value); ok {
+	header, claims, isJWT := jwt.Decode(t.value)
+	settings := &c.endpoint.credentials
+	switch {
+	case len(r.NotGranted) > 0:
+		r.Advice = "check scopes, or what the authorization server allows the client"
+	case g.odd != "":
+		r.Advice = "set default_lifetime: the expires_in of the answer " + g.odd
+	case isForOthers(claims, slices.Concat(settings.Audience, settings.Resource)):
+		r.Advice = "check audience and resource: the aud of the token has none of them, so the server may ignore them"
+	}
+	if isJWT {
 		if secrets, err := c.endpoint.secrets(ctx); err == nil { // else a file has changed since
 			r.Header, r.Claims = shownObject(header, secrets), shownObject(claims, secrets)
 		}
 	}
 	return r
+}
+
+// isForOthers reports whether the claims of a JWT name audiences (RFC 9068 §2.2), and none
+// of those that were asked for.
+func isForOthers(claims map[string]any, asked []string) bool {
+	aud, ok := claims["aud"].([]any)
+	if one, isText := claims["aud"].(string); isText {
+		aud, ok = []any{one}, true
+	}
+	return ok && len(asked) > 0 && !slices.ContainsFunc(asked, func(name string) bool { return slices.Contains(aud, any(name)) })
 }
 
 // shownObject returns a part of a token as it may be shown: cleaned and cut, and
@@ -381,6 +404,7 @@ func (r *tokenReport) write(w io.Writer) error {
 	} else {
 		line("granted", r.Granted)
 		line("not granted", strings.Join(r.NotGranted, " "))
+		line("what to change", r.Advice)
 		line("lifetime", fmt.Sprint(time.Duration(r.Lifetime)*time.Second))
 		line("expires", r.Expires.Local().Format(time.RFC3339))
 		line("renewal", r.Renewal.Local().Format(time.RFC3339))

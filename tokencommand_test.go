@@ -180,20 +180,48 @@ func TestTokenCommandWritesJSON(t *testing.T) {
 	}
 }
 
+// There may be something to change although there is a token.
+func TestTokenCommandSaysWhatToChangeBesideAToken(t *testing.T) {
+	segment := func(text string) string { return base64.RawURLEncoding.EncodeToString([]byte(text)) }
+	jwtFor := func(aud string) string {
+		return `"access_token":"` + segment(`{"alg":"RS256"}`) + "." + segment(`{"aud":`+aud+`}`) + `.c2ln"`
+	}
+	for _, test := range []struct{ members, want string }{
+		{`"access_token":"a","scope":"write"`, "check scopes, or what the authorization server allows the client"},
+		{`"access_token":"a","expires_in":"never"`, "set default_lifetime: the expires_in of the answer is no number"},
+		{jwtFor(`"other"`), "check audience and resource: the aud of the token has none of them, so the server may ignore them"},
+		{jwtFor(`["other"]`), "check audience and resource: the aud of the token has none of them, so the server may ignore them"},
+		{jwtFor(`["other","https://api.example.com"]`), ""},
+		{jwtFor(`5`), ""},
+		{`"access_token":"a"`, ""},
+	} {
+		auth := newAuthServer(t)
+		auth.script(refusing(http.StatusOK, "{"+test.members+"}"))
+		output, status, err := runTokenCommand(t, expand(strings.Replace(threeOfTwoClients, "client_id first", "client_id first\naudience https://api.example.com", 1), "$AUTH", auth.URL), "127.0.0.1:9000", false, false)
+		if err != nil || status != 0 {
+			t.Fatalf("got status %d, err %v", status, err)
+		}
+		_, advice, _ := strings.Cut(output, "\nwhat to change   ")
+		if advice, _, _ = strings.Cut(advice, "\n"); advice != test.want {
+			t.Errorf("%s: got the advice %q, want %q\n%s", test.members, advice, test.want, output)
+		}
+	}
+}
+
 func TestTokenCommandSaysWhatToChange(t *testing.T) {
 	for _, test := range []struct {
 		name   string
 		answer func(http.ResponseWriter, tokenRequest) bool
 		want   string
 	}{
-		{"rejected", refusing(401, `{"error":"invalid_client","error_description":"no canary-secret"}`), "check client_id, client_secret, auth_method and basic_encoding"},
+		{"rejected", refusing(401, `{"error":"invalid_client","error_description":"no canary-secret"}`), "check client_id, client_secret and auth_method"},
 		{"scope", refusing(400, `{"error":"invalid_scope"}`), "check scopes"},
 		{"empty 403", refusing(403, ``), "check client_id, client_secret"},
 		{"fault", refusing(503, ``), "who runs the authorization server"},
 		{"too many", refusing(429, ``), "limits the rate"},
 		{"no token", refusing(200, `<html>`), "check token_url"},
-		{"not mapped", refusing(400, `{"error":"account_locked"}`), "ask who runs"},
-		{"other type", refusing(200, `{"access_token":"a","token_type":"mac"}`), "check token_url"},
+		{"not mapped", refusing(400, `{"error":"account_locked"}`), "check scopes and auth_method"},
+		{"other type", refusing(200, `{"access_token":"a","token_type":"mac"}`), "register the client"},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			auth := newAuthServer(t)
@@ -219,7 +247,7 @@ func TestTokenCommandSaysWhatIsWrongWithASecret(t *testing.T) {
 	for _, test := range []struct{ content, wrong, todo string }{
 		{"", "client_secret: {file." + file + "} does not exist", "create the file, or correct its path"},
 		{"\n", "client_secret: {file." + file + "} is empty", "write the value into the file"},
-		{" canary-secret\n", "", "client_secret begins with a blank: correct that, or check client_id, client_secret"},
+		{" canary-secret\n", "", "client_secret begins with a blank: correct that first"},
 		{"canary-secret\n", "", "check client_id, client_secret"},
 	} {
 		if test.content != "" {

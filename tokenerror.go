@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -36,10 +37,25 @@ type tokenError struct {
 	Description string // the reason in words, the server's or our own
 	Hint        string // what the operator has to change
 
+	answer     answerKind
 	permanent  bool
 	retryAfter time.Duration
 	leadsTo    string // where a redirect leads: the server's words, which nobody has searched for secrets
 }
+
+// answerKind says what an answer without a token is. What to change depends on it.
+type answerKind int
+
+const (
+	answerNone       answerKind = iota // there was no answer
+	answerEmpty                        // without a body
+	answerText                         // no JSON object, and no page
+	answerPage                         // of HTML
+	answerObject                       // a JSON object that does not say that it is an error
+	answerOwnError                     // an error in a vendor's own form
+	answerOAuthError                   // an error as RFC 6749 §5.2 has it
+	answerGrant                        // a token that can't be used
+)
 
 func (e *tokenError) Error() string {
 	var b strings.Builder
@@ -51,8 +67,8 @@ func (e *tokenError) Error() string {
 	if e.Description != "" {
 		b.WriteString(": " + e.Description)
 	}
-	if e.Hint != "" {
-		b.WriteString(" (" + e.Hint + ")")
+	if advice := e.remedy(); advice != "" {
+		b.WriteString(" (" + advice + ")")
 	}
 	return b.String()
 }
@@ -90,22 +106,22 @@ func (e *tokenError) classify() *tokenError {
 }
 
 // remedy returns the hint or, if there is none, advice for this kind of failure.
-// Many failures that may pass by themselves have no hint: they are about the
-// configuration only if they last.
 func (e *tokenError) remedy() string {
 	switch {
 	case e.Hint != "":
 		return e.Hint
 	case e.Code == codeNetwork:
 		return "check host and port of token_url or issuer, and whether this machine may reach them: by a firewall, or a network_proxy in token_transport"
-	case e.Code == codeInvalidResponse:
-		return "check token_url: what answers there does not seem to be a token endpoint"
+	case e.Code == codeTimeout:
+		return "see whether the authorization server answers, and whether this machine may reach it"
 	case e.Code == codeConfiguration:
 		return "correct the setting that is named"
 	case e.Status == http.StatusTooManyRequests:
 		return "wait: the server limits the rate of token requests"
-	case e.Status >= 500:
+	case e.Status >= 500, slices.Contains(transientCodes, e.Code):
 		return "wait, or ask who runs the authorization server: the fault is there"
+	case e.Code == codeInvalidResponse:
+		return "check token_url: no token endpoint seems to be there"
 	}
 	return "ask who runs the authorization server what it rejects"
 }
@@ -144,8 +160,10 @@ func networkError(ctx context.Context, endpoint string, err error) *tokenError {
 	switch {
 	case errors.Is(reason, errUnknownAuthority):
 		e.Hint = "name its CA with tls_trust_pool in token_transport"
-	case errors.Is(reason, errNoTLS):
-		e.Hint = "check the scheme and port of token_url"
+	case errors.Is(reason, errNoTLS), errors.Is(reason, errBroken):
+		e.Hint = "check the scheme and port of token_url or issuer"
+	case errors.Is(reason, errCutOff), errors.Is(err, syscall.ECONNRESET): // what speaks no TLS may end a connection in silence
+		e.Hint = "check the scheme and port of token_url or issuer, or see why the server closes connections"
 	}
 	return e
 }
@@ -166,6 +184,9 @@ func reportError(err error) *reportedError {
 		return &reportedError{failure.Code, failure.Description, failure.Status, failure.remedy()}
 	}
 	// The server granted a token that can't be used, or there was a panic.
+	if setting, ok := errors.AsType[*settingError](err); ok {
+		return &reportedError{Code: codeInvalidResponse, Description: setting.wrong, Hint: setting.todo}
+	}
 	return &reportedError{Code: codeInvalidResponse, Description: err.Error()}
 }
 

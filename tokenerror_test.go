@@ -37,14 +37,14 @@ var refusals = []struct {
 	permanent bool
 	want      string // in the error
 }{
-	{name: "moved", status: 301, body: canaryToken, code: codeHTTPStatus, permanent: true, want: "set token_url to the final address"},
+	{name: "moved", status: 301, body: canaryToken, code: codeHTTPStatus, permanent: true, want: "set token_url to where it leads, if a token endpoint is there"},
 
-	{name: "invalid_request", status: 400, body: `{"error":"invalid_request"}`, code: "invalid_request", permanent: true, want: "(check auth_method and scopes)"},
-	{name: "invalid_client", status: 400, body: `{"error":"invalid_client"}`, code: "invalid_client", permanent: true, want: "(check client_id, client_secret, auth_method and basic_encoding)"},
+	{name: "invalid_request", status: 400, body: `{"error":"invalid_request"}`, code: "invalid_request", permanent: true, want: "(check scopes and auth_method)"},
+	{name: "invalid_client", status: 400, body: `{"error":"invalid_client"}`, code: "invalid_client", permanent: true, want: "(check client_id, client_secret and auth_method)"},
 	{name: "invalid_grant", status: 400, body: `{"error":"invalid_grant"}`, code: "invalid_grant", permanent: true},
 	{name: "unauthorized_client", status: 400, body: `{"error":"unauthorized_client"}`, code: "unauthorized_client", permanent: true, want: "(allow this client the client_credentials grant"},
-	{name: "unsupported_grant_type", status: 400, body: `{"error":"unsupported_grant_type"}`, code: "unsupported_grant_type", permanent: true, want: "(check token_url"},
-	{name: "invalid_scope", status: 400, body: `{"error":"invalid_scope","error_description":"unknown: x"}`, code: "invalid_scope", permanent: true, want: "status 400: invalid_scope: unknown: x (check scopes)"},
+	{name: "unsupported_grant_type", status: 400, body: `{"error":"unsupported_grant_type"}`, code: "unsupported_grant_type", permanent: true, want: "(check grant_type and token_url"},
+	{name: "invalid_scope", status: 400, body: `{"error":"invalid_scope","error_description":"unknown: x"}`, code: "invalid_scope", permanent: true, want: "status 400: invalid_scope: unknown: x (set scopes: the server wants some)"},
 	{name: "invalid_target", status: 400, body: `{"error":"invalid_target"}`, code: "invalid_target", permanent: true, want: "(check "},
 	{name: "use_dpop_nonce", status: 400, header: map[string]string{"DPoP-Nonce": canaryToken}, body: `{"error":"use_dpop_nonce"}`, code: "use_dpop_nonce", permanent: true},
 	{name: "temporarily_unavailable", status: 400, body: `{"error":"temporarily_unavailable"}`, code: "temporarily_unavailable"},
@@ -53,7 +53,7 @@ var refusals = []struct {
 	{name: "code of its own", status: 400, body: `{"error":"AADSTS7000215"}`, code: "AADSTS7000215", permanent: true},
 	{name: "code that is a sentence", status: 400, body: `{"error":"an \"error\"\r\nof\ttwo\\lines ü"}`, code: "an erroroftwolines", permanent: true},
 	{name: "code without end", status: 400, body: `{"error":"` + strings.Repeat("x", 5000) + `"}`, code: strings.Repeat("x", 64) + "…", permanent: true},
-	{name: "code an object", status: 400, body: `{"error":{"code":"` + canaryToken + `"}}`, code: codeHTTPStatus, permanent: true},
+	{name: "code an object", status: 400, body: `{"error":{"code":{"a":"` + canaryToken + `"}}}`, code: codeHTTPStatus, permanent: true},
 	{name: "description of many lines", status: 400, body: `{"error":"invalid_request","error_description":" a\r\nb\u0000\u001b[31m\u0085\u2028c "}`, code: "invalid_request", permanent: true, want: ": a  b  [31m  c ("},
 	{name: "description without end", status: 400, body: `{"error":"invalid_request","error_description":"` + strings.Repeat("ü", 5000) + `"}`, code: "invalid_request", permanent: true, want: "ü… ("},
 	{name: "description an object", status: 400, body: `{"error":"invalid_request","error_description":{"a":"` + canaryToken + `"}}`, code: "invalid_request", permanent: true},
@@ -316,7 +316,7 @@ func TestTLSFailureSaysWhatToChange(t *testing.T) {
 		code   string
 		want   string
 	}{
-		{"plain port", nil, "127.0.0.1", codeNetwork, "does not speak TLS there (check the scheme and port of token_url)"},
+		{"plain port", nil, "127.0.0.1", codeNetwork, "does not speak TLS there (check the scheme and port of token_url or issuer)"},
 		{"unknown CA", &tls.Config{Certificates: []tls.Certificate{selfSigned(t, later)}}, "127.0.0.1", codeNetwork, "unknown authority (name its CA with tls_trust_pool in token_transport)"},
 		{"expired", &tls.Config{Certificates: []tls.Certificate{selfSigned(t, time.Now().Add(-time.Hour))}}, "127.0.0.1", codeNetwork, "expired"},
 		{"another name", &tls.Config{Certificates: []tls.Certificate{selfSigned(t, later, "other.example")}}, "localhost", codeNetwork, "the server's certificate is not valid for localhost"},

@@ -5,6 +5,7 @@ package outboundauth
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
@@ -20,7 +21,6 @@ import (
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
-	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -43,7 +43,9 @@ type endpoint struct {
 	logger       *zap.Logger
 
 	narrowed atomic.Pointer[string] // the scopes of the last warning
+	odd      atomic.Pointer[string] // what was odd in the last warning about a lifetime
 	sent     sentSecrets
+	unused   sentSecrets // the tokens of answers that were of no use
 }
 
 // newEndpoint makes the endpoint of c, which is expanded and complete.
@@ -152,7 +154,7 @@ func (e *endpoint) shownRedirect(err error, r resolved, granted redact.Secrets) 
 		return err
 	}
 	to := withheld
-	if _, _, secrets, err := e.form(r, ""); err == nil { // else nobody knows what to look for
+	if _, _, secrets, err := e.compose(r, ""); err == nil { // else nobody knows what to look for
 		to = shownText(failure.leadsTo, maxShownValue, slices.Concat(secrets, e.sent.all(), granted))
 	}
 	return failure.leading(to)
@@ -190,6 +192,9 @@ func (e *endpoint) requestUncounted(ctx context.Context, u *url.URL, granted red
 	g, err := e.requestAt(ctx, u, e.credentials.Issuer, r, granted)
 	if err != nil && !isGivenUp(ctx) && mayHaveMoved(err) {
 		e.discovery.expire()
+		if !e.repeatable() { // the next fetch asks at the endpoint that is found then
+			return g, err
+		}
 		if moved, lookUpErr := e.lookUp(ctx, r, granted); lookUpErr == nil && *moved != *u {
 			return e.requestAt(ctx, moved, e.credentials.Issuer, r, granted)
 		}
@@ -213,21 +218,21 @@ func mayHaveMoved(err error) bool {
 	case 0, http.StatusNotFound, http.StatusMethodNotAllowed, http.StatusGone, http.StatusMisdirectedRequest:
 		return failure.Code != codeConfiguration
 	}
-	return failure.Code == codeInvalidResponse || (failure.Status >= 300 && failure.Status < 400)
+	return (failure.Code == codeInvalidResponse && failure.answer != answerGrant) || (failure.Status >= 300 && failure.Status < 400)
 }
 
 // requestAt makes one token request at u (RFC 6749 §4.4.2). The client's JWTs
 // are meant for audience, unless assertion_audience names another. The server may
 // repeat the tokens that it has granted, and what it was sent before.
 func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r resolved, granted redact.Secrets) (grant, error) {
-	form, header, secrets, err := e.form(r, cmp.Or(e.credentials.AssertionAudience, audience))
+	body, header, secrets, err := e.compose(r, cmp.Or(e.credentials.AssertionAudience, audience))
 	if err != nil {
 		return grant{}, configurationError(u.Host, err)
 	}
 	if e.discovery == nil {
 		secrets.AddQuery(e.urlTemplate, u)
 	}
-	secrets = slices.Concat(e.sent.add(secrets), granted)
+	secrets = slices.Concat(e.sent.add(secrets), e.unused.all(), granted)
 	host := u.Host
 	if e.discovery != nil {
 		host = e.discovery.show(u, secrets)
@@ -237,7 +242,7 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 		ctx = e.discovery.destination(u).to(ctx)
 	}
 	sent := time.Now()
-	a, err := exchange(ctx, e.transport, newServerRequest(ctx, http.MethodPost, u, header, form.Encode()))
+	a, err := exchange(ctx, e.transport, newServerRequest(ctx, http.MethodPost, u, header, body))
 	if errors.Is(err, errThisMachine) {
 		return grant{}, e.discovery.unusable(errThisMachine)
 	}
@@ -248,15 +253,23 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 		}
 		return grant{}, failure
 	}
-	g, err := e.credentials.readAnswer(host, a, secrets)
+	tokens := e.credentials.tokensIn(a.body)
+	g, err := e.credentials.readAnswer(u, host, a, slices.Concat(secrets, tokens))
+	if err != nil { // otherwise the source remembers the token
+		e.unused.add(tokens)
+	}
+	if failure, ok := errors.AsType[*tokenError](err); ok {
+		failure.Hint = e.denial(failure, u, a, r, presented).advice()
+	}
 	if err != nil {
-		return grant{}, e.advise(err, r, presented)
+		return grant{}, err
 	}
 	g.issued, g.took = sent, time.Since(sent)
 	if e.credentials.BindCertificate {
 		g.binding = r.certificate
 	}
 	e.warnNarrowed(g.scope)
+	e.warnOdd(g.odd)
 	return g, nil
 }
 
@@ -289,11 +302,11 @@ func (s *sentSecrets) all() redact.Secrets {
 	return slices.Concat(s.last...)
 }
 
-// form returns the form and the header of a token request, and the parts of them
+// compose returns the body and the header of a token request, and the parts of them
 // that must not be shown.
-func (e *endpoint) form(r resolved, audience string) (url.Values, http.Header, redact.Secrets, error) {
+func (e *endpoint) compose(r resolved, audience string) (body string, header http.Header, secrets redact.Secrets, err error) {
 	c := &e.credentials
-	form, header := url.Values{}, http.Header{"Content-Type": {"application/x-www-form-urlencoded"}}
+	form, header := url.Values{}, http.Header{}
 	if len(c.Scopes) > 0 { // a parameter without a value is left out (§3.2)
 		form.Set("scope", strings.Join(c.Scopes, " "))
 	}
@@ -303,24 +316,35 @@ func (e *endpoint) form(r resolved, audience string) (url.Values, http.Header, r
 	if len(c.Resource) > 0 {
 		form["resource"] = c.Resource
 	}
-	secrets, err := c.authorize(r, audience, form)
-	if err != nil {
-		return nil, nil, nil, err
+	if secrets, err = c.authorize(r, audience, form); err != nil {
+		return "", nil, nil, err
 	}
 	more, err := c.authenticate(r, audience, form, header)
 	if err != nil {
-		return nil, nil, nil, err
+		return "", nil, nil, err
 	}
 	secrets = append(secrets, more...)
-	for name, value := range r.params {
+	for name, value := range r.params { // a login's password may be one, even as text
 		form.Set(name, value)
-		secrets.AddReplaced(c.Params[name], value)
+		secrets.Add(value)
 	}
 	for name, value := range r.headers {
 		header.Set(name, value)
-		secrets.AddReplaced(c.TokenRequestHeaders[name], value)
+		if name != "Accept" && name != "User-Agent" { // these are in everybody's words
+			secrets.Add(value)
+		}
 	}
-	return form, header, secrets, nil
+	if c.TokenRequest == asJSON { // what a server quotes may be quoted twice then
+		for _, secret := range secrets {
+			quoted, _ := json.Marshal(secret)
+			if inside := string(quoted[1 : len(quoted)-1]); inside != secret {
+				secrets.Add(inside)
+			}
+		}
+	}
+	body, contentType, err := c.write(form)
+	header.Set("Content-Type", contentType)
+	return body, header, secrets, err
 }
 
 // lacking returns the scopes that the server was asked for and did not grant (RFC
@@ -353,37 +377,33 @@ func (e *endpoint) secrets(ctx context.Context) (redact.Secrets, error) {
 	if err != nil {
 		return nil, err
 	}
-	_, _, secrets, err := e.form(r, "")
+	_, _, secrets, err := e.compose(r, "")
 	if err == nil && e.discovery == nil {
 		secrets.AddQuery(e.urlTemplate, e.url)
 	}
 	return secrets, err
 }
 
-// advise improves the hint of an error with what only this request knows.
-func (e *endpoint) advise(err error, r resolved, p *clientcert.Presented) error {
-	failure, ok := errors.AsType[*tokenError](err)
-	if !ok || failure.Status == 0 || failure.Code == codeConfiguration {
-		return err
+// warnOdd warns, once, of a lifetime that nobody understands.
+func (e *endpoint) warnOdd(odd string) {
+	if last := e.odd.Load(); odd == "" || (last != nil && *last == odd) {
+		return
 	}
-	named := failure.Code == "invalid_client" || failure.Code == "invalid_grant"
-	rejected := named || failure.Status == http.StatusUnauthorized || failure.Status == http.StatusForbidden
-	switch {
-	case jwt.Expired(r.assertion): // some servers take that for a fault of their own
-		failure.Hint = "the JWT in assertion_file has expired; see that it is renewed"
-	case !rejected:
-	case e.credentials.authMethod() == authTLS && p.Ignored():
-		failure.Hint = "the server did not ask for the client_certificate: it may do so at another address; set token_url to that"
-	case failure.Hint != "" && !named: // it is not about the client
-	default:
-		if failure.Hint == "" { // some servers do not say what they reject
-			failure.Hint = "check " + e.credentials.clientSettings() + ", and scopes"
-		}
-		if odd := e.credentials.oddities(r.values()); len(odd) > 0 {
-			failure.Hint = strings.Join(odd, ", ") + ": correct that, or " + failure.Hint
+	e.odd.Store(&odd)
+	e.logger.Warn("the lifetime in the token endpoint's answer (expires_in) "+odd+": default_lifetime counts instead; set it, or the expires_in of token_response",
+		e.logFields()...)
+}
+
+// denial returns what is known about a failure.
+func (e *endpoint) denial(failure *tokenError, u *url.URL, a serverAnswer, sent resolved, p *clientcert.Presented) denial {
+	r := denial{tokenError: failure, Credentials: &e.credentials, header: a.header, url: u, sent: sent, presented: p}
+	if e.discovery != nil {
+		r.metadata = e.discovery.known()
+		if shown := e.knownURL(); shown != withheld {
+			r.shown = shown
 		}
 	}
-	return failure
+	return r
 }
 
 // fetched implements requester. It logs each fetch that fails, and the first
@@ -418,7 +438,11 @@ func (e *endpoint) logFields() []zap.Field { return e.credentials.logFields() }
 // concurrent implements requester. Some servers accept an assertion only once, so one
 // from a file can't be sent twice (RFC 7523 §3). The JWTs that are made here have a
 // `jti` each.
-func (e *endpoint) concurrent() bool { return e.credentials.AssertionFile == "" }
+func (e *endpoint) concurrent() bool { return e.credentials.AssertionFile == "" && e.repeatable() }
+
+// repeatable implements requester. Params may be a login, which locks its user out after
+// some failures.
+func (e *endpoint) repeatable() bool { return !e.credentials.grantsByParams() }
 
 // describe implements requester.
 func (e *endpoint) describe() description {

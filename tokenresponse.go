@@ -4,106 +4,135 @@ package outboundauth
 
 import (
 	"bytes"
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"math"
 	"net/http"
+	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/jsonpointer"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
-// A shorter lifetime counts as minLifetime, so that no server is asked without a
-// pause. A longer one counts as maxLifetime, so that no sum of instants overflows.
-const (
-	minLifetime = 1 * time.Second
-	maxLifetime = 10 * 365 * 24 * time.Hour
-)
-
-// How many bytes of a refusal are searched for secrets. These are multiples of
-// what is shown, because cleaning shortens a text.
-const (
-	maxSearchedCode        = 256
-	maxSearchedDescription = 4 << 10
-)
-
-// readAnswer turns the answer of the token endpoint on a host into a grant, or into a
-// *tokenError with a hint at the settings. The error shows no text of the answer
-// that holds one of the secrets.
-func (c *Credentials) readAnswer(host string, a serverAnswer, secrets redact.Secrets) (grant, error) {
-	failure := &tokenError{Endpoint: host, Status: a.status}
+// readAnswer turns the answer of the token endpoint u into a grant, or into a
+// *tokenError. Errors call the endpoint host. The error shows no text of the answer that
+// holds one of the secrets. Whoever knows the whole request adds the advice.
+func (c *Credentials) readAnswer(u *url.URL, host string, a serverAnswer, secrets redact.Secrets) (grant, error) {
+	parsed, err := parseMembers(a.body[:min(len(a.body), maxAnswer+1)])
+	said := parsed.complaint()
+	failure := &tokenError{Endpoint: host, Status: a.status, answer: kindOfAnswer(a, err, said)}
 	if a.status >= 300 && a.status < 400 {
-		failure.Code = codeHTTPStatus
-		failure.Description = "a redirect, which is not followed because it would take the client's credentials elsewhere"
-		failure.Hint = "set token_url to the final address"
-		if c.Issuer != "" {
-			failure.Hint = "the token endpoint in the issuer's metadata is not the final one; set token_url instead of issuer"
-		}
+		failure.Code, failure.Description = codeHTTPStatus, redirection(u, a.header, secrets)
 		return grant{}, failure.classify()
 	}
 	if len(a.body) > maxAnswer {
-		return grant{}, unreadable(failure, fmt.Errorf("the answer is larger than %d bytes", maxAnswer))
+		failure = unreadable(failure, fmt.Errorf("the answer is larger than %d bytes", maxAnswer))
+		failure.permanent = c.grantsByParams()
+		return grant{}, failure
 	}
-	parsed, err := parseMembers(a.body)
-	code, description := parsed.refusal()
-	code, description = code[:min(len(code), maxSearchedCode)], description[:min(len(description), maxSearchedDescription)]
-
-	if a.status == http.StatusOK && code == "" {
-		if err != nil {
-			return grant{}, unreadable(failure, err)
+	if a.status < 300 && !said.error {
+		g, err := c.accept(a, parsed, err, secrets)
+		if err == nil {
+			return g, nil
 		}
-		g, err := parsed.grant()
-		if err != nil {
-			return grant{}, unreadable(failure, err)
-		}
-		return g, nil
-	}
-
-	if a.status != http.StatusOK && a.status < 300 && code == "" {
-		return grant{}, unreadable(failure, errors.New("the status of a token answer is 200"))
+		failure = unreadable(failure, err)
+		// What answers a login without a token has probably refused it.
+		failure.permanent = failure.permanent || c.grantsByParams()
+		return grant{}, failure
 	}
 	failure.retryAfter = parseRetryAfter(a.header, time.Now())
-	// The raw texts are searched, too, because cleaning may join or cut a secret.
+	code := said.code[:min(len(said.code), maxSearchedCode)]
 	failure.Code = errorCode(code)
-	if secrets.In(code + "\n" + failure.Code) {
-		if c.hint(code) == "" {
-			failure.Code = codeHTTPStatus
+	if _, ok := mayShow(code+"\n"+failure.Code, maxShownCode, secrets); !ok && knownCode(failure.Code) == "" {
+		failure.Code = codeHTTPStatus
+	}
+	shown, ok := mayShow(said.text, maxShownDescription, secrets)
+	if said.text == "" && failure.answer == answerPage {
+		shown, ok = pageWords(a.body, secrets)
+	}
+	switch {
+	case c.hasToken(parsed, a.body):
+		shown = "the server's description stands beside a token, and is not shown"
+	case !ok:
+		shown = "the server's description repeats the client's credentials or a token, and is not shown"
+	}
+	failure.Description = shown
+	return grant{}, failure.classify()
+}
+
+// accept returns the grant of an answer that does not say that it is an error. parseErr
+// says why it has no members.
+func (c *Credentials) accept(a serverAnswer, parsed members, parseErr error, secrets redact.Secrets) (grant, error) {
+	switch {
+	case a.status != http.StatusOK && a.status != http.StatusCreated:
+		return grant{}, errors.New("the status of a token answer is 200 or 201")
+	case parseErr != nil && c.findsToken() && json.Valid(a.body): // a pointer may lead into a list
+	case parseErr != nil && isHTML(a.header, a.body) && !c.findsToken():
+		words, _ := pageWords(a.body, secrets)
+		return grant{}, errors.New(cmp.Or(words, "an HTML page") + ", and no JSON object")
+	case parseErr != nil:
+		return grant{}, parseErr
+	}
+	return c.grant(parsed, a.body, secrets)
+}
+
+// pageWords returns what is said of a page. It returns false if the title holds one of
+// the secrets.
+func pageWords(body []byte, secrets redact.Secrets) (string, bool) {
+	title, ok := mayShow(pageTitle(body), maxShownDescription, secrets)
+	if !ok {
+		return "", false
+	}
+	if title == "" {
+		return "an HTML page", true
+	}
+	return "an HTML page with the title " + strconv.Quote(title), true
+}
+
+// redirection says that a redirect of u is not followed, and where it leads, without a
+// query, which may hold a key.
+func redirection(u *url.URL, header http.Header, secrets redact.Secrets) string {
+	where := "a redirect"
+	if target, err := u.Parse(header.Get("Location")); err == nil && header.Get("Location") != "" && target.Host != "" {
+		if shown, ok := mayShow(withoutQuery(target), maxShownValue, secrets); ok {
+			where += " to " + shown
 		}
 	}
-	failure.Description = redact.Clean(description, maxShownDescription)
-	if parsed.hasToken() {
-		failure.Description = "the server's description stands beside a token, and is not shown"
-	}
-	if secrets.In(description + "\n" + redact.Clean(description, len(description))) {
-		failure.Description = "the server's description repeats the client's credentials or a token, and is not shown"
-	}
-	if failure.classify().permanent {
-		failure.Hint = c.hint(failure.Code)
-	}
-	return grant{}, failure
+	return where + ", which is not followed because it would take the client's credentials elsewhere"
 }
 
-// shownText returns a text of the server as it may be shown: cleaned, and cut after
-// limit bytes. It returns withheld if the text holds one of the secrets.
-func shownText(text string, limit int, secrets redact.Secrets) string {
-	clean := redact.Clean(text, limit)
-	// As for an error, the raw text is searched, too. What is cut off is not.
-	if secrets.In(text[:min(len(text), maxSearchedDescription)] + "\n" + clean) {
-		return withheld
-	}
-	return clean
-}
-
-// unreadable returns the error for an answer that is neither a token nor a
-// refusal. It counts as a temporary fault of the server, or of something in front
-// of the server.
+// unreadable returns the error for an answer that is neither a usable token nor a
+// refusal. It counts as a temporary fault of the server, or of something in front of the
+// server, unless the error knows better.
 func unreadable(failure *tokenError, err error) *tokenError {
-	failure.Code, failure.Description = codeInvalidResponse, err.Error()
+	failure.Code, failure.Description, failure.permanent = codeInvalidResponse, err.Error(), isPermanent(err)
+	if _, ok := errors.AsType[grantedError](err); ok {
+		failure.answer = answerGrant
+	}
+	if errors.Is(err, errErrorText) {
+		failure.answer, failure.permanent = answerOwnError, true
+	}
 	return failure
 }
+
+// errErrorText is the error of an answer that is a refusal, although it has the form of a
+// grant.
+var errErrorText = errors.New("access_token holds the text of an error, and no token")
+
+// grantedError says why a token that was granted can't be used.
+type grantedError struct {
+	why  string
+	ever bool // another request would bring no other one
+}
+
+func (e grantedError) Error() string   { return "granted, but " + e.why }
+func (e grantedError) Permanent() bool { return e.ever }
 
 // errorCode returns a code with only the characters that RFC 6749 §5.2 permits,
 // because the code becomes part of log lines.
@@ -120,127 +149,155 @@ func errorCode(code string) string {
 	return redact.Clean(code, maxShownCode)
 }
 
-// members holds the members of a token endpoint's answer by name. It is not a
-// struct, because encoding/json would ignore the case of names. "ACCESS_TOKEN" is
-// not the member that RFC 6749 names. Unknown members are ignored (§5.1).
-// refresh_token is ignored, too: the client simply requests a new token (§4.4.3).
-type members map[string]json.RawMessage
-
-// parseMembers reads a body as a JSON object.
-func parseMembers(body []byte) (members, error) {
-	var r members
-	if err := json.Unmarshal(body, &r); err != nil || r == nil {
-		// The decoder's error would quote the body.
-		return nil, errors.New("the answer is not a JSON object")
-	}
-	return r, nil
-}
-
 // grant reads a successful answer (RFC 6749 §5.1). It is strict: a token must not
 // be used if it is no bearer token, or if it would break the header.
-func (r members) grant() (grant, error) {
-	accessToken, err := r.str("access_token")
+func (c *Credentials) grant(parsed members, body []byte, secrets redact.Secrets) (grant, error) {
+	accessToken, err := c.tokenIn(parsed, body)
 	if err != nil {
 		return grant{}, err
 	}
-	if accessToken == "" {
-		return grant{}, errors.New("the answer has no access_token")
+	if isErrorText(accessToken) {
+		return grant{}, errErrorText
 	}
 	// RFC 6749 appendix A.12 permits VSCHAR, which includes the space. But a space
 	// would not survive in the header (RFC 6750 §2.1).
 	for _, c := range []byte(accessToken) {
 		if c <= ' ' || c >= 0x7f {
-			return grant{}, errors.New("access_token holds a character that is not allowed in a header")
+			return grant{}, grantedError{why: "access_token holds a character that is not allowed in a header"}
 		}
 	}
-	tokenType, err := r.str("token_type")
-	if err != nil {
-		return grant{}, err
+	tokenType, err := parsed.str("token_type")
+	if err != nil && !c.findsToken() { // else it is a vendor's own member
+		return grant{}, grantedError{why: err.Error()}
 	}
-	// The type is required, but some servers leave it out. A token of a type that
-	// we do not understand must not be used (§7.1).
-	if tokenType != "" && !strings.EqualFold(tokenType, "Bearer") {
-		return grant{}, errors.New("token_type is not Bearer")
+	// The type is required, but some servers leave it out. Apigee calls it BearerToken
+	// by default. A token of a type that we do not understand must not be used (§7.1).
+	if tokenType != "" && !strings.EqualFold(tokenType, "Bearer") && !strings.EqualFold(tokenType, "BearerToken") {
+		why := "token_type is not Bearer"
+		if shown, ok := mayShow(tokenType, maxShownCode, append(redact.Secrets{accessToken}, secrets...)); ok {
+			why = fmt.Sprintf("token_type is %q and not Bearer", shown)
+		}
+		return grant{}, grantedError{why: why, ever: true}
 	}
-	lifetime, err := r.lifetime()
-	if err != nil {
-		return grant{}, err
-	}
-	scope, _ := r.str("scope") // an error does not matter: the scope is only compared
-	return grant{accessToken: accessToken, lifetime: lifetime, scope: strings.TrimSpace(scope)}, nil
+	g := grant{accessToken: accessToken}
+	g.lifetime, g.odd = c.lifetimeIn(parsed, body)
+	scope, _ := parsed.str("scope") // an error does not matter: the scope is only compared
+	g.scope = strings.TrimSpace(scope)
+	return g, nil
 }
 
-// lifetime reads expires_in, in seconds. The RFC means an integer, but servers
-// also send floats and strings. lifetime returns 0 if expires_in is absent or 0:
-// the server has then named no lifetime.
-func (r members) lifetime() (time.Duration, error) {
-	raw := bytes.TrimSpace(r["expires_in"])
-	if len(raw) > 0 && raw[0] == '"' {
-		s, err := r.str("expires_in")
-		if err != nil {
-			return 0, err
+// tokenIn returns the access token of an answer.
+func (c *Credentials) tokenIn(parsed members, body []byte) (string, error) {
+	place := "access_token"
+	if r := c.TokenResponse; c.findsToken() {
+		place = "what is at the access_token of token_response"
+		raw, ok := find(r.AccessToken, body)
+		if !ok {
+			return "", errors.New("the answer has nothing at the access_token of token_response")
 		}
-		raw = []byte(strings.TrimSpace(s))
+		parsed = members{place: raw}
+	}
+	accessToken, err := parsed.str(place)
+	if err == nil && accessToken == "" {
+		err = errors.New("the answer has no access_token")
+	}
+	return accessToken, err
+}
+
+// findsToken reports whether token_response says where the token is.
+func (c *Credentials) findsToken() bool {
+	return c.TokenResponse != nil && c.TokenResponse.AccessToken != ""
+}
+
+// find returns what a JSON Pointer finds.
+func find(pointer string, body []byte) (json.RawMessage, bool) {
+	p, err := jsonpointer.Parse(pointer)
+	if err != nil { // it was checked at load
+		return nil, false
+	}
+	return p.Find(body)
+}
+
+// isErrorText reports whether some server has put an error where the token belongs.
+func isErrorText(accessToken string) bool {
+	text := strings.ToLower(strings.TrimSpace(accessToken))
+	return text == "error" || strings.HasPrefix(text, "error:") || strings.HasPrefix(text, "error ")
+}
+
+// lifetimeIn returns the lifetime that an answer names; 0 if it names none. If nobody can
+// tell which, it says why. The token is good all the same.
+func (c *Credentials) lifetimeIn(parsed members, body []byte) (lifetime time.Duration, odd string) {
+	raw, unit := parsed["expires_in"], time.Second
+	if r := c.TokenResponse; r != nil && r.ExpiresIn != "" {
+		raw, _ = find(r.ExpiresIn, body)
+		unit = r.unit()
+	}
+	return parseLifetime(raw, unit)
+}
+
+// parseLifetime reads a lifetime in a unit. The RFC means an integer, but servers also
+// send floats and strings. It returns 0 if the lifetime is absent or 0.
+func parseLifetime(raw json.RawMessage, unit time.Duration) (lifetime time.Duration, odd string) {
+	raw = bytes.TrimSpace(raw)
+	if len(raw) > 0 && raw[0] == '"' {
+		var text string
+		_ = json.Unmarshal(raw, &text) // the answer has been decoded already
+		raw = []byte(strings.TrimSpace(text))
 	}
 	if len(raw) == 0 || bytes.Equal(raw, []byte("null")) {
-		return 0, nil
+		return 0, ""
 	}
-	seconds, err := strconv.ParseFloat(string(raw), 64)
-	if math.IsInf(seconds, 1) && errors.Is(err, strconv.ErrRange) {
-		return maxLifetime, nil // the number is too large for a float
+	number, err := strconv.ParseFloat(string(raw), 64)
+	outOfRange := errors.Is(err, strconv.ErrRange) // the number is infinite then
+	switch {
+	case (err != nil && !outOfRange), math.IsNaN(number), math.IsInf(number, 0) && !outOfRange, strings.ContainsAny(string(raw), "xXpP_"):
+		return 0, "is no number"
+	case number < 0:
+		return 0, "is negative"
+	case number*unit.Seconds() >= maxLifetime.Seconds():
+		return maxLifetime, ""
+	case number == 0:
+		return 0, ""
 	}
-	if err != nil || math.IsNaN(seconds) || math.IsInf(seconds, 0) || strings.ContainsAny(string(raw), "xXpP_") {
-		return 0, errors.New("expires_in is not a number")
-	}
-	if seconds < 0 {
-		return 0, errors.New("expires_in is negative: the token has expired already")
-	}
-	if seconds >= maxLifetime.Seconds() {
-		return maxLifetime, nil
-	}
-	if seconds == 0 {
-		return 0, nil
-	}
-	return max(minLifetime, time.Duration(seconds*float64(time.Second))), nil
+	return max(minLifetime, time.Duration(number*float64(unit))), ""
 }
 
-// str returns a member that must be a string. An absent or null member gives "".
-func (r members) str(name string) (string, error) {
-	raw, ok := r[name]
-	if !ok {
-		return "", nil
+// tokensIn returns what may be a token in an answer: the texts in members that are called
+// so, and what token_response finds. An answer may repeat it in another member.
+func (c *Credentials) tokensIn(body []byte) (tokens redact.Secrets) {
+	if c.findsToken() {
+		if found, ok := find(c.TokenResponse.AccessToken, body); ok {
+			members{"token": found}.addTokens(&tokens, 1)
+		}
 	}
-	var s *string
-	if err := json.Unmarshal(raw, &s); err != nil {
-		return "", fmt.Errorf("%s is not a string", name)
+	parsed, _ := parseMembers(body)
+	const depth = 3 // as deep as errors are read
+	parsed.addTokens(&tokens, depth)
+	return tokens
+}
+
+func (r members) addTokens(tokens *redact.Secrets, depth int) {
+	for name := range r {
+		if lower := strings.ToLower(name); strings.Contains(lower, "token") && !strings.Contains(lower, "type") {
+			token := r.text(name)
+			tokens.Add(token[:min(len(token), maxSearchedDescription)]) // of a long one, any part gives it away
+		}
+		if depth > 1 {
+			r.object(name).addTokens(tokens, depth-1)
+		}
 	}
-	if s == nil {
-		return "", nil
-	}
-	return *s, nil
 }
 
 // hasToken reports whether an answer has a token. An error must have none.
-func (r members) hasToken() bool {
-	for _, name := range []string{"access_token", "refresh_token", "id_token"} {
-		if _, ok := r[name]; ok {
-			return true
-		}
+func (c *Credentials) hasToken(parsed members, body []byte) bool {
+	if slices.ContainsFunc([]string{"access_token", "refresh_token", "id_token"}, parsed.says) {
+		return true
+	}
+	if r := c.TokenResponse; c.findsToken() {
+		found, _ := find(r.AccessToken, body)
+		return members{"": found}.says("")
 	}
 	return false
-}
-
-// refusal reads the members of an error (RFC 6749 §5.2). Some servers send the
-// description under other names, and refusal knows these. It returns "", "" for an
-// answer without such members.
-func (r members) refusal() (code, description string) {
-	code, _ = r.str("error")
-	for _, name := range []string{"error_description", "errorDescription", "message"} {
-		if description, _ = r.str(name); description != "" {
-			break
-		}
-	}
-	return code, description
 }
 
 // parseRetryAfter reads the Retry-After header in both its forms (RFC 9110

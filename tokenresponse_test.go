@@ -13,6 +13,9 @@ func granted(token string, lifetime time.Duration) grant {
 	return grant{accessToken: token, lifetime: lifetime}
 }
 
+// oddly is a grant of the canary whose lifetime nobody understands.
+func oddly(why string) grant { return grant{accessToken: canaryToken, odd: why} }
+
 // answers are bodies of answers with status 200. An error code marks the bad
 // ones; they are all transient, as nothing was refused, except those with an
 // error of the server's own.
@@ -34,8 +37,15 @@ var answers = []struct {
 	{name: "type in upper case", body: `{"access_token":"a","token_type":"BEARER"}`, want: granted("a", 0)},
 	{name: "type null", body: `{"access_token":"a","token_type":null}`, want: granted("a", 0)},
 	{name: "type empty", body: `{"access_token":"a","token_type":""}`, want: granted("a", 0)},
+	{name: "type BearerToken", body: `{"access_token":"a","token_type":"BearerToken"}`, want: granted("a", 0)},
 	{name: "error null", body: `{"access_token":"a","error":null,"error_description":null}`, want: granted("a", 0)},
 	{name: "error empty", body: `{"access_token":"a","error":""}`, want: granted("a", 0)},
+	{name: "error false", body: `{"access_token":"a","error":false}`, want: granted("a", 0)},
+	{name: "error 0", body: `{"access_token":"a","error":0,"errcode":0,"errmsg":"ok"}`, want: granted("a", 0)},
+	{name: "error an object that says nothing", body: `{"access_token":"a","error":{"code":0,"message":"","more":{"x":null}}}`, want: granted("a", 0)},
+	{name: "error an empty object", body: `{"access_token":"a","error":{ }}`, want: granted("a", 0)},
+	{name: "status ok", body: `{"access_token":"a","status":"success","msg":""}`, want: granted("a", 0)},
+	{name: "status approved", body: `{"access_token":"a","status":"approved"}`, want: granted("a", 0)},
 	// The last one counts, as in encoding/json and most other decoders.
 	{name: "token twice", body: `{"access_token":"a","access_token":"b"}`, want: granted("b", 0)},
 	{name: "lifetime twice", body: `{"access_token":"a","expires_in":1,"expires_in":2}`, want: granted("a", 2*time.Second)},
@@ -91,35 +101,47 @@ var answers = []struct {
 	{name: "token not UTF-8", body: `{"access_token":"` + canaryToken + "\xff" + `"}`, code: codeInvalidResponse},
 	{name: "token a lone surrogate", body: `{"access_token":"` + canaryToken + `\ud800"}`, code: codeInvalidResponse},
 
-	// Another type.
-	{name: "type mac", body: `{"access_token":"` + canaryToken + `","token_type":"mac"}`, code: codeInvalidResponse},
-	{name: "type DPoP", body: `{"access_token":"` + canaryToken + `","token_type":"DPoP"}`, code: codeInvalidResponse},
-	{name: "type N_A", body: `{"access_token":"` + canaryToken + `","token_type":"N_A"}`, code: codeInvalidResponse},
-	{name: "type with a space", body: `{"access_token":"` + canaryToken + `","token_type":"Bearer "}`, code: codeInvalidResponse},
-	{name: "type that folds to bearer beyond ASCII", body: `{"access_token":"` + canaryToken + `","token_type":"Beaſer"}`, code: codeInvalidResponse},
-	{name: "type number", body: `{"access_token":"` + canaryToken + `","token_type":1}`, code: codeInvalidResponse},
-	{name: "type repeats the token", body: `{"access_token":"` + canaryToken + `","token_type":"` + canaryToken + `"}`, code: codeInvalidResponse},
+	{name: "token an error", body: `{"access_token":"error: ` + canaryToken + `"}`, code: codeInvalidResponse, permanent: true},
+	{name: "token an error without a space", body: `{"access_token":"Error:` + canaryToken + `"}`, code: codeInvalidResponse, permanent: true},
 
-	// Another lifetime.
-	{name: "lifetime negative", body: `{"access_token":"` + canaryToken + `","expires_in":-1}`, code: codeInvalidResponse},
-	{name: "lifetime negative in a string", body: `{"access_token":"` + canaryToken + `","expires_in":"-0.5"}`, code: codeInvalidResponse},
-	{name: "lifetime below a float", body: `{"access_token":"` + canaryToken + `","expires_in":-1e400}`, code: codeInvalidResponse},
+	// Another type.
+	{name: "type mac", body: `{"access_token":"` + canaryToken + `","token_type":"mac"}`, code: codeInvalidResponse, permanent: true},
+	{name: "type DPoP", body: `{"access_token":"` + canaryToken + `","token_type":"DPoP"}`, code: codeInvalidResponse, permanent: true},
+	{name: "type N_A", body: `{"access_token":"` + canaryToken + `","token_type":"N_A"}`, code: codeInvalidResponse, permanent: true},
+	{name: "type with a space", body: `{"access_token":"` + canaryToken + `","token_type":"Bearer "}`, code: codeInvalidResponse, permanent: true},
+	{name: "type that folds to bearer beyond ASCII", body: `{"access_token":"` + canaryToken + `","token_type":"Beaſer"}`, code: codeInvalidResponse, permanent: true},
+	{name: "type number", body: `{"access_token":"` + canaryToken + `","token_type":1}`, code: codeInvalidResponse},
+	{name: "type repeats the token", body: `{"access_token":"` + canaryToken + `","token_type":"` + canaryToken + `"}`, code: codeInvalidResponse, permanent: true},
+
+	// A lifetime that nobody understands. The token is good.
+	{name: "lifetime negative", body: `{"access_token":"` + canaryToken + `","expires_in":-1}`, want: oddly("is negative")},
+	{name: "lifetime negative in a string", body: `{"access_token":"` + canaryToken + `","expires_in":"-0.5"}`, want: oddly("is negative")},
+	{name: "lifetime below a float", body: `{"access_token":"` + canaryToken + `","expires_in":-1e400}`, want: oddly("is negative")},
 	{name: "lifetime NaN", body: `{"access_token":"` + canaryToken + `","expires_in":NaN}`, code: codeInvalidResponse},
-	{name: "lifetime NaN in a string", body: `{"access_token":"` + canaryToken + `","expires_in":"NaN"}`, code: codeInvalidResponse},
-	{name: "lifetime infinite", body: `{"access_token":"` + canaryToken + `","expires_in":"Infinity"}`, code: codeInvalidResponse},
-	{name: "lifetime words", body: `{"access_token":"` + canaryToken + `","expires_in":"abc"}`, code: codeInvalidResponse},
-	{name: "lifetime with a unit", body: `{"access_token":"` + canaryToken + `","expires_in":"3600s"}`, code: codeInvalidResponse},
-	{name: "lifetime hexadecimal", body: `{"access_token":"` + canaryToken + `","expires_in":"0x10"}`, code: codeInvalidResponse},
-	{name: "lifetime with separators", body: `{"access_token":"` + canaryToken + `","expires_in":"3_600"}`, code: codeInvalidResponse},
-	{name: "lifetime a date", body: `{"access_token":"` + canaryToken + `","expires_in":"2030-01-01T00:00:00Z"}`, code: codeInvalidResponse},
-	{name: "lifetime an object", body: `{"access_token":"` + canaryToken + `","expires_in":{"seconds":3600}}`, code: codeInvalidResponse},
-	{name: "lifetime an array", body: `{"access_token":"` + canaryToken + `","expires_in":[3600]}`, code: codeInvalidResponse},
-	{name: "lifetime a boolean", body: `{"access_token":"` + canaryToken + `","expires_in":true}`, code: codeInvalidResponse},
+	{name: "lifetime NaN in a string", body: `{"access_token":"` + canaryToken + `","expires_in":"NaN"}`, want: oddly("is no number")},
+	{name: "lifetime infinite", body: `{"access_token":"` + canaryToken + `","expires_in":"Infinity"}`, want: oddly("is no number")},
+	{name: "lifetime words", body: `{"access_token":"` + canaryToken + `","expires_in":"abc"}`, want: oddly("is no number")},
+	{name: "lifetime with a unit", body: `{"access_token":"` + canaryToken + `","expires_in":"3600s"}`, want: oddly("is no number")},
+	{name: "lifetime hexadecimal", body: `{"access_token":"` + canaryToken + `","expires_in":"0x10"}`, want: oddly("is no number")},
+	{name: "lifetime with separators", body: `{"access_token":"` + canaryToken + `","expires_in":"3_600"}`, want: oddly("is no number")},
+	{name: "lifetime a date", body: `{"access_token":"` + canaryToken + `","expires_in":"2030-01-01T00:00:00Z"}`, want: oddly("is no number")},
+	{name: "lifetime an object", body: `{"access_token":"` + canaryToken + `","expires_in":{"seconds":3600}}`, want: oddly("is no number")},
+	{name: "lifetime an array", body: `{"access_token":"` + canaryToken + `","expires_in":[3600]}`, want: oddly("is no number")},
+	{name: "lifetime a boolean", body: `{"access_token":"` + canaryToken + `","expires_in":true}`, want: oddly("is no number")},
 
 	// An error, whatever the status says.
 	{name: "error beside a token", body: `{"access_token":"` + canaryToken + `","error":"invalid_grant"}`, code: "invalid_grant", permanent: true},
 	{name: "error only", body: `{"error":"invalid_client","error_description":"no"}`, code: "invalid_client", permanent: true},
 	{name: "error that passes", body: `{"error":"temporarily_unavailable"}`, code: "temporarily_unavailable"},
+	{name: "error an object", body: `{"error":{"code":"denied","message":"no"}}`, code: "denied", permanent: true},
+	{name: "error an object beside a token", body: `{"access_token":"` + canaryToken + `","error":{"code":"denied"}}`, code: "denied", permanent: true},
+	{name: "error true", body: `{"error":true}`, code: codeHTTPStatus, permanent: true},
+	{name: "status error", body: `{"status":"error","msg":"no"}`, code: codeHTTPStatus, permanent: true},
+	{name: "status Failed", body: `{"status":"Failed","access_token":"` + canaryToken + `"}`, code: codeHTTPStatus, permanent: true},
+	{name: "errcode", body: `{"errcode":40013,"errmsg":"invalid appid"}`, code: "40013", permanent: true},
+	{name: "errcode a string", body: `{"errcode":"E1"}`, code: "E1", permanent: true},
+	{name: "fault", body: `{"fault":{"faultstring":"no","detail":{"errorcode":"steps.x"}}}`, code: "steps.x", permanent: true},
+	{name: "fault a text", body: `{"fault":"` + "no" + `"}`, code: codeHTTPStatus, permanent: true},
 }
 
 func TestTokenAnswerIsReadStrictly(t *testing.T) {
@@ -146,8 +168,8 @@ func TestTokenAnswerIsReadStrictly(t *testing.T) {
 	}
 }
 
-func TestOnlyStatus200BringsAToken(t *testing.T) {
-	for _, status := range []int{201, 202, 203, 204, 205, 206} {
+func TestOnlyStatus200And201BringAToken(t *testing.T) {
+	for _, status := range []int{202, 203, 204, 205, 206} {
 		cl := newTestClient(t, canaryCredentials("https://auth.example.com/token"), answering(status, `{"access_token":"`+canaryToken+`"}`))
 		_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 		got := wantTokenError(t, err, codeInvalidResponse, false)
@@ -159,6 +181,10 @@ func TestOnlyStatus200BringsAToken(t *testing.T) {
 	cl := newTestClient(t, canaryCredentials("https://auth.example.com/token"), answering(202, `{"error":"invalid_scope"}`))
 	_, err := cl.endpoint.locateAndRequest(t.Context(), nil)
 	wantTokenError(t, err, "invalid_scope", true)
+	cl = newTestClient(t, canaryCredentials("https://auth.example.com/token"), answering(201, goodAnswer))
+	if got, err := cl.endpoint.locateAndRequest(t.Context(), nil); err != nil || got.accessToken != "t0ken" {
+		t.Errorf("got %v, err %v, want the token of the answer 201", got, err)
+	}
 }
 
 func TestRetryAfterIsReadInBothForms(t *testing.T) {
@@ -203,12 +229,18 @@ func FuzzTokenResponse(f *testing.F) {
 	for _, refusal := range refusals {
 		f.Add(refusal.status, refusal.header["Retry-After"], []byte(refusal.body))
 	}
-	host := mustParse(testTokenURL).Host
+	u := mustParse(testTokenURL)
 	sensitive := authenticated(f, authBasic, "id", canarySecret, map[string][]string{}, http.Header{})
 
+	clients := []Credentials{
+		{},
+		{TokenResponse: &TokenResponse{AccessToken: "/data/0/token", ExpiresIn: "/data/0/ttl", ExpiresInUnit: "d"}, GrantType: grantNone},
+	}
+
 	f.Fuzz(func(t *testing.T, status int, header string, body []byte) {
-		a := serverAnswer{status: status, header: http.Header{"Retry-After": {header}}, body: body}
-		got, err := new(Credentials).readAnswer(host, a, sensitive)
+		a := serverAnswer{status: status, header: http.Header{"Retry-After": {header}, "Location": {header}, "Content-Type": {header}}, body: body}
+		c := clients[len(header)%len(clients)]
+		got, err := c.readAnswer(u, u.Host, a, sensitive)
 		if err != nil {
 			if got != (grant{}) {
 				t.Errorf("readAnswer() = %v beside an error, want none", got)
@@ -230,8 +262,8 @@ func FuzzTokenResponse(f *testing.F) {
 			}
 			return
 		}
-		if status != http.StatusOK {
-			t.Errorf("status %d brought a token, want 200 only", status)
+		if status != http.StatusOK && status != http.StatusCreated {
+			t.Errorf("status %d brought a token, want 200 and 201 only", status)
 		}
 		if got.accessToken == "" {
 			t.Error("the token is empty")
