@@ -260,9 +260,10 @@ func TestFailuresAreExplained(t *testing.T) {
 	}
 	var routes []route
 	for _, tt := range tests {
-		c := client{ID: tt.name, Method: tt.method}
+		// In an id with a space, the encoding would be the likeliest fault.
+		c := client{ID: strings.ReplaceAll(tt.name, " ", "-"), Method: tt.method}
 		if tt.known != nil {
-			tt.known.ID = tt.name
+			tt.known.ID = c.ID
 			as.register(t, *tt.known)
 			c.Method = cmp.Or(tt.method, tt.known.Method)
 		}
