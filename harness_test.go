@@ -132,6 +132,7 @@ func newGateway(t *testing.T) *gateway {
 	t.Cleanup(func() {
 		transport.CloseIdleConnections() // or Caddy would wait for them
 		g.stop()
+		endAfterlives() // a server of the next test may get the port of this one's, and its source with it
 	})
 	return g
 }

@@ -280,19 +280,21 @@ func TestHugeAnswerCostsNoMoreToSearch(t *testing.T) {
 			fmt.Fprintf(&text, "%x-", i*i)
 		}
 		body := encode(t, map[string]string{"error": "invalid_scope", member: text.String()})
-		least := math.Inf(1)
-		for range 30 { // what others allocate meanwhile is counted too, but they don't all the time
-			least = min(least, testing.AllocsPerRun(1, func() {
-				a := serverAnswer{status: http.StatusBadRequest, header: http.Header{}, body: body}
-				if _, err := c.readAnswer(mustParse(testTokenURL), "", a, redact.Secrets{canarySecret}); err == nil {
-					t.Errorf("%s: got a token, want an error", member)
-				}
-			}))
-		}
-		return least
+		return testing.AllocsPerRun(1, func() {
+			a := serverAnswer{status: http.StatusBadRequest, header: http.Header{}, body: body}
+			if _, err := c.readAnswer(mustParse(testTokenURL), "", a, redact.Secrets{canarySecret}); err == nil {
+				t.Errorf("%s: got a token, want an error", member)
+			}
+		})
 	}
 	for _, member := range []string{"error", "error_description", "access_token"} {
-		small, large := allocations(member, 8<<10), allocations(member, 500<<10)
+		small, large := math.Inf(1), math.Inf(1)
+		for range 5 { // what others allocate meanwhile is counted too, but they don't all the time
+			small = min(small, allocations(member, 8<<10))
+		}
+		for try := 0; try < 30 && large > 2*small; try++ {
+			large = min(large, allocations(member, 500<<10))
+		}
 		if large > 2*small {
 			t.Errorf("%s: got %v allocations for 500 KiB, want about the %v for 8 KiB", member, large, small)
 		}

@@ -263,8 +263,8 @@ func TestShortOutageWithShortTokens(t *testing.T) {
 					inOutage++
 				}
 			}
-			if inOutage < 4 || inOutage > 25 {
-				t.Errorf("%d token requests in 29s of outage, want 4 to 25", inOutage)
+			if inOutage < 4 || inOutage > 28 { // 23 to 26 were seen in a thousand runs
+				t.Errorf("%d token requests in 29s of outage, want 4 to 28", inOutage)
 			}
 		})
 	}
