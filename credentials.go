@@ -436,24 +436,32 @@ func (c *Credentials) logFields() []zap.Field {
 	}
 }
 
-// authMethod returns how the client authenticates. If auth_method is not set,
-// the other settings leave only one choice.
+// authMethod returns how the client authenticates.
 func (c *Credentials) authMethod() string {
+	method, _ := c.chosenAuth()
+	return method
+}
+
+// chosenAuth returns how the client authenticates, and why so. If auth_method is not
+// set, the other settings leave only one choice.
+func (c *Credentials) chosenAuth() (method, why string) {
 	switch {
 	case c.AuthMethod != "":
-		return c.AuthMethod
+		return c.AuthMethod, "auth_method says so"
 	case c.ClientSecret != "":
-		return authBasic
+		return authBasic, "there is a client_secret, and no auth_method"
 	case c.grantsByJWT():
-		return authByGrant
+		return authByGrant, "the JWT of the grant says who the client is"
 	case c.sendsNoGrant() && c.PrivateKey == "" && c.AssertionFile == "" && c.ClientCertificate == nil:
-		return authNone
-	case c.PrivateKey != "" || c.AssertionFile != "":
-		return authKeyJWT
+		return authNone, "there is nothing to authenticate with"
+	case c.PrivateKey != "":
+		return authKeyJWT, "there is a private_key"
+	case c.AssertionFile != "":
+		return authKeyJWT, "there is an assertion_file"
 	case c.ClientCertificate != nil:
-		return authTLS
+		return authTLS, "there is a client_certificate"
 	}
-	return authBasic
+	return authBasic, "it is the default"
 }
 
 // needsSecret reports whether a method may need a client_secret. The empty

@@ -9,7 +9,9 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 
 	"github.com/caddyserver/caddy/v2"
@@ -142,8 +144,50 @@ type serverAnswer struct {
 	body   []byte
 }
 
+// exchanges are the requests that were made with a context, and their answers. Only
+// `caddy oauth2-token --explain` asks for them. They are safe for concurrent use.
+type exchanges struct {
+	mu  sync.Mutex
+	all []exchanged // guarded by mu
+}
+
+// exchanged is one request to the authorization server, and what came of it.
+type exchanged struct {
+	req    *http.Request
+	answer serverAnswer
+	err    error
+}
+
+type exchangesKey struct{}
+
+// of returns a context whose requests are noted.
+func (e *exchanges) of(ctx context.Context) context.Context {
+	return context.WithValue(ctx, exchangesKey{}, e)
+}
+
+func (e *exchanges) add(one exchanged) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.all = append(e.all, one)
+}
+
+// list returns what was noted so far.
+func (e *exchanges) list() []exchanged {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return slices.Clone(e.all)
+}
+
 // exchange sends a request to the authorization server, and reads the answer.
 func exchange(ctx context.Context, transport http.RoundTripper, req *http.Request) (serverAnswer, error) {
+	a, err := send(ctx, transport, req)
+	if noted, ok := ctx.Value(exchangesKey{}).(*exchanges); ok {
+		noted.add(exchanged{req, a, err})
+	}
+	return a, err
+}
+
+func send(ctx context.Context, transport http.RoundTripper, req *http.Request) (serverAnswer, error) {
 	// An http.Client would follow a redirect, and would send the client's
 	// secret elsewhere. RoundTrip does not follow it.
 	res, err := transport.RoundTrip(req)

@@ -167,9 +167,10 @@ func discovering(t *testing.T, settings string, p http.RoundTripper) (*client, *
 	t.Helper()
 	cl := newTransport(t, settings).fallback.client
 	core, logs := observer.New(zapcore.WarnLevel)
-	cl.endpoint.transport, cl.endpoint.logger = p, zap.New(core)
+	cl.endpoint.transport = p
 	if d := cl.endpoint.discovery; d != nil {
-		d.transport, d.logger = p, zap.New(core)
+		d.transport = p
 	}
+	cl.endpoint.logTo(zap.New(core))
 	return cl, logs
 }

@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
@@ -275,4 +276,37 @@ func shownText(text string, limit int, secrets redact.Secrets) string {
 		return shown
 	}
 	return withheld
+}
+
+// maxShownClaim is how many bytes of one text in a token are shown at most.
+const maxShownClaim = 1000
+
+// shownObject returns a part of a token as it may be shown: cleaned and cut, and
+// without texts that hold one of the secrets.
+func shownObject(object map[string]any, secrets redact.Secrets) map[string]any {
+	shown := make(map[string]any, len(object))
+	for name, value := range object {
+		shown[shownText(name, maxShownClaim, secrets)] = shownValue(value, secrets)
+	}
+	return shown
+}
+
+func shownValue(value any, secrets redact.Secrets) any {
+	switch value := value.(type) {
+	case string:
+		return shownText(value, maxShownClaim, secrets)
+	case float64:
+		if secrets.In(strconv.FormatFloat(value, 'f', -1, 64)) {
+			return withheld
+		}
+	case []any:
+		shown := make([]any, len(value))
+		for i := range value {
+			shown[i] = shownValue(value[i], secrets)
+		}
+		return shown
+	case map[string]any:
+		return shownObject(value, secrets)
+	}
+	return value
 }

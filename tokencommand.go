@@ -4,8 +4,6 @@ package outboundauth
 
 import (
 	"bytes"
-	"cmp"
-	"context"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -17,36 +15,36 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"time"
-	"unicode"
 
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
-
-	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
-	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
-// maxPrintedClaim is how many bytes of one text in a token are printed at most.
-const maxPrintedClaim = 1000
-
-// exitNoToken is the exit status if the config is good, but a token was not
-// obtained.
-const exitNoToken = 2
+// The exit status if the config is good, but a token was not obtained, or was granted
+// for less than the scopes that are configured.
+const (
+	exitNoToken  = 2
+	exitNarrowed = 3
+)
 
 func init() {
 	caddycmd.RegisterCommand(caddycmd.Command{
 		Name:  "oauth2-token",
-		Usage: "[--config <path>] [--adapter <name>] [--upstream <address>] [--show-token] [--json]",
+		Usage: "[--config <path>] [--adapter <name>] [--upstream <address>] [--explain] [--show-token] [--json]",
 		Short: "Obtains the access tokens of a config, and shows what comes back",
 		Long: `
 Loads the config like 'caddy validate', makes one token request for each OAuth
-client in it, exactly as the gateway would, and shows the endpoint, the client,
-which of its scopes were granted, the lifetime, and header and claims of a token
-that is a JWT. If there is no token, it shows why, and what to change.
+client in it, exactly as the gateway would, and shows its name, the endpoint, the
+client, which of its scopes were granted, the lifetime, and header and claims of a
+token that is a JWT. It shows the warnings that the gateway would log. If there is
+no token, it shows why, and what to change.
+
+--explain shows each step as well: the metadata that was looked up, how the client
+authenticates and why, the token request with … for each secret, and what the
+answer has.
 
 The config is the Caddyfile of the current directory unless --config names
 another. --upstream picks the client of one upstream, written as in
@@ -56,12 +54,14 @@ Placeholders are replaced in the environment of the command: {env.*} are its
 own variables, and files have to be readable by its user.
 
 The exit status is 0 if all tokens were obtained, 1 if the config can't be
-loaded, and 2 if a token was not obtained.`,
+loaded, 2 if a token was not obtained, and 3 if a token was granted for less than
+the scopes that are configured.`,
 		Flags: func() *flag.FlagSet {
 			fs := flag.NewFlagSet("oauth2-token", flag.ExitOnError)
 			fs.String("config", "", "Configuration file")
 			fs.String("adapter", "", "Name of the config adapter")
 			fs.String("upstream", "", "Only for the client of this upstream")
+			fs.Bool("explain", false, "Show each step on the way to the token")
 			fs.Bool("show-token", false, "Show the token itself")
 			fs.Bool("json", false, "Write JSON")
 			return fs
@@ -74,7 +74,7 @@ loaded, and 2 if a token was not obtained.`,
 			if err != nil {
 				return caddy.ExitCodeFailedStartup, err
 			}
-			reports, err := requestTokens(config, fl.String("upstream"))
+			reports, err := requestTokens(config, fl.String("upstream"), fl.Bool("explain"))
 			if err != nil {
 				return caddy.ExitCodeFailedStartup, err
 			}
@@ -105,14 +105,15 @@ func readConfig(file, adapter string) (*caddy.Config, error) {
 
 // requestTokens provisions a config, and requests a token for each of its
 // clients. If upstream is not empty, it requests only the token of that
-// upstream's client.
-func requestTokens(config *caddy.Config, upstream string) ([]tokenReport, error) {
+// upstream's client. The reports are in the order of the config.
+func requestTokens(config *caddy.Config, upstream string, explain bool) ([]tokenReport, error) {
 	// The gateway may be running with this config. The command must neither
 	// take its admin address nor write to its logs.
 	config.Admin = &caddy.AdminConfig{Disabled: true}
 	config.Logging = &caddy.Logging{Logs: map[string]*caddy.CustomLog{
 		caddy.DefaultLoggerName: {BaseLog: caddy.BaseLog{Level: "ERROR"}}, // the reports tell everything
 	}}
+	places := placesIn(config) // now: Caddy forgets the JSON of what it has loaded
 	before := loadedTransports()
 	if _, err := caddy.ProvisionContext(config); err != nil {
 		return nil, err
@@ -127,6 +128,7 @@ func requestTokens(config *caddy.Config, upstream string) ([]tokenReport, error)
 	if len(transports) == 0 {
 		return nil, errors.New("the config has no transport oauth2")
 	}
+	places.sort(transports)
 	clients, err := selectClients(transports, upstream)
 	if err != nil {
 		return nil, err
@@ -134,7 +136,7 @@ func requestTokens(config *caddy.Config, upstream string) ([]tokenReport, error)
 	reports := make([]tokenReport, len(clients))
 	var wg sync.WaitGroup
 	for i, c := range clients {
-		wg.Go(func() { reports[i] = c.report() })
+		wg.Go(func() { reports[i] = c.report(c.upstreams, explain) })
 	}
 	wg.Wait()
 	return reports, nil
@@ -221,126 +223,16 @@ func parseUpstream(upstream string) (dialAddress, error) {
 	return dial.canonical(), err
 }
 
-// tokenReport is the result of a client's token request.
-type tokenReport struct {
-	Upstreams     []string `json:"upstreams,omitempty"`
-	TokenEndpoint string   `json:"token_endpoint"` // "" if it was not discovered
-	description
-
-	// Of the scopes that are configured.
-	Granted    string   `json:"granted_scope,omitempty"`
-	NotGranted []string `json:"not_granted,omitempty"`
-
-	// What to change although there is a token. The log has it as warnings.
-	Advice string `json:"advice,omitempty"`
-
-	Lifetime float64    `json:"lifetime,omitempty"` // in seconds
-	Expires  *time.Time `json:"expires,omitempty"`
-	Renewal  *time.Time `json:"renewal,omitempty"`
-
-	Token  string         `json:"token,omitempty"`
-	Header map[string]any `json:"header,omitempty"`
-	Claims map[string]any `json:"claims,omitempty"`
-
-	Error *reportedError `json:"error,omitempty"`
-
-	length int // the token's length, in characters
-}
-
-// report requests a token like the source, but only once, and returns the result.
-func (c *upstreamClient) report() tokenReport {
-	r := tokenReport{Upstreams: c.upstreams}
-	ctx, cancel := context.WithTimeout(context.Background(), c.endpoint.credentials.lifecycle().fetchTimeout)
-	defer cancel()
-	var (
-		t *token
-		g grant
-	)
-	err := safely(func() error {
-		u, err := c.endpoint.locate(ctx, nil)
-		if err == nil {
-			t, g, err = c.endpoint.credentials.lifecycle().requestToken(ctx, c.endpoint, u, nil, nil)
-		}
-		return err
-	})
-	r.description = c.endpoint.describe()
-	r.TokenEndpoint = r.description.TokenEndpoint
-	if err != nil {
-		r.Error = reportError(err)
-		return r
-	}
-	r.NotGranted = c.endpoint.lacking(g.scope)
-	r.Granted = strings.Join(slices.DeleteFunc(slices.Clone(r.Scopes), func(scope string) bool {
-		return slices.Contains(r.NotGranted, scope)
-	}), " ")
-	r.Lifetime = t.expires.Sub(g.issued).Round(time.Second).Seconds()
-	r.Expires, r.Renewal = &t.expires, &t.refreshAt
-	r.Token, r.length = t.value, len(t.value)
-	header, claims, isJWT := jwt.Decode(t.value)
-	settings := &c.endpoint.credentials
-	switch {
-	case len(r.NotGranted) > 0:
-		r.Advice = "check scopes, or what the authorization server allows the client"
-	case g.odd != "":
-		r.Advice = "set default_lifetime: the expires_in of the answer " + g.odd
-	case isForOthers(claims, slices.Concat(settings.Audience, settings.Resource)):
-		r.Advice = "check audience and resource: the aud of the token has none of them, so the server may ignore them"
-	}
-	if isJWT {
-		if secrets, err := c.endpoint.secrets(ctx); err == nil { // else a file has changed since
-			r.Header, r.Claims = shownObject(header, secrets), shownObject(claims, secrets)
-		}
-	}
-	return r
-}
-
-// isForOthers reports whether the claims of a JWT name audiences (RFC 9068 §2.2), and none
-// of those that were asked for.
-func isForOthers(claims map[string]any, asked []string) bool {
-	aud, ok := claims["aud"].([]any)
-	if one, isText := claims["aud"].(string); isText {
-		aud, ok = []any{one}, true
-	}
-	return ok && len(asked) > 0 && !slices.ContainsFunc(asked, func(name string) bool { return slices.Contains(aud, any(name)) })
-}
-
-// shownObject returns a part of a token as it may be shown: cleaned and cut, and
-// without texts that hold one of the secrets.
-func shownObject(object map[string]any, secrets redact.Secrets) map[string]any {
-	shown := make(map[string]any, len(object))
-	for name, value := range object {
-		shown[shownText(name, maxPrintedClaim, secrets)] = shownValue(value, secrets)
-	}
-	return shown
-}
-
-func shownValue(value any, secrets redact.Secrets) any {
-	switch value := value.(type) {
-	case string:
-		return shownText(value, maxPrintedClaim, secrets)
-	case float64:
-		if secrets.In(strconv.FormatFloat(value, 'f', -1, 64)) {
-			return withheld
-		}
-	case []any:
-		shown := make([]any, len(value))
-		for i := range value {
-			shown[i] = shownValue(value[i], secrets)
-		}
-		return shown
-	case map[string]any:
-		return shownObject(value, secrets)
-	}
-	return value
-}
-
 // writeReports writes the reports as text for people, or as JSON for programs.
 // It returns the exit status.
 func writeReports(w io.Writer, reports []tokenReport, showToken, asJSON bool) (status int, err error) {
-	failed := 0
+	failed, narrowed := 0, 0
 	for i := range reports {
 		if reports[i].Error != nil {
 			failed++
+		}
+		if len(reports[i].NotGranted) > 0 {
+			narrowed++
 		}
 		if !showToken {
 			reports[i].Token = ""
@@ -367,67 +259,11 @@ func writeReports(w io.Writer, reports []tokenReport, showToken, asJSON bool) (s
 	if err != nil {
 		return caddy.ExitCodeFailedStartup, err
 	}
-	if failed > 0 {
+	switch {
+	case failed > 0:
 		return exitNoToken, fmt.Errorf("no token for %d of %d clients", failed, len(reports))
+	case narrowed > 0:
+		return exitNarrowed, fmt.Errorf("less than the configured scopes for %d of %d clients", narrowed, len(reports))
 	}
 	return caddy.ExitCodeSuccess, nil
-}
-
-// printable replaces characters that a terminal would obey, or would not show.
-// Scopes and claims come from the server, so they may hold such characters.
-func printable(r rune) rune {
-	if r != '\n' && !unicode.IsPrint(r) {
-		return unicode.ReplacementChar
-	}
-	return r
-}
-
-// write writes the report as lines. Each line has a name and a value.
-func (r *tokenReport) write(w io.Writer) error {
-	var b strings.Builder
-	line := func(name, value string) {
-		if value != "" {
-			fmt.Fprintf(&b, "%-16s %s\n", name, strings.Map(printable, value))
-		}
-	}
-	line("upstreams", strings.Join(r.Upstreams, ", "))
-	line("issuer", r.Issuer)
-	line("token endpoint", r.TokenEndpoint)
-	line("client", r.ClientID)
-	line("auth method", cmp.Or(r.AuthMethod, "the assertion alone"))
-	line("grant", r.GrantType)
-	line("scopes", strings.Join(r.Scopes, " "))
-	if e := r.Error; e != nil {
-		line("error", e.title())
-		line("", e.Description)
-		line("what to change", e.Hint)
-	} else {
-		line("granted", r.Granted)
-		line("not granted", strings.Join(r.NotGranted, " "))
-		line("what to change", r.Advice)
-		line("lifetime", fmt.Sprint(time.Duration(r.Lifetime)*time.Second))
-		line("expires", r.Expires.Local().Format(time.RFC3339))
-		line("renewal", r.Renewal.Local().Format(time.RFC3339))
-		kind := "opaque"
-		if r.Claims != nil {
-			kind = "a JWT"
-		}
-		line("token", fmt.Sprintf("%s, %d characters", kind, r.length))
-		line("", r.Token)
-		for _, part := range []struct {
-			name string
-			of   map[string]any
-		}{{"header", r.Header}, {"claims", r.Claims}} {
-			if part.of == nil {
-				continue
-			}
-			indented, err := json.MarshalIndent(part.of, strings.Repeat(" ", 17), "  ")
-			if err != nil {
-				return err
-			}
-			line(part.name, string(indented))
-		}
-	}
-	_, err := io.WriteString(w, b.String())
-	return err
 }

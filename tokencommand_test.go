@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -21,7 +22,7 @@ import (
 func runTokenCommand(t *testing.T, site, upstream string, showToken, asJSON bool) (output string, status int, err error) {
 	t.Helper()
 	config := adaptCaddyfile(t, "{\nauto_https off\n}\nhttp://127.0.0.1:1 {\n"+site+"\n}")
-	reports, err := requestTokens(config, upstream)
+	reports, err := requestTokens(config, upstream, false)
 	if err != nil {
 		return "", caddy.ExitCodeFailedStartup, err
 	}
@@ -54,11 +55,12 @@ const threeOfTwoClients = `reverse_proxy 127.0.0.1:9000 127.0.0.1:9001 127.0.0.1
 func TestTokenCommandShowsWhatTheGatewayGets(t *testing.T) {
 	auth := newAuthServer(t)
 	output, status, err := runTokenCommand(t, expand(threeOfTwoClients, "$AUTH", auth.URL), "", false, false)
+	host := strings.TrimPrefix(auth.URL, "http://")
 	if err != nil || status != caddy.ExitCodeSuccess {
 		t.Fatalf("got status %d, err %v, want 0", status, err)
 	}
 	for _, want := range []string{
-		"upstreams        127.0.0.1:9000, 127.0.0.1:9002\ntoken endpoint   " + auth.URL + "/token\nclient           first\n",
+		"name             " + host + "/first\nupstreams        127.0.0.1:9000, 127.0.0.1:9002\ntoken endpoint   " + auth.URL + "/token\nclient           first\n",
 		"upstreams        127.0.0.1:9001\n", "client           second\n",
 		"auth method      client_secret_basic\ngrant            client_credentials\nscopes           read write\ngranted          read write\nlifetime         1h0m0s\n",
 		"token            opaque, 2", // and something characters
@@ -87,7 +89,7 @@ func TestTokenCommandTakesWhatTheGatewayTakes(t *testing.T) {
 	p.publish(tokenPlace, page(http.StatusOK, `{"access_token":"t0ken","token_type":"Bearer","expires_in":2}`))
 	cl, _ := discovering(t, issuerSecret, p)
 	synctest.Test(t, func(t *testing.T) {
-		report := (&upstreamClient{client: cl}).report()
+		report := cl.report(nil, false)
 		if report.Error != nil || report.Token != "t0ken" || report.Lifetime != 2 || report.TokenEndpoint != tokenPlace {
 			t.Errorf("got %q of %s for %v s, err %+v, want t0ken of %s for 2 s", report.Token, report.TokenEndpoint, report.Lifetime, report.Error, tokenPlace)
 		}
@@ -99,7 +101,7 @@ func TestTokenCommandReportsAPanic(t *testing.T) {
 	cl := newTestClient(t, canaryCredentials(testTokenURL), roundTripFunc(func(*http.Request) (*http.Response, error) {
 		panic(canarySecret)
 	}))
-	report := (&upstreamClient{client: cl}).report()
+	report := cl.report(nil, false)
 	if report.Error == nil || !strings.Contains(report.Error.Description, "panicked") || report.ClientID != "id" {
 		t.Errorf("got %+v, want the client, and that there was a panic", report)
 	}
@@ -113,15 +115,15 @@ func TestTokenCommandDecodesJWTs(t *testing.T) {
 		auth := newAuthServer(t)
 		auth.script(issuing(token))
 		site := expand(threeOfTwoClients, "$AUTH", auth.URL)
-		output, _, err := runTokenCommand(t, site, "127.0.0.1:9000", false, false)
-		if err != nil || strings.Contains(output, token) || !strings.Contains(output, "granted          read\nnot granted      write\n") {
-			t.Errorf("got %v and\n%s\nwant the granted scope, and no token", err, output)
+		output, status, _ := runTokenCommand(t, site, "127.0.0.1:9000", false, false)
+		if status != exitNarrowed || strings.Contains(output, token) || !strings.Contains(output, "granted          read\nnot granted      write\n") {
+			t.Errorf("got status %d and\n%s\nwant %d, the granted scope, and no token", status, output, exitNarrowed)
 		}
 		if got := strings.Contains(output, `"aud": "orders"`) && strings.Contains(output, `"kid": "k1"`); got != (token == jwt) {
 			t.Errorf("got header and claims: %v, for %q\n%s", got, token, output)
 		}
-		if output, _, err = runTokenCommand(t, site, "127.0.0.1:9000", true, false); err != nil || !strings.Contains(output, " "+token+"\n") {
-			t.Errorf("got %v and\n%s\nwant the token", err, output)
+		if output, status, _ = runTokenCommand(t, site, "127.0.0.1:9000", true, false); status != exitNarrowed || !strings.Contains(output, " "+token+"\n") {
+			t.Errorf("got status %d and\n%s\nwant %d, and the token", status, output, exitNarrowed)
 		}
 	}
 }
@@ -136,9 +138,9 @@ func TestTokenCommandShowsNoSecretThatTheServerRepeats(t *testing.T) {
 	for _, asJSON := range []bool{false, true} {
 		auth := newAuthServer(t)
 		auth.script(refusing(http.StatusOK, `{"access_token":"`+token+`","token_type":"Bearer","scope":"write canary-secret"}`))
-		output, _, err := runTokenCommand(t, expand(threeOfTwoClients, "$AUTH", auth.URL), "127.0.0.1:9000", false, asJSON)
-		if err != nil {
-			t.Fatal(err)
+		output, status, err := runTokenCommand(t, expand(threeOfTwoClients, "$AUTH", auth.URL), "127.0.0.1:9000", false, asJSON)
+		if status != exitNarrowed {
+			t.Fatalf("got status %d, err %v, want %d", status, err, exitNarrowed)
 		}
 		if strings.Contains(output, "anary") || strings.Contains(output, "Y2FuYXJ5") {
 			t.Errorf("got\n%s\nwant no secret", output)
@@ -161,16 +163,16 @@ func TestTokenCommandWritesJSON(t *testing.T) {
 	for _, show := range []bool{false, true} {
 		auth := newAuthServer(t)
 		auth.script(issuing("canary-token"))
-		output, _, err := runTokenCommand(t, expand(threeOfTwoClients, "$AUTH", auth.URL), "", show, true)
-		if err != nil {
-			t.Fatal(err)
+		output, status, err := runTokenCommand(t, expand(threeOfTwoClients, "$AUTH", auth.URL), "", show, true)
+		if status != exitNarrowed {
+			t.Fatalf("got status %d, err %v, want %d", status, err, exitNarrowed)
 		}
 		var reports []map[string]any
 		if err := json.Unmarshal([]byte(output), &reports); err != nil || len(reports) != 2 {
 			t.Fatalf("got %d reports, err %v, want 2", len(reports), err)
 		}
 		for field, want := range map[string]any{
-			"client_id": "first", "token_endpoint": auth.URL + "/token", "lifetime": 3600.0, "granted_scope": "read", "not_granted": []any{"write"},
+			"name": strings.TrimPrefix(auth.URL, "http://") + "/first", "client_id": "first", "token_endpoint": auth.URL + "/token", "lifetime": 3600.0, "granted_scope": "read", "not_granted": []any{"write"},
 			"auth_method": "client_secret_basic", "token": map[bool]any{true: "canary-token"}[show],
 		} {
 			if got := reports[0][field]; !reflect.DeepEqual(got, want) {
@@ -180,30 +182,64 @@ func TestTokenCommandWritesJSON(t *testing.T) {
 	}
 }
 
-// There may be something to change although there is a token.
-func TestTokenCommandSaysWhatToChangeBesideAToken(t *testing.T) {
+// There may be something to change although there is a token: the log has it as warnings.
+func TestTokenCommandWarnsBesideAToken(t *testing.T) {
 	segment := func(text string) string { return base64.RawURLEncoding.EncodeToString([]byte(text)) }
 	jwtFor := func(aud string) string {
 		return `"access_token":"` + segment(`{"alg":"RS256"}`) + "." + segment(`{"aud":`+aud+`}`) + `.c2ln"`
 	}
-	for _, test := range []struct{ members, want string }{
-		{`"access_token":"a","scope":"write"`, "check scopes, or what the authorization server allows the client"},
-		{`"access_token":"a","expires_in":"never"`, "set default_lifetime: the expires_in of the answer is no number"},
-		{jwtFor(`"other"`), "check audience and resource: the aud of the token has none of them, so the server may ignore them"},
-		{jwtFor(`["other"]`), "check audience and resource: the aud of the token has none of them, so the server may ignore them"},
-		{jwtFor(`["other","https://api.example.com"]`), ""},
-		{jwtFor(`5`), ""},
-		{`"access_token":"a"`, ""},
+	const (
+		narrowed = "the token was granted for less than the scopes that are configured; check scopes, or what the authorization server allows the client (not_granted: [read])"
+		ignored  = "the aud of the token has none of what is configured, so the server may ignore it; check audience and resource"
+		odd      = "the lifetime in the token endpoint's answer (expires_in) is no number: default_lifetime counts instead; set it, or the expires_in of token_response"
+		blank    = "audience begins with a blank; it is sent as it is: correct it, unless that is meant"
+	)
+	for _, test := range []struct {
+		members, audience string
+		warnings          []string
+		status            int
+	}{
+		{`"access_token":"a","scope":"write"`, "", []string{narrowed}, exitNarrowed},
+		{`"access_token":"a","expires_in":"never"`, "", []string{odd}, 0},
+		{`"access_token":"a","expires_in":"never","scope":"write"`, "", []string{narrowed, odd}, exitNarrowed},
+		{jwtFor(`"other"`), "https://api.example.com", []string{ignored}, 0},
+		{jwtFor(`["other"]`), "https://api.example.com", []string{ignored}, 0},
+		{jwtFor(`["other","https://api.example.com"]`), "https://api.example.com", nil, 0},
+		{jwtFor(`5`), "https://api.example.com", nil, 0},
+		{`"access_token":"a"`, `" https://api.example.com"`, []string{blank}, 0},
+		{`"access_token":"a"`, "https://api.example.com", nil, 0},
 	} {
 		auth := newAuthServer(t)
 		auth.script(refusing(http.StatusOK, "{"+test.members+"}"))
-		output, status, err := runTokenCommand(t, expand(strings.Replace(threeOfTwoClients, "client_id first", "client_id first\naudience https://api.example.com", 1), "$AUTH", auth.URL), "127.0.0.1:9000", false, false)
-		if err != nil || status != 0 {
-			t.Fatalf("got status %d, err %v", status, err)
+		settings := "client_id first"
+		if test.audience != "" {
+			settings += "\naudience " + test.audience
 		}
-		_, advice, _ := strings.Cut(output, "\nwhat to change   ")
-		if advice, _, _ = strings.Cut(advice, "\n"); advice != test.want {
-			t.Errorf("%s: got the advice %q, want %q\n%s", test.members, advice, test.want, output)
+		site := expand(strings.Replace(threeOfTwoClients, "client_id first", settings, 1), "$AUTH", auth.URL)
+		output, status, _ := runTokenCommand(t, site, "127.0.0.1:9000", false, false)
+		var warnings []string
+		for line := range strings.Lines(output) {
+			if warning, ok := strings.CutPrefix(line, "warning          "); ok {
+				warnings = append(warnings, strings.TrimSuffix(warning, "\n"))
+			}
+		}
+		if !slices.Equal(warnings, test.warnings) || status != test.status {
+			t.Errorf("%s: got status %d and the warnings %q, want %d and %q\n%s", test.members, status, warnings, test.status, test.warnings, output)
+		}
+	}
+}
+
+// What the log says once a server was found is said here as well: the log of the command
+// has only errors.
+func TestTokenCommandWarnsOfWhatTheServerDoesNotList(t *testing.T) {
+	for _, answer := range []string{goodAnswer, `{"error":"invalid_client"}`} {
+		p := newPublisher(strings.TrimSuffix(document(testIssuer, tokenPlace), "}") + `,"token_endpoint_auth_methods_supported":["private_key_jwt"]}`)
+		p.publish(tokenPlace, page(http.StatusOK, answer))
+		cl, _ := discovering(t, issuerSecret, p)
+		report := cl.report(nil, false)
+		want := "the authorization server does not list what is configured; check auth_method (supported: private_key_jwt)"
+		if !slices.Equal(report.Warnings, []string{want}) {
+			t.Errorf("%s: got the warnings %q, want %q", answer, report.Warnings, want)
 		}
 	}
 }

@@ -82,14 +82,27 @@ func newEndpoint(c Credentials, urlTemplate string, transport tokenTransport, pl
 		return nil, err
 	}
 	e.metrics = metricsOf(c.name(), c.host())
-	values, faults := c.valuesNow()
-	for _, fault := range faults {
-		logger.Warn(fault.Error()+"; until then, no token can be requested", e.logFields()...)
-	}
-	for _, odd := range c.oddities(values) {
-		logger.Warn(odd+"; it is sent as it is: correct it, unless that is meant", e.logFields()...)
-	}
+	e.warnOfValues()
 	return e, nil
+}
+
+// warnOfValues warns of secrets that can't be had now, and of values that look odd.
+func (e *endpoint) warnOfValues() {
+	values, faults := e.credentials.valuesNow()
+	for _, fault := range faults {
+		e.logger.Warn(fault.Error()+"; until then, no token can be requested", e.logFields()...)
+	}
+	for _, odd := range e.credentials.oddities(values) {
+		e.logger.Warn(odd+"; it is sent as it is: correct it, unless that is meant", e.logFields()...)
+	}
+}
+
+// logTo makes the endpoint log to another logger. Nobody may use the endpoint yet.
+func (e *endpoint) logTo(logger *zap.Logger) {
+	e.logger = logger
+	if e.discovery != nil {
+		e.discovery.logger = logger
+	}
 }
 
 // release gives back what the endpoint shares with others. Requests that are
@@ -371,7 +384,8 @@ func (e *endpoint) warnNarrowed(granted string) {
 		append(e.logFields(), zap.Strings("not_granted", lacking))...)
 }
 
-// secrets returns what must not be shown of a token request that is made now.
+// secrets returns what must not be shown of a token request that is made now, and of the
+// last ones.
 func (e *endpoint) secrets(ctx context.Context) (redact.Secrets, error) {
 	r, err := e.credentials.resolve(ctx, &e.certificates)
 	if err != nil {
@@ -381,7 +395,7 @@ func (e *endpoint) secrets(ctx context.Context) (redact.Secrets, error) {
 	if err == nil && e.discovery == nil {
 		secrets.AddQuery(e.urlTemplate, e.url)
 	}
-	return secrets, err
+	return slices.Concat(secrets, e.sent.all(), e.unused.all()), err
 }
 
 // warnOdd warns, once, of a lifetime that nobody understands.
