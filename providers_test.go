@@ -147,25 +147,16 @@ func documented(t *testing.T, file string) string {
 	return string(body)
 }
 
-// loadExample loads the transport of an example as part of its reverse proxy.
-// Its token requests go to the token server, and the proxied ones to upstream.
+// loadExample loads the transport of an example as part of its reverse proxy, with what
+// belongs to an account in the place of the demonstration. Its token requests go to the
+// token server, and the proxied ones to upstream.
 func loadExample(t *testing.T, example, env string, edit []string, tokens *wire, upstream http.Handler) (*Transport, string) {
 	t.Helper()
 	t.Setenv(env+"_CLIENT_ID", "your-client-id")
 	t.Setenv(env+"_CLIENT_SECRET", "your-client-secret")
 	t.Setenv(env+"_TENANT", "tenant-id")
 
-	source, err := os.ReadFile(filepath.Join("examples", example+".Caddyfile"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	config := string(source)
-	if len(edit) > 0 {
-		if !strings.Contains(config, edit[0]) {
-			t.Fatalf("the example has no %q to replace", edit[0])
-		}
-		config = strings.NewReplacer(edit...).Replace(config)
-	}
+	config := kept(t, exampleOf(t, example, edit))
 	proxies := findModules(t, encode(t, adaptCaddyfile(t, config)), "handler", "reverse_proxy")
 	if len(proxies) != 1 {
 		t.Fatalf("the example has %d reverse proxies, want 1", len(proxies))
