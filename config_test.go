@@ -82,29 +82,32 @@ func loadSettings(t *testing.T, dial, settings string) (transport *Transport, cl
 // as the handlers called reverse_proxy.
 func findModules(t *testing.T, config []byte, key, value string) []map[string]any {
 	t.Helper()
-	var found []map[string]any
-	var walk func(any)
-	walk = func(v any) {
-		switch v := v.(type) {
-		case []any:
-			for _, element := range v {
-				walk(element)
-			}
-		case map[string]any:
-			if v[key] == value {
-				found = append(found, v)
-			}
-			for _, k := range slices.Sorted(maps.Keys(v)) {
-				walk(v[k])
-			}
-		}
-	}
 	var v any
 	if err := json.Unmarshal(config, &v); err != nil {
 		t.Fatal(err)
 	}
-	walk(v)
+	var found []map[string]any
+	walkObjects(v, func(object map[string]any) {
+		if object[key] == value {
+			found = append(found, object)
+		}
+	})
 	return found
+}
+
+// walkObjects visits all objects in decoded JSON, the outer ones first.
+func walkObjects(v any, visit func(map[string]any)) {
+	switch v := v.(type) {
+	case []any:
+		for _, element := range v {
+			walkObjects(element, visit)
+		}
+	case map[string]any:
+		visit(v)
+		for _, key := range slices.Sorted(maps.Keys(v)) {
+			walkObjects(v[key], visit)
+		}
+	}
 }
 
 func encode(t *testing.T, v any) []byte {

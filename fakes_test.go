@@ -162,9 +162,9 @@ type upstream struct {
 }
 
 type received struct {
-	method, path, host, proto, body string
-	header, trailer                 http.Header
-	bodyErr                         error
+	method, path, query, host, proto, body string
+	header, trailer                        http.Header
+	bodyErr                                error
 }
 
 func newUpstream(t *testing.T, auth *authServer) *upstream {
@@ -213,7 +213,7 @@ func refuse(w http.ResponseWriter, status int) {
 // record reads a request to its end and keeps it.
 func (u *upstream) record(r *http.Request) received {
 	body, err := io.ReadAll(r.Body)
-	got := received{r.Method, r.URL.Path, r.Host, r.Proto, string(body), r.Header.Clone(), r.Trailer.Clone(), err}
+	got := received{r.Method, r.URL.Path, r.URL.RawQuery, r.Host, r.Proto, string(body), r.Header.Clone(), r.Trailer.Clone(), err}
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	u.received = append(u.received, got)
