@@ -67,20 +67,34 @@ func (failureHandler) ServeHTTP(w http.ResponseWriter, r *http.Request, next cad
 	if seconds := retryAfterSeconds(err); seconds != "" {
 		w.Header().Set("Retry-After", seconds)
 	}
-	if errors.Is(err, errTrace) {
+	if _, ok := errors.AsType[methodError](err); ok {
 		w.Header().Set("Allow", "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS")
 	}
 	return err
 }
 
-// errTrace refuses a request whose answer would hand the token to the client.
-var errTrace = errors.New("TRACE and TRACK are refused: an upstream answers them with what it was sent, the token included; use another method")
+// A methodError refuses the method of a request.
+type methodError string
 
-// tracesRequest reports whether the answer to a method is the request itself
-// (RFC 9110 §9.3.8). TRACK is what another server calls it, and some take a method
-// in any case.
-func tracesRequest(method string) bool {
-	return strings.EqualFold(method, http.MethodTrace) || strings.EqualFold(method, "TRACK")
+func (e methodError) Error() string { return string(e) }
+
+const (
+	errTrace   = methodError("TRACE and TRACK are refused: an upstream answers them with what it was sent, the token included; use another method")
+	errConnect = methodError("CONNECT is refused: it asks the upstream for a tunnel, through which the client could send requests of its own; use another method")
+)
+
+// checkMethod refuses methods whose answer would hand the token to the client: the
+// request itself (RFC 9110 §9.3.8), or a tunnel (§9.3.6). TRACK is what another server
+// calls TRACE, and some take a method in any case. The proxy has already made a GET of
+// the CONNECT of a WebSocket.
+func checkMethod(method string) error {
+	switch strings.ToUpper(method) {
+	case http.MethodTrace, "TRACK":
+		return errTrace
+	case http.MethodConnect:
+		return errConnect
+	}
+	return nil
 }
 
 // installFailureRoute adds the response route for failures to the handler. The
@@ -135,7 +149,7 @@ func setFailurePlaceholders(repl *caddy.Replacer, err error) {
 		code = codeTimeout
 	} else if _, ok := errors.AsType[*fetchError](err); ok {
 		code = codeInvalidResponse // the server has granted a token that can't be used
-	} else if errors.Is(err, errTrace) {
+	} else if _, ok := errors.AsType[methodError](err); ok {
 		code = codeMethod
 	}
 	repl.Set(phError, code)

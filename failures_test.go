@@ -2,7 +2,9 @@ package outboundauth
 
 import (
 	"context"
+	"io"
 	"net/http"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -149,6 +151,36 @@ func TestTraceIsRefused(t *testing.T) {
 	}
 	for _, method := range []string{http.MethodGet, http.MethodOptions, "TRACES", "PROPFIND"} {
 		g.send(method, "/", nil).want(t, http.StatusOK) // and the upstream is healthy
+	}
+}
+
+// Who answers CONNECT with 200 opens a tunnel (RFC 9110 §9.3.6): over HTTP/2, the caller
+// could send requests of its own through it, with the tenant of another.
+func TestConnectIsRefused(t *testing.T) {
+	auth := newAuthServer(t)
+	up := newUpstream(t, auth)
+	g := newGateway(t)
+	g.global = "servers {\nprotocols h1 h2c\n}\n"
+	g.load(proxySite(up, auth, ""))
+	var h2c http.Protocols
+	h2c.SetUnencryptedHTTP2(true)
+	for _, transport := range []*http.Transport{{}, {Protocols: &h2c}} {
+		defer transport.CloseIdleConnections()
+		body, sends := io.Pipe()
+		defer sends.Close()
+		res, err := transport.RoundTrip((&http.Request{
+			Method: http.MethodConnect, URL: &url.URL{Scheme: "http", Host: g.addr}, Host: "api.example.com:443", Header: http.Header{}, Body: body,
+		}).WithContext(t.Context()))
+		if err != nil {
+			t.Fatal(err)
+		}
+		_ = res.Body.Close()
+		if res.StatusCode != http.StatusMethodNotAllowed || res.Header.Get("Allow") == "" {
+			t.Errorf("got %s and Allow: %q, want 405 and the other methods", res.Status, res.Header.Get("Allow"))
+		}
+	}
+	if got := len(up.got()); got != 0 {
+		t.Errorf("got %d requests at the upstream, want none", got)
 	}
 }
 

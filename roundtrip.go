@@ -38,8 +38,8 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		forgetUse(ctx) // the proxy may have tried an upstream with a token before
 		return t.send(asItIs(req), nil, nil)
 	}
-	if tracesRequest(req.Method) {
-		return t.fail(req, http.StatusMethodNotAllowed, errTrace)
+	if err := checkMethod(req.Method); err != nil {
+		return t.fail(req, http.StatusMethodNotAllowed, err)
 	}
 	if !targetsPath(req) {
 		return t.fail(req, http.StatusBadRequest, errOpaque)
