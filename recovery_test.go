@@ -3,10 +3,13 @@ package outboundauth
 import (
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
 // chunked hides a body's length.
@@ -316,4 +319,36 @@ func TestLateRefusalDoesNotDropTheNewToken(t *testing.T) {
 	(<-answer).want(t, http.StatusOK)
 	g.get().want(t, http.StatusOK)
 	auth.wantAsked(t, 2)
+}
+
+// The dial function of the second try may still run when the next handler of the request
+// writes its variables: with a forward_auth in front, Go ended the server.
+func TestSecondTryHasVariablesOfItsOwn(t *testing.T) {
+	auth := newAuthServer(t)
+	transport := newTransport(t, "token_url "+auth.URL+"/token\nclient_id gateway\nclient_secret s")
+	var seen []map[string]any
+	transport.plaintext = true
+	transport.HTTPTransport.Transport.RegisterProtocol("stub", roundTripFunc(func(req *http.Request) (*http.Response, error) {
+		vars, _ := req.Context().Value(caddyhttp.VarsCtxKey).(map[string]any)
+		seen = append(seen, maps.Clone(vars))
+		caddyhttp.SetVar(req.Context(), "try", len(seen))
+		status := http.StatusOK
+		if len(seen) == 1 {
+			status = http.StatusUnauthorized
+		}
+		return &http.Response{StatusCode: status, Header: http.Header{}, Body: http.NoBody, Request: req}, nil
+	}))
+	req := proxied(t, "127.0.0.1:9000", "/")
+	req.URL.Scheme = "stub"
+	caddyhttp.SetVar(req.Context(), "before", true)
+	res, err := transport.RoundTrip(req)
+	if err != nil || res.StatusCode != http.StatusOK {
+		t.Fatalf("got %v, err %v, want a second try that succeeds", res, err)
+	}
+	if len(seen) != 2 || seen[1]["before"] != true {
+		t.Errorf("got the variables %v, want those of the request in both tries", seen)
+	}
+	if got := caddyhttp.GetVar(req.Context(), "try"); got != 1 {
+		t.Errorf("got %v as the last try that wrote a variable of the request, want 1", got)
+	}
 }

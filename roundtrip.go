@@ -160,6 +160,7 @@ func (t *Transport) sendAgain(req *http.Request, b *block, tok *token, refused *
 	if body != nil {
 		setBody(out, body.Again(), trailer, &t.reserved)
 	}
+	out = withOwnVars(out)
 	go discard(res.Body)
 	second := b.sending(out, tok, false)
 	second.again = true
@@ -171,6 +172,16 @@ func (t *Transport) sendAgain(req *http.Request, b *block, tok *token, refused *
 		return nil, sentBefore(err, body)
 	}
 	return res, nil
+}
+
+// withOwnVars returns a request with a copy of its variables. net/http may begin to dial
+// for it, and send it on a connection that is free at last. Caddy's dial function reads
+// the variables then, while the next handler of the request may write some: Go would end
+// the server.
+func withOwnVars(out *http.Request) *http.Request {
+	ctx := out.Context()
+	vars, _ := ctx.Value(caddyhttp.VarsCtxKey).(map[string]any)
+	return out.WithContext(context.WithValue(ctx, caddyhttp.VarsCtxKey, maps.Clone(vars)))
 }
 
 // outbound returns the request that goes upstream: a shallow copy of req with its
