@@ -38,6 +38,7 @@ type client struct {
 	Keys      *jose.JSONWebKeySet `json:"jwks,omitempty"`
 	DNSName   string              `json:"tls_client_auth_san_dns,omitempty"`
 	Bound     bool                `json:"tls_client_certificate_bound_access_tokens,omitempty"`
+	Grants    []string            `json:"grant_types,omitempty"`
 }
 
 // clients returns the clients of clients.json, which the server reads too.
@@ -69,6 +70,9 @@ type authServer struct {
 	// asks for client certificates. ca is also whom it trusts to sign these.
 	https, mtls string
 	ca          *authority
+
+	// client asks it for its keys; default: http.DefaultClient.
+	client *http.Client
 }
 
 // startAuthServer starts a server whose access tokens live for ttl.
@@ -218,7 +222,13 @@ func (as *authServer) delay(t *testing.T, d time.Duration) {
 
 func getJSON(t *testing.T, url string, into any) {
 	t.Helper()
-	resp, err := http.Get(url)
+	getJSONWith(t, http.DefaultClient, url, into)
+}
+
+// getJSONWith is getJSON with a client that isn't the default one.
+func getJSONWith(t *testing.T, httpClient *http.Client, url string, into any) {
+	t.Helper()
+	resp, err := httpClient.Get(url)
 	if err != nil {
 		t.Fatal(err)
 	}

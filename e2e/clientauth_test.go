@@ -74,11 +74,15 @@ func (r route) String() string {
 // than one for each. The n-th is found at routePath(n) and below.
 func startRoutes(t *testing.T, routes []route, env ...string) *gateway {
 	t.Helper()
+	return startGateway(t, gatewayConfig{site: siteOf(routes), env: env})
+}
+
+func siteOf(routes []route) string {
 	var site strings.Builder
 	for n, r := range routes {
 		fmt.Fprintf(&site, "handle /%d/* {\n%s}\n", n, r)
 	}
-	return startGateway(t, gatewayConfig{site: site.String(), env: env})
+	return site.String()
 }
 
 func routePath(n int) string { return fmt.Sprintf("/%d/api", n) }

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"context"
 	"crypto"
 	"crypto/rand"
 	"crypto/rsa"
@@ -47,7 +48,7 @@ func TestFosite(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.client.ID, func(t *testing.T) {
-			u := &introspector{as: as, clientID: tt.client.ID}
+			u := &introspector{introspect: as.introspect, clientID: tt.client.ID}
 			r := route{client: tt.client, to: u.serve(t), settings: append(tt.settings, as.settings()...)}
 			gw := startGateway(t, gatewayConfig{site: r.String(), env: []string{"E2E_SECRET=" + tt.env}})
 			for range 3 {
@@ -103,7 +104,7 @@ func TestFositeRefuses(t *testing.T) {
 func TestIntrospectorRefuses(t *testing.T) {
 	as := startFosite(t)
 	post, oddPost := secretClients[1], secretClients[3]
-	addr := (&introspector{as: as, clientID: post.ID}).serve(t)
+	addr := (&introspector{introspect: as.introspect, clientID: post.ID}).serve(t)
 	good := as.fetchToken(t, post, scopes)
 	tests := []struct {
 		name, token string
@@ -224,7 +225,7 @@ func (as *fositeServer) fetchToken(t *testing.T, c client, scopes string) string
 		AccessToken string `json:"access_token"`
 		TokenType   string `json:"token_type"`
 	}
-	err := postForm(as.TokenURL, nil, url.Values{
+	err := postForm(http.DefaultClient, as.TokenURL, nil, url.Values{
 		"grant_type":    {"client_credentials"},
 		"client_id":     {c.ID},
 		"client_secret": {c.Secret},
@@ -250,7 +251,7 @@ func (as *fositeServer) introspect(token, clientID string) error {
 		Scope    string   `json:"scope"`
 		Audience []string `json:"aud"`
 	}
-	if err := postForm(as.IntrospectionURL, &resourceServer, url.Values{"token": {token}}, &info); err != nil {
+	if err := postForm(http.DefaultClient, as.IntrospectionURL, &resourceServer, url.Values{"token": {token}}, &info); err != nil {
 		return err
 	}
 	switch {
@@ -266,9 +267,11 @@ func (as *fositeServer) introspect(token, clientID string) error {
 	return nil
 }
 
-// postForm decodes the answer to a form. A client is sent as Basic.
-func postForm(to string, c *client, form url.Values, into any) error {
-	req, err := http.NewRequest("POST", to, strings.NewReader(form.Encode()))
+// postForm decodes the answer to a form, unless into is nil. A client is sent as Basic.
+func postForm(httpClient *http.Client, to string, c *client, form url.Values, into any) error {
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, "POST", to, strings.NewReader(form.Encode()))
 	if err != nil {
 		return err
 	}
@@ -276,7 +279,7 @@ func postForm(to string, c *client, form url.Values, into any) error {
 	if c != nil {
 		req.SetBasicAuth(url.QueryEscape(c.ID), url.QueryEscape(c.Secret))
 	}
-	resp, err := (&http.Client{Timeout: 10 * time.Second}).Do(req)
+	resp, err := httpClient.Do(req)
 	if err != nil {
 		return err
 	}
@@ -284,24 +287,28 @@ func postForm(to string, c *client, form url.Values, into any) error {
 	if resp.StatusCode != http.StatusOK {
 		return fmt.Errorf("POST %s: %s", to, resp.Status)
 	}
+	if into == nil {
+		return nil
+	}
 	return json.NewDecoder(resp.Body).Decode(into)
 }
 
 // introspector is an upstream that can't tell by itself what a token is worth
 // (RFC 7662): it asks the authorization server each time.
 type introspector struct {
-	as       *fositeServer
-	clientID string // whose tokens it accepts
+	introspect func(token, clientID string) error
+	clientID   string // whose tokens it accepts
 
 	mu       sync.Mutex
 	accepted int
+	last     string // the token that was accepted last
 	refusals []string
 }
 
 func (u *introspector) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	token, err := identity(r.Header)
 	if err == nil {
-		err = u.as.introspect(token, u.clientID)
+		err = u.introspect(token, u.clientID)
 	}
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -311,6 +318,7 @@ func (u *introspector) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	u.accepted++
+	u.last = token
 }
 
 // serve returns the address of the upstream.

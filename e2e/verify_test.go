@@ -1,11 +1,13 @@
 package e2e
 
 import (
+	"cmp"
 	"crypto/sha256"
 	"crypto/x509"
 	"encoding/base64"
 	"errors"
 	"fmt"
+	"net/http"
 	"testing"
 	"time"
 
@@ -32,9 +34,10 @@ func newVerifier(t *testing.T, as *authServer, clientID string) *verifier {
 		Issuer  string `json:"issuer"`
 		JWKSURI string `json:"jwks_uri"`
 	}
-	getJSON(t, as.issuer+"/.well-known/openid-configuration", &metadata)
+	httpClient := cmp.Or(as.client, http.DefaultClient)
+	getJSONWith(t, httpClient, as.issuer+"/.well-known/openid-configuration", &metadata)
 	v := &verifier{issuer: metadata.Issuer, clientID: clientID}
-	getJSON(t, metadata.JWKSURI, &v.keys)
+	getJSONWith(t, httpClient, metadata.JWKSURI, &v.keys)
 	return v
 }
 
