@@ -17,17 +17,21 @@ const oddSecret = "s%3A+c/r=t &?#e~"
 func TestGlewlwyd(t *testing.T) {
 	t.Parallel()
 	as := startGlewlwyd(t, time.Minute, newAuthority(t))
+	// All clients first: the server mixes them up if it does anything else meanwhile.
+	methods := newGlewlwydMethods(t, as)
+	refusals := glewlwydRefusals(t, as)
+	c := as.register(t, client{ID: "revoked", Secret: "plain-secret-of-the-client", Method: "client_secret_basic"})
+
 	t.Run("methods", func(t *testing.T) {
 		t.Parallel()
-		glewlwydMethods(t, as)
+		methods.try(t)
 	})
 	t.Run("refusals", func(t *testing.T) {
 		t.Parallel()
-		wantAdvice(t, glewlwydRefusals(t, as))
+		wantAdvice(t, refusals)
 	})
 	t.Run("revocation", func(t *testing.T) {
 		t.Parallel()
-		c := as.register(t, client{ID: "revoked", Secret: "plain-secret-of-the-revoked-client", Method: "client_secret_basic"})
 		wantRevocationSurvived(t,
 			route{client: c, settings: []string{as.tokenURL(), "client_secret " + c.Secret, as.ca.tokenTransport()}},
 			&introspector{introspect: as.introspect(c), clientID: c.ID},
@@ -45,18 +49,23 @@ func TestGlewlwydOutage(t *testing.T) {
 		&judge{verify: newVerifier(t, as.authServer(), c.ID).verify})
 }
 
-// glewlwydMethods authenticates in each way that the server offers and that works there.
-// It documents self_signed_tls_client_auth as untested, and refuses it.
-func glewlwydMethods(t *testing.T, as *glewlwyd) {
-	var (
-		routes    []route
-		upstreams []*upstream
-		env       []string
-	)
+// glewlwydMethods are ways to authenticate, each with an upstream.
+type glewlwydMethods struct {
+	routes    []route
+	upstreams []*upstream
+	bound     *tlsUpstream // the last one
+	env       []string
+}
+
+// newGlewlwydMethods returns each way that the server offers and that works there. It
+// documents self_signed_tls_client_auth as untested, and refuses it.
+func newGlewlwydMethods(t *testing.T, as *glewlwyd) *glewlwydMethods {
+	t.Helper()
+	m := new(glewlwydMethods)
 	add := func(c client, settings ...string) {
 		u := newUpstream(t, as.authServer(), c)
-		upstreams = append(upstreams, u)
-		routes = append(routes, route{client: c, to: u.serve(t), settings: append(settings, as.ca.tokenTransport())})
+		m.upstreams = append(m.upstreams, u)
+		m.routes = append(m.routes, route{client: c, to: u.serve(t), settings: append(settings, as.ca.tokenTransport())})
 	}
 	issuer := "issuer " + as.issuer
 	for i, tt := range []struct {
@@ -70,7 +79,7 @@ func glewlwydMethods(t *testing.T, as *glewlwyd) {
 		{client{ID: "HS256", Secret: strings.Repeat("a long secret ", 3), Method: "client_secret_jwt"}, []string{as.tokenURL()}},
 	} {
 		as.register(t, tt.client)
-		env = append(env, fmt.Sprintf("E2E_SECRET_%d=%s", i, tt.client.Secret))
+		m.env = append(m.env, fmt.Sprintf("E2E_SECRET_%d=%s", i, tt.client.Secret))
 		add(tt.client, append(tt.settings, fmt.Sprintf("client_secret {env.E2E_SECRET_%d}", i))...)
 	}
 	for _, algorithm := range []string{"RS256", "PS256", "ES256", "EdDSA"} {
@@ -85,16 +94,19 @@ func glewlwydMethods(t *testing.T, as *glewlwyd) {
 	}
 	// The metadata has another endpoint for this, on the same port.
 	c := as.register(t, client{ID: "certificate", Method: "tls_client_auth", DNSName: "client.example"})
-	bound := newTLSUpstream(t, as.authServer(), c, true)
-	upstreams = append(upstreams, bound.upstream)
-	routes = append(routes, bound.route(as.authServer(),
+	m.bound = newTLSUpstream(t, as.authServer(), c, true)
+	m.upstreams = append(m.upstreams, m.bound.upstream)
+	m.routes = append(m.routes, m.bound.route(as.authServer(),
 		[]string{issuer, as.ca.issue(t, c.DNSName).write(t).setting(), "bind_certificate"}))
+	return m
+}
 
-	gw := startRoutes(t, routes, env...)
-	for i, u := range upstreams {
-		t.Run(routes[i].client.ID+", "+strings.Fields(routes[i].settings[0])[0], func(t *testing.T) {
+func (m *glewlwydMethods) try(t *testing.T) {
+	gw := startRoutes(t, m.routes, m.env...)
+	for i, u := range m.upstreams {
+		t.Run(m.routes[i].client.ID+", "+strings.Fields(m.routes[i].settings[0])[0], func(t *testing.T) {
 			protocol := "HTTP/1.1"
-			if u == bound.upstream {
+			if u == m.bound.upstream {
 				protocol = "HTTP/2.0"
 			}
 			gw.get(t, routePath(i), http.StatusOK)
@@ -102,7 +114,7 @@ func glewlwydMethods(t *testing.T, as *glewlwyd) {
 			u.wantAccepted(t, 2, protocol)
 		})
 	}
-	bound.wantCertificates(t, 1)
+	m.bound.wantCertificates(t, 1)
 }
 
 // glewlwydRefusals are what the server rejects.
