@@ -59,7 +59,14 @@ func (s *debianServer) start(t *testing.T) {
 	t.Helper()
 	cmd := exec.Command("sh", append([]string{"-c", untilEOF, "sh"}, s.args...)...)
 	cmd.Args[0] = filepath.Base(s.args[0]) // for the log
-	libraries, _ := filepath.Glob(debianPath(t, "usr/lib") + "/*-linux-gnu")
+	var libraries []string
+	for _, dir := range []string{"usr/lib", "lib"} {
+		found, err := filepath.Glob(filepath.Join(debianPath(t, "."), dir, "*-linux-gnu"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		libraries = append(libraries, found...)
+	}
 	cmd.Env = slices.Concat(os.Environ(), s.env, []string{
 		"LD_LIBRARY_PATH=" + strings.Join(libraries, ":"),
 		"PYTHONPATH=" + debianPath(t, "usr/lib/python3/dist-packages"),

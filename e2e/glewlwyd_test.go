@@ -76,7 +76,7 @@ func newGlewlwydMethods(t *testing.T, as *glewlwyd) *glewlwydMethods {
 		{client{ID: "basic with an odd secret", Secret: oddSecret, Method: "client_secret_basic"}, []string{as.tokenURL(), "basic_encoding raw"}},
 		{client{ID: "post", Secret: "plain-secret-of-the-client", Method: "client_secret_post"}, []string{issuer}},
 		{secretClients[3], []string{as.tokenURL()}}, // with the oddest id and secret
-		{client{ID: "HS256", Secret: strings.Repeat("a long secret ", 3), Method: "client_secret_jwt"}, []string{as.tokenURL()}},
+		{client{ID: "HS256", Secret: strings.Repeat("a-long-secret-", 3), Method: "client_secret_jwt"}, []string{as.tokenURL()}},
 	} {
 		as.register(t, tt.client)
 		m.env = append(m.env, fmt.Sprintf("E2E_SECRET_%d=%s", i, tt.client.Secret))
