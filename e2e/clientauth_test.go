@@ -318,7 +318,8 @@ func TestFailuresAreExplained(t *testing.T) {
 			}
 
 			logged := gw.warnings(t, routes[i].client)
-			if len(logged) != 1 || !strings.Contains(logged[0], hint) || !strings.Contains(logged[0], tt.says) {
+			// On a busy machine, the next token request may have failed, too.
+			if len(logged) == 0 || !strings.Contains(logged[0], hint) || !strings.Contains(logged[0], tt.says) {
 				t.Errorf("warnings = %q, want one with %q and %q", logged, hint, tt.says)
 			}
 		})

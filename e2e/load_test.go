@@ -147,6 +147,7 @@ func (r loadResult) String() string {
 
 // TestLoadAcrossExpiries lives through the lives of a dozen tokens.
 func TestLoadAcrossExpiries(t *testing.T) {
+	t.Parallel() // it mostly waits
 	const duration = time.Minute
 	as := startAuthServer(t, 5*time.Second)
 	c := basicClient(t)
@@ -169,6 +170,7 @@ func TestLoadAcrossExpiries(t *testing.T) {
 // second to answer, which no request is to notice. On a busy machine some are
 // slow anyway; as many are then without a token.
 func TestSlowRenewalHoldsUpNobody(t *testing.T) {
+	t.Parallel() // it mostly waits
 	as := startAuthServer(t, 8*time.Second)
 	c := basicClient(t)
 	u := newUpstream(t, as, c)

@@ -59,6 +59,7 @@ type manyStartResult struct {
 
 // TestManyClientsStart has all clients want their first token at once.
 func TestManyClientsStart(t *testing.T) {
+	t.Parallel() // it mostly waits
 	results := make(map[*manyStart]manyStartResult)
 	for _, s := range manyStarts {
 		t.Run(s.name, func(t *testing.T) {
@@ -147,6 +148,7 @@ const (
 // TestManyClientsOutage has each client be asked once a second, while there are no
 // tokens, and until all are served.
 func TestManyClientsOutage(t *testing.T) {
+	t.Parallel() // it mostly waits
 	i := newManyIssuer(t, &manyIssuer{takes: manyTakes, life: time.Hour, limit: manyLimit, retryAfter: "1"})
 	i.setOut(true)
 	gw := startMany(t, manyClients, i)
@@ -227,6 +229,7 @@ var silencePhases = []silencePhase{{0, 9 * time.Second}, {1, 18 * time.Second}, 
 
 // TestManyClientsSilence has nobody pay for clients that get no answer.
 func TestManyClientsSilence(t *testing.T) {
+	t.Parallel() // it mostly waits
 	i := newManyIssuer(t, &manyIssuer{takes: silenceTakes, life: silenceLife})
 	gw := startMany(t, silenceClients, i)
 	if i.awaitAll(silenceClients, manyPatience).IsZero() {

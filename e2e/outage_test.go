@@ -65,6 +65,7 @@ var outageKinds = []*outageKind{
 // kind of outage, OUTAGE_AT_ONCE how many go side by side. With OUTAGE_RESULTS set to
 // the name of a file, the test writes what it measured there.
 func TestOutage(t *testing.T) {
+	t.Parallel() // it mostly waits
 	results := outageResults{runs: make(map[*outageKind][]outageResult), atOnce: numberOf(t, "OUTAGE_AT_ONCE", 3)}
 	n := numberOf(t, "OUTAGE_RUNS", 1)
 	t.Run("kinds", func(t *testing.T) { runOutages(t, n, &results) })

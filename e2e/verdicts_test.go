@@ -65,6 +65,7 @@ var verdictScenes = []*verdictScene{
 // during an outage. No other request may fail or wait, even when one of the upstreams
 // revokes the token at last.
 func TestNobodyPaysForAnothersRefusal(t *testing.T) {
+	t.Parallel() // it mostly waits
 	var (
 		mu      sync.Mutex // guards results
 		results = make(map[*verdictScene]verdictResult)
