@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/base64"
+	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
@@ -14,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -32,7 +34,7 @@ var documentedGrants = []struct {
 
 	metadata string // of the issuer, at OpenID Connect's place; discovery if set
 
-	url         string
+	url         string            // with its query
 	basic       string            // id:secret as in the Authorization header
 	form        map[string]string // without the JWT
 	jwt         string            // the parameter that is a JWT
@@ -274,6 +276,178 @@ var documentedGrants = []struct {
 		answer:      `{"access_token":"eyJ...mh0d","token_type":"bearer","expires_in":43199,"scope":"uaa.resource","jti":"df6cb84439a541fab33d5b7c298debe1"}`,
 		want:        grant{accessToken: "eyJ...mh0d", lifetime: 43199 * time.Second, scope: "uaa.resource"},
 	},
+	{
+		name: "Glewlwyd with a secret",
+		env: map[string]string{
+			"GLEWLWYD_DOMAIN": "glewlwyd.example.com", "GLEWLWYD_CLIENT_ID": "gateway", "GLEWLWYD_CLIENT_SECRET": "s%3A+c/r=t &?#e~",
+		},
+		url:    "https://glewlwyd.example.com/api/oidc/token",
+		basic:  "gateway:s%3A+c/r=t &?#e~", // the server does not decode it
+		form:   map[string]string{"grant_type": "client_credentials", "scope": "orders"},
+		answer: `{"access_token":"eyJ0eXAiOiJhdCtqd3QiLCJ...","token_type":"bearer","expires_in":3600,"scope":"orders"}`,
+		want:   grant{accessToken: "eyJ0eXAiOiJhdCtqd3QiLCJ...", lifetime: time.Hour, scope: "orders"},
+	},
+	{
+		name: "Glewlwyd with a key",
+		env:  map[string]string{"GLEWLWYD_DOMAIN": "glewlwyd.example.com", "GLEWLWYD_CLIENT_ID": "gateway"},
+		url:  "https://glewlwyd.example.com/api/oidc/token",
+		form: map[string]string{
+			"grant_type": "client_credentials", "scope": "orders", "client_id": "gateway",
+			"client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+		},
+		jwt:    "client_assertion",
+		header: map[string]any{"alg": "RS256", "typ": "JWT"},
+		claims: map[string]any{"iss": "gateway", "sub": "gateway", "aud": "https://glewlwyd.example.com/api/oidc/token"},
+		answer: `{"access_token":"eyJ0eXAiOiJhdCtqd3QiLCJ...","token_type":"bearer","expires_in":3600,"scope":"orders"}`,
+		want:   grant{accessToken: "eyJ0eXAiOiJhdCtqd3QiLCJ...", lifetime: time.Hour, scope: "orders"},
+	},
+	{
+		name:        "Glewlwyd with a certificate",
+		env:         map[string]string{"GLEWLWYD_DOMAIN": "glewlwyd.example.com", "GLEWLWYD_CLIENT_ID": "gateway"},
+		url:         "https://glewlwyd.example.com/api/oidc/mtls/token",
+		form:        map[string]string{"grant_type": "client_credentials", "scope": "orders", "client_id": "gateway"},
+		certificate: true,
+		answer:      `{"access_token":"eyJ0eXAiOiJhdCtqd3QiLCJ...","token_type":"bearer","expires_in":3600,"scope":"orders"}`,
+		want:        grant{accessToken: "eyJ0eXAiOiJhdCtqd3QiLCJ...", lifetime: time.Hour, scope: "orders"},
+	},
+	{
+		name:     "Ory Hydra with a secret",
+		env:      map[string]string{"HYDRA_DOMAIN": "hydra.example.com", "HYDRA_CLIENT_ID": "gateway", "HYDRA_CLIENT_SECRET": "s+c/r=t"},
+		metadata: hydraMetadata,
+		url:      "https://hydra.example.com/oauth2/token",
+		basic:    "gateway:s%2Bc%2Fr%3Dt", // url_encode() in the documentation
+		form:     map[string]string{"grant_type": "client_credentials", "scope": "orders.read", "audience": "https://api.example.com"},
+		answer:   `{"access_token":"ory_at_9uWNt2F...","expires_in":3599,"scope":"orders.read","token_type":"bearer"}`,
+		want:     grant{accessToken: "ory_at_9uWNt2F...", lifetime: 3599 * time.Second, scope: "orders.read"},
+	},
+	{
+		name:     "Ory Hydra with a key",
+		env:      map[string]string{"HYDRA_DOMAIN": "hydra.example.com", "HYDRA_CLIENT_ID": "gateway"},
+		metadata: hydraMetadata,
+		url:      "https://hydra.example.com/oauth2/token",
+		form: map[string]string{
+			"grant_type": "client_credentials", "scope": "orders.read", "audience": "https://api.example.com", "client_id": "gateway",
+			"client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+		},
+		jwt:    "client_assertion",
+		header: map[string]any{"alg": "RS256", "typ": "client-authentication+jwt"},
+		claims: map[string]any{"iss": "gateway", "sub": "gateway", "aud": "https://hydra.example.com/oauth2/token"},
+		answer: `{"access_token":"ory_at_9uWNt2F...","expires_in":3599,"scope":"orders.read","token_type":"bearer"}`,
+		want:   grant{accessToken: "ory_at_9uWNt2F...", lifetime: 3599 * time.Second, scope: "orders.read"},
+	},
+	{
+		name: "Dex",
+		env:  map[string]string{"DEX_DOMAIN": "dex.example.com", "DEX_CLIENT_ID": "gateway", "DEX_CLIENT_SECRET": "s-_cret"},
+		metadata: `{"issuer":"https://dex.example.com/dex","token_endpoint":"https://dex.example.com/dex/token",
+			"grant_types_supported":["authorization_code","client_credentials"],
+			"token_endpoint_auth_methods_supported":["client_secret_basic","client_secret_post"]}`,
+		url:    "https://dex.example.com/dex/token",
+		basic:  "gateway:s-_cret",
+		form:   map[string]string{"grant_type": "client_credentials"},
+		answer: `{"access_token":"eyJhbGciOiJSUzI1NiIsImtpZCI6...","token_type":"bearer","expires_in":86399}`,
+		want:   grant{accessToken: "eyJhbGciOiJSUzI1NiIsImtpZCI6...", lifetime: 86399 * time.Second},
+	},
+	{
+		name: "Casdoor with a secret",
+		env:  map[string]string{"CASDOOR_DOMAIN": "casdoor.example.com", "CASDOOR_CLIENT_ID": "c58c1a3d9e", "CASDOOR_CLIENT_SECRET": "s%3A+c/r=t"},
+		url:  "https://casdoor.example.com/api/login/oauth/access_token",
+		form: map[string]string{"grant_type": "client_credentials", "client_id": "c58c1a3d9e", "client_secret": "s%3A+c/r=t"},
+		// A refresh token comes with it, which is ignored.
+		answer: `{"access_token":"eyJhb...","id_token":"eyJhb...","refresh_token":"eyJhb...","token_type":"Bearer","expires_in":10080,"scope":"openid"}`,
+		want:   grant{accessToken: "eyJhb...", lifetime: 10080 * time.Second, scope: "openid"},
+	},
+	{
+		name: "Casdoor with a key",
+		env:  map[string]string{"CASDOOR_DOMAIN": "casdoor.example.com", "CASDOOR_CLIENT_ID": "c58c1a3d9e"},
+		url:  "https://casdoor.example.com/api/login/oauth/access_token",
+		form: map[string]string{
+			"grant_type": "client_credentials", "client_id": "c58c1a3d9e",
+			"client_assertion_type": "urn:ietf:params:oauth:client-assertion-type:jwt-bearer",
+		},
+		jwt:    "client_assertion",
+		header: map[string]any{"alg": "RS256", "typ": "JWT"},
+		claims: map[string]any{"iss": "c58c1a3d9e", "sub": "c58c1a3d9e", "aud": "https://casdoor.example.com/api/login/oauth/access_token"},
+		answer: `{"access_token":"eyJhb...","token_type":"Bearer","expires_in":10080,"scope":"openid"}`,
+		want:   grant{accessToken: "eyJhb...", lifetime: 10080 * time.Second, scope: "openid"},
+	},
+	{
+		name: "LemonLDAP::NG",
+		env:  map[string]string{"LEMONLDAP_DOMAIN": "auth.example.com", "LEMONLDAP_CLIENT_ID": "gateway", "LEMONLDAP_CLIENT_SECRET": "s%3A+c/r=t"},
+		metadata: `{"issuer":"https://auth.example.com","token_endpoint":"https://auth.example.com/oauth2/token",
+			"grant_types_supported":["authorization_code","client_credentials"],
+			"token_endpoint_auth_methods_supported":["client_secret_post","client_secret_basic"]}`,
+		url: "https://auth.example.com/oauth2/token",
+		form: map[string]string{
+			"grant_type": "client_credentials", "client_id": "gateway", "client_secret": "s%3A+c/r=t", "scope": "orders:read",
+		},
+		answer: `{"access_token":"b5a2c5f7e9...","expires_in":3600,"scope":"orders:read","token_type":"Bearer"}`,
+		want:   grant{accessToken: "b5a2c5f7e9...", lifetime: time.Hour, scope: "orders:read"},
+	},
+	{
+		name: "django-oauth-toolkit",
+		env: map[string]string{
+			"DJANGO_DOMAIN": "django.example.com", "DJANGO_CLIENT_ID": "axXSSBVuvOyGVzh4PurvKaq5MHXMm7FtrHgDMi4u", "DJANGO_CLIENT_SECRET": "1fuv5WVfR7A5BlF0o155H7s5bLgXlwWLhi3Y7pdJ",
+		},
+		url:    "https://django.example.com/o/token/",
+		basic:  "axXSSBVuvOyGVzh4PurvKaq5MHXMm7FtrHgDMi4u:1fuv5WVfR7A5BlF0o155H7s5bLgXlwWLhi3Y7pdJ",
+		form:   map[string]string{"grant_type": "client_credentials", "scope": "read"},
+		answer: `{"access_token":"PaZDOD5UwzbGOFsQr34LQ7JUYOj3yK","expires_in":36000,"token_type":"Bearer","scope":"read write"}`,
+		want:   grant{accessToken: "PaZDOD5UwzbGOFsQr34LQ7JUYOj3yK", lifetime: 10 * time.Hour, scope: "read write"},
+	},
+	{
+		name: "Zitadel with a secret",
+		env: map[string]string{
+			"ZITADEL_DOMAIN": "sso.example.com", "ZITADEL_PROJECT_ID": "69234237810729019",
+			"ZITADEL_CLIENT_ID": "78366401571920522@amce", "ZITADEL_CLIENT_SECRET": "veryweaksecret!",
+		},
+		metadata: zitadelMetadata,
+		url:      "https://sso.example.com/oauth/v2/token",
+		basic:    "78366401571920522%40amce:veryweaksecret%21", // as in the documentation
+		form: map[string]string{
+			"grant_type": "client_credentials", "scope": "openid urn:zitadel:iam:org:project:id:69234237810729019:aud",
+		},
+		answer: `{"access_token":"MtjHodGy4zxKylDOhg6kW90WeEQs2q...","token_type":"Bearer","expires_in":43199}`,
+		want:   grant{accessToken: "MtjHodGy4zxKylDOhg6kW90WeEQs2q...", lifetime: 43199 * time.Second},
+	},
+	{
+		name: "Zitadel with a key",
+		env: map[string]string{
+			"ZITADEL_DOMAIN": "sso.example.com", "ZITADEL_PROJECT_ID": "69234237810729019",
+			"ZITADEL_USER_ID": "100507859606888466", "ZITADEL_KEY_ID": "100509901696068329",
+		},
+		metadata: zitadelMetadata,
+		url:      "https://sso.example.com/oauth/v2/token",
+		form: map[string]string{
+			"grant_type": "urn:ietf:params:oauth:grant-type:jwt-bearer", "scope": "openid urn:zitadel:iam:org:project:id:69234237810729019:aud",
+		},
+		jwt:    "assertion",
+		header: map[string]any{"alg": "RS256", "typ": "JWT", "kid": "100509901696068329"},
+		claims: map[string]any{"iss": "100507859606888466", "sub": "100507859606888466", "aud": "https://sso.example.com"},
+		answer: `{"access_token":"MtjHodGy4zxKylDOhg6kW90WeEQs2q...","token_type":"Bearer","expires_in":43199}`,
+		want:   grant{accessToken: "MtjHodGy4zxKylDOhg6kW90WeEQs2q...", lifetime: 43199 * time.Second},
+	},
+	{
+		name:   "Zoom",
+		env:    map[string]string{"ZOOM_CLIENT_ID": "JKpCm2xCRLqJHkU", "ZOOM_CLIENT_SECRET": "Gv0xkYtbJkuC", "ZOOM_ACCOUNT_ID": "gYz8S9w5Q5yrDoIvmdClYw"},
+		url:    "https://zoom.us/oauth/token",
+		basic:  "JKpCm2xCRLqJHkU:Gv0xkYtbJkuC",
+		form:   map[string]string{"grant_type": "account_credentials", "account_id": "gYz8S9w5Q5yrDoIvmdClYw"},
+		answer: `{"access_token":"eyJzdiI6...","token_type":"bearer","expires_in":3600,"scope":"user:read:user:admin","api_url":"https://api.zoom.us"}`,
+		want:   grant{accessToken: "eyJzdiI6...", lifetime: time.Hour, scope: "user:read:user:admin"},
+	},
+	{
+		name:  "Apigee",
+		env:   map[string]string{"APIGEE_CLIENT_ID": "kWocGgKENrdWRT0jq4l0F0ACnPAQsD3", "APIGEE_CLIENT_SECRET": "6WADDsZNIGDcZOaX"},
+		url:   "https://api.example.com/oauth/client_credential/accesstoken?grant_type=client_credentials",
+		basic: "kWocGgKENrdWRT0jq4l0F0ACnPAQsD3:6WADDsZNIGDcZOaX",
+		form:  map[string]string{"grant_type": "client_credentials"}, // as well
+		// All its numbers are texts.
+		answer: `{"issued_at":"1416157639014","application_name":"e49ef95f-6d32-4062-ac9a-3beea62ca922","scope":"","status":"approved",
+			"api_product_list":"[Test App product]","expires_in":"3599","developer.email":"testdev@example.com","organization_id":"0",
+			"token_type":"BearerToken","client_id":"kWocGgKENrdWRT0jq4l0F0ACnPAQsD3","access_token":"WNSnwquKualbgnGeAK0EXGqzO3A",
+			"organization_name":"example","refresh_token_expires_in":"0","refresh_count":"0"}`,
+		want: grant{accessToken: "WNSnwquKualbgnGeAK0EXGqzO3A", lifetime: 3599 * time.Second},
+	},
 }
 
 // keycloakMetadata has another host for certificates, which a server may have.
@@ -282,6 +456,15 @@ const keycloakMetadata = `{"issuer":"https://sso.example.com/realms/demo",
 	"token_endpoint_auth_methods_supported":["private_key_jwt","client_secret_basic","client_secret_post","tls_client_auth","client_secret_jwt"],
 	"token_endpoint_auth_signing_alg_values_supported":["PS256","RS256","ES256"],
 	"mtls_endpoint_aliases":{"token_endpoint":"https://mtls.sso.example.com/realms/demo/protocol/openid-connect/token"}}`
+
+// The issuer's slash at the end belongs to its name.
+const hydraMetadata = `{"issuer":"https://hydra.example.com/","token_endpoint":"https://hydra.example.com/oauth2/token",
+	"grant_types_supported":["authorization_code","implicit","client_credentials","refresh_token"],
+	"token_endpoint_auth_methods_supported":["client_secret_post","client_secret_basic","private_key_jwt","none"]}`
+
+const zitadelMetadata = `{"issuer":"https://sso.example.com","token_endpoint":"https://sso.example.com/oauth/v2/token",
+	"grant_types_supported":["authorization_code","client_credentials","urn:ietf:params:oauth:grant-type:jwt-bearer"],
+	"token_endpoint_auth_methods_supported":["none","client_secret_basic","client_secret_post","private_key_jwt"]}`
 
 // providerBlocks returns the blocks of docs/providers.md, and the heading above
 // each.
@@ -355,6 +538,120 @@ func TestProviderDocumentWorks(t *testing.T) {
 			wantError(t, validateCaddyfile(t, source), "")
 		})
 	}
+}
+
+// clientWords are the words of the table of docs/providers.md, by what the settings of
+// a block say.
+var clientWords = []struct {
+	word string
+	is   func(*Credentials) bool
+}{
+	{"basic", func(c *Credentials) bool { return c.authMethod() == authBasic }},
+	{"post", func(c *Credentials) bool { return c.authMethod() == authPost }},
+	{"secret JWT", func(c *Credentials) bool { return c.authMethod() == authSecretJWT }},
+	{"key", func(c *Credentials) bool { return c.authMethod() == authKeyJWT && c.usesKey() }},
+	{"JWT file", func(c *Credentials) bool { return c.authMethod() == authKeyJWT && !c.usesKey() }},
+	{"certificate", func(c *Credentials) bool { return c.authMethod() == authTLS }},
+	{"service account", func(c *Credentials) bool { return c.grantsByJWT() }},
+}
+
+// providerTable returns the cells of the table of docs/providers.md, without the first
+// one, by the name in the first one.
+func providerTable(t *testing.T) map[string][]string {
+	t.Helper()
+	rows := make(map[string][]string)
+	for line := range strings.Lines(readFile(t, "docs/providers.md")) {
+		row := regexp.MustCompile(`^\| \[([^]]+)\]\(#[^)]+\) \|(.*)\|$`).FindStringSubmatch(strings.TrimSpace(line))
+		if row == nil {
+			continue
+		}
+		cells := strings.Split(row[2], "|")
+		for i := range cells {
+			cells[i] = strings.TrimSpace(cells[i])
+		}
+		if len(cells) != 4 || rows[row[1]] != nil {
+			t.Fatalf("got the row %q, want one of 5 cells for each provider", line)
+		}
+		rows[row[1]] = cells
+	}
+	return rows
+}
+
+// TestProviderTable compares the table with the blocks: each heading has a row, and each
+// block does what its row says.
+func TestProviderTable(t *testing.T) {
+	rows := providerTable(t)
+	blocks, headings := providerBlocks(t)
+	for i, block := range blocks {
+		p := documentedGrants[i]
+		t.Run(p.name, func(t *testing.T) {
+			row, ok := rows[strings.TrimSpace(strings.TrimPrefix(headings[i], "## "))]
+			if !ok {
+				t.Fatalf("line %d: got no row of the table for %q, want one", block.line, headings[i])
+			}
+			words := strings.Split(row[0], ", ")
+			c := providerCredentials(t, block.text)
+			for _, w := range clientWords {
+				if w.is(c) && !slices.Contains(words, w.word) {
+					t.Errorf("got the row %q, want %q among its words for the client", row, w.word)
+				}
+			}
+			if slices.Contains(words, "basic") && c.authMethod() == authBasic && c.BasicEncoding == basicRaw && !strings.Contains(row[2], "`basic_encoding raw`") {
+				t.Errorf("got the row %q, want that it names basic_encoding raw", row)
+			}
+			if audience, _ := p.claims["aud"].(string); !namesAudience(row[1], audience, p.url, p.metadata) {
+				t.Errorf("got the row %q, want that it names the audience %s", row, audience)
+			}
+			if seen := strings.Contains(providerSection(t, headings[i]), "*Seen with "); seen != (row[3] != "") {
+				t.Errorf("got the row %q, want a version if, and only if, the section begins with one", row)
+			}
+		})
+	}
+	examples, err := filepath.Glob("examples/*.Caddyfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	headed := len(slices.Compact(slices.Clone(headings)))
+	if want := headed + len(examples) - 1; len(rows) != want { // gateway.Caddyfile is for all others
+		t.Errorf("got %d rows, want %d: one for each heading with a block, and for each example of a provider", len(rows), want)
+	}
+}
+
+// namesAudience reports whether a cell says which audience a JWT has.
+func namesAudience(cell, audience, tokenEndpoint, metadata string) bool {
+	switch {
+	case audience == "": // there is no JWT
+		return true
+	case audience == tokenEndpoint:
+		return strings.Contains(cell, "token endpoint")
+	case strings.Contains(metadata, fmt.Sprintf("%q:%q", "issuer", audience)):
+		return strings.Contains(cell, "issuer")
+	case strings.HasSuffix(audience, ".auth0.com/"):
+		return cell == "the tenant, with `/`"
+	}
+	return cell == "`"+audience+"`"
+}
+
+// providerSection returns what stands below a heading of docs/providers.md.
+func providerSection(t *testing.T, heading string) string {
+	t.Helper()
+	_, section, _ := strings.Cut(readFile(t, "docs/providers.md"), heading)
+	section, _, _ = strings.Cut(section, "\n## ")
+	return section
+}
+
+// providerCredentials returns the settings of a block.
+func providerCredentials(t *testing.T, block string) *Credentials {
+	t.Helper()
+	proxies := findModules(t, encode(t, adaptCaddyfile(t, completeCaddyfile(block))), "handler", "reverse_proxy")
+	if len(proxies) != 1 {
+		t.Fatalf("the block has %d reverse proxies, want 1", len(proxies))
+	}
+	var transport Transport
+	if err := json.Unmarshal(encode(t, proxies[0]["transport"]), &transport); err != nil {
+		t.Fatal(err)
+	}
+	return transport.Credentials
 }
 
 // TestProviderLinksToExamples finds files that were moved.
@@ -475,7 +772,7 @@ func wantProviderRequest(t *testing.T, tokens *wire, target, basic string, form 
 	if basic != "" {
 		authorization = "Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte(basic)) + "\r\n"
 	}
-	if got, want := tokens.requests()[0], documentedRequest(u.Host, u.Path, authorization, body); got != want {
+	if got, want := tokens.requests()[0], documentedRequest(u.Host, u.RequestURI(), authorization, body); got != want {
 		t.Errorf("sent\n%q, want\n%q", got, want)
 	}
 }
@@ -500,10 +797,15 @@ func loadProvider(t *testing.T, block string, tokens *wire, metadata string) (tr
 		t.Fatalf("there is a look-up: %t, want %t", endpoint.discovery != nil, metadata != "")
 	}
 	if endpoint.discovery != nil {
+		var published struct{ Issuer string }
+		if err := json.Unmarshal([]byte(metadata), &published); err != nil {
+			t.Fatal(err)
+		}
 		endpoint.discovery.transport = roundTripFunc(func(req *http.Request) (*http.Response, error) {
 			rec := httptest.NewRecorder()
-			// Not at the place of RFC 8414: older servers have no metadata there.
-			if req.Method != http.MethodGet || req.URL.String() != "https://sso.example.com/realms/demo/.well-known/openid-configuration" {
+			// Not at the place of RFC 8414: several of these servers have no metadata there.
+			place := strings.TrimSuffix(published.Issuer, "/") + "/.well-known/openid-configuration"
+			if req.Method != http.MethodGet || req.URL.String() != place {
 				rec.WriteHeader(http.StatusNotFound)
 				return rec.Result(), nil
 			}
@@ -566,6 +868,10 @@ func TestProviderRefusalsAreUnderstood(t *testing.T) {
 		{
 			"Salesforce", `{"error":"invalid_grant","error_description":"audience is invalid"}`,
 			http.StatusBadRequest, "invalid_grant", "audience is invalid",
+		},
+		{
+			"Zoom", `{"reason":"unsupported grant type","error":"unsupported_grant_type"}`,
+			http.StatusBadRequest, "unsupported_grant_type", "unsupported grant type",
 		},
 	} {
 		t.Run(test.provider, func(t *testing.T) {
