@@ -95,6 +95,9 @@ func (r denial) codeAdvice(code string) string {
 		}
 		return r.clientAdvice("scopes") // some servers do not tell it from invalid_client
 	case "unauthorized_client":
+		if r.blamesSecret(code) {
+			return r.clientAdvice("")
+		}
 		return r.allowAdvice()
 	case "unsupported_grant_type":
 		if r.metadata != nil && slices.Contains(r.metadata.grantTypes, r.sentGrant()) {
@@ -145,7 +148,7 @@ func (r denial) blamesClient() bool {
 	switch code := knownCode(r.Code); {
 	case r.Status == 0 || r.isElsewhere():
 		return false
-	case code == "invalid_client" || code == "invalid_grant":
+	case code == "invalid_client" || code == "invalid_grant" || r.blamesSecret(code):
 		return true
 	case code != "":
 		return false
@@ -153,8 +156,17 @@ func (r denial) blamesClient() bool {
 	return r.Status == http.StatusUnauthorized || r.Status == http.StatusForbidden
 }
 
+// blamesSecret reports whether the code of a client without the grant stands for one with
+// a wrong secret, as Keycloak has it. Its words tell the two apart.
+func (r denial) blamesSecret(code string) bool {
+	return code == "unauthorized_client" && (r.spoken("invalid client") || r.spoken("secret"))
+}
+
 // isElsewhere reports whether something answered that is no token endpoint.
 func (r denial) isElsewhere() bool {
+	if r.asksForUser() {
+		return true
+	}
 	if r.answer == answerOAuthError && knownCode(r.Code) != "" {
 		return false
 	}
@@ -171,6 +183,13 @@ func (r denial) isElsewhere() bool {
 		}
 	}
 	return r.permanent && (r.answer == answerPage || (r.answer == answerText && r.Status == http.StatusBadRequest))
+}
+
+// asksForUser reports whether the server speaks of what only an authorization endpoint
+// takes, to which users are sent.
+func (r denial) asksForUser() bool {
+	said := strings.ToLower(r.Code + " " + r.Description)
+	return !r.grantsByParams() && (strings.Contains(said, "redirect_uri") || strings.Contains(said, "response_type"))
 }
 
 // elsewhereAdvice says how to find the token endpoint.
@@ -205,19 +224,32 @@ func (r denial) unusableAdvice() string {
 	return r.elsewhereAdvice()
 }
 
-// boundAdvice says what to do if the server may demand tokens that are bound to a key:
-// it says of the request only that it is invalid, but its metadata speaks of them.
+// boundAdvice says what to do if the server demands tokens that are bound to a key. Or it
+// may demand them: it says of the request only that it is invalid, but its metadata speaks
+// of them.
 func (r denial) boundAdvice(code string) string {
+	if code != "invalid_request" {
+		return ""
+	}
+	const unbound, bound = "register the client without DPoP", "set client_certificate and bind_certificate"
+	switch {
+	case r.spoken("dpop"):
+		return unbound + ": the tokens here are bearer tokens"
+	case r.BindCertificate:
+		return ""
+	case r.spoken("mtls"), r.spoken("client certificate"):
+		return bound + ": the server binds the tokens of this client"
+	}
 	saysMore := r.Description != "" && knownCode(r.Description) != code
-	if r.metadata == nil || code != "invalid_request" || saysMore || r.BindCertificate {
+	if r.metadata == nil || saysMore {
 		return ""
 	}
 	var ways []string
 	if r.metadata.bindsCertificates {
-		ways = append(ways, "set client_certificate and bind_certificate")
+		ways = append(ways, bound)
 	}
 	if len(r.metadata.dpopAlgs) > 0 {
-		ways = append(ways, "register the client without DPoP")
+		ways = append(ways, unbound)
 	}
 	if len(ways) == 0 {
 		return ""
@@ -291,18 +323,13 @@ func (r denial) clientSettings() (lead string, names []string) {
 		}
 		return "set basic_encoding raw, as many servers do not decode id and secret", []string{"client_id", "client_secret"}
 	case authSecretJWT:
-		if lead = r.audienceAdvice(); lead != "" {
-			return lead, []string{"client_secret", "auth_method"}
-		}
-		return "", []string{"client_secret", "assertion_audience", "auth_method"}
+		lead, names = r.jwtSettings("client_secret")
+		return lead, append(names, "auth_method")
 	case authKeyJWT:
 		if !r.usesKey() {
 			return "", []string{"assertion_file (issuer, subject, audience and expiry of its JWT)", "client_id", "auth_method"}
 		}
-		if lead = r.audienceAdvice(); lead != "" {
-			return lead, []string{"private_key", "key_id"}
-		}
-		return "", []string{"private_key", "key_id", "assertion_audience"}
+		return r.jwtSettings("private_key", "key_id")
 	case authTLS:
 		if r.Issuer == "" {
 			return "", []string{"client_id", "client_certificate", "token_url"} // certificates may have an address of their own
@@ -314,6 +341,20 @@ func (r denial) clientSettings() (lead string, names []string) {
 		return "set client_secret, if the client has one", []string{"client_id"}
 	}
 	return "", []string{"client_id", "client_secret", "auth_method"}
+}
+
+// jwtSettings is clientSettings for a JWT that these settings sign. If the server says
+// what it is that does not fit, that comes first.
+func (r denial) jwtSettings(signing ...string) (lead string, names []string) {
+	ofAudience := r.spoken("audience")
+	ofSignature := !ofAudience && (r.spoken("signature") || r.spoken("public key"))
+	if lead = r.audienceAdvice(); lead != "" && !ofSignature {
+		return lead, signing
+	}
+	if ofAudience {
+		return "", append([]string{"assertion_audience"}, signing...)
+	}
+	return "", append(signing, "assertion_audience")
 }
 
 // audienceAdvice names the audience that most servers accept, if the JWT has another one
