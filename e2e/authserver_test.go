@@ -37,6 +37,7 @@ type client struct {
 	Algorithm string              `json:"token_endpoint_auth_signing_alg,omitempty"`
 	Keys      *jose.JSONWebKeySet `json:"jwks,omitempty"`
 	DNSName   string              `json:"tls_client_auth_san_dns,omitempty"`
+	SubjectDN string              `json:"tls_client_auth_subject_dn,omitempty"`
 	Bound     bool                `json:"tls_client_certificate_bound_access_tokens,omitempty"`
 	Grants    []string            `json:"grant_types,omitempty"`
 }

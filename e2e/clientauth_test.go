@@ -77,6 +77,7 @@ func startRoutes(t *testing.T, routes []route, env ...string) *gateway {
 	return startGateway(t, gatewayConfig{site: siteOf(routes), env: env})
 }
 
+// siteOf returns the directives of a site with these routes.
 func siteOf(routes []route) string {
 	var site strings.Builder
 	for n, r := range routes {

@@ -2,6 +2,7 @@ package e2e
 
 import (
 	"bytes"
+	"fmt"
 	"os/exec"
 	"sync"
 	"syscall"
@@ -23,18 +24,10 @@ type process struct {
 // startProcess runs cmd in a process group of its own until the test ends.
 func startProcess(t *testing.T, cmd *exec.Cmd) *process {
 	t.Helper()
-	p := &process{cmd: cmd, output: new(output), exited: make(chan struct{})}
-	cmd.Stderr = p.output
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
-	cmd.WaitDelay = time.Second
-	if err := cmd.Start(); err != nil {
-		t.Fatalf("starting %s: %v", cmd.Path, err)
+	p, err := launch(cmd)
+	if err != nil {
+		t.Fatal(err)
 	}
-	running.Store(cmd.Process.Pid, nil)
-	go func() {
-		cmd.Wait()
-		close(p.exited)
-	}()
 	t.Cleanup(func() {
 		p.stop()
 		if t.Failed() {
@@ -42,6 +35,23 @@ func startProcess(t *testing.T, cmd *exec.Cmd) *process {
 		}
 	})
 	return p
+}
+
+// launch is startProcess for one that stops the process itself.
+func launch(cmd *exec.Cmd) (*process, error) {
+	p := &process{cmd: cmd, output: new(output), exited: make(chan struct{})}
+	cmd.Stderr = p.output
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.WaitDelay = time.Second
+	if err := cmd.Start(); err != nil {
+		return nil, fmt.Errorf("starting %s: %w", cmd.Path, err)
+	}
+	running.Store(cmd.Process.Pid, nil)
+	go func() {
+		cmd.Wait()
+		close(p.exited)
+	}()
+	return p, nil
 }
 
 // stop asks the process to end, and makes it after a while. What is left of
@@ -53,6 +63,12 @@ func (p *process) stop() {
 	case <-p.exited:
 	case <-time.After(5 * time.Second):
 	}
+	p.kill()
+}
+
+// kill ends the process and its group without asking.
+func (p *process) kill() {
+	pid := p.cmd.Process.Pid
 	syscall.Kill(-pid, syscall.SIGKILL)
 	<-p.exited
 	running.Delete(pid)

@@ -8,6 +8,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -86,10 +88,16 @@ func (v *verifier) verify(token string, now time.Time) (time.Time, error) {
 	if claims.ClientID != v.clientID {
 		return exp, fmt.Errorf("client_id = %q, want %q", claims.ClientID, v.clientID)
 	}
-	if claims.Scope != scopes {
+	if !hasScopes(claims.Scope) {
 		return exp, fmt.Errorf("scope = %q, want %q", claims.Scope, scopes)
 	}
 	return exp, nil
+}
+
+// hasScopes tells whether these are the scopes that the tests ask for. Their order does
+// not matter (RFC 6749 §3.3).
+func hasScopes(granted string) bool {
+	return slices.Equal(slices.Sorted(slices.Values(strings.Fields(granted))), strings.Fields(scopes))
 }
 
 // verifyBound returns an error unless the token is bound to the certificate
