@@ -15,7 +15,7 @@ const chaosWorkers = 5
 
 // TestChaos has everything around the gateway fail, under load. With
 // CHAOS_RESULTS set to the name of a file, it writes what it measured there.
-func TestChaos(t *testing.T) {
+func TestChaos(t *testing.T) { //nolint:tparallel // its parts come one after the other
 	t.Parallel() // it mostly waits
 	var results chaosResults
 	t.Run("faults", func(t *testing.T) { results.cells = runCells(t) })

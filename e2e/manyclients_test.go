@@ -58,7 +58,7 @@ type manyStartResult struct {
 }
 
 // TestManyClientsStart has all clients want their first token at once.
-func TestManyClientsStart(t *testing.T) {
+func TestManyClientsStart(t *testing.T) { //nolint:tparallel // its parts come one after the other
 	t.Parallel() // it mostly waits
 	results := make(map[*manyStart]manyStartResult)
 	for _, s := range manyStarts {

@@ -64,7 +64,7 @@ var outageKinds = []*outageKind{
 // health checks go without a token. OUTAGE_RUNS is how many runs there are of each
 // kind of outage, OUTAGE_AT_ONCE how many go side by side. With OUTAGE_RESULTS set to
 // the name of a file, the test writes what it measured there.
-func TestOutage(t *testing.T) {
+func TestOutage(t *testing.T) { //nolint:tparallel // its parts come one after the other
 	t.Parallel() // it mostly waits
 	results := outageResults{runs: make(map[*outageKind][]outageResult), atOnce: numberOf(t, "OUTAGE_AT_ONCE", 3)}
 	n := numberOf(t, "OUTAGE_RUNS", 1)
