@@ -106,7 +106,7 @@ func (kc *keycloak) secretsAndKeys(t *testing.T) []keycloakCase {
 			continue
 		}
 		for _, setting := range []string{
-			"assertion_typ JWT", "assertion_typ client-authentication+jwt",
+			"assertion_typ JWT", "assertion_typ client-authentication+jwt", "assertion_lifetime 1h",
 			"assertion_audience " + kc.realm.issuer, "assertion_audience " + tokenEndpoint(kc.realm.issuer),
 		} {
 			cases = append(cases, keycloakCase{setting, c, with(setting)})

@@ -77,13 +77,16 @@ func (kc *keycloak) testOutage(t *testing.T) {
 		t.Errorf("%d requests failed, and %d had to, want some: the outage was to be longer than the token's life", result.failed, result.unavoidable)
 	}
 	result.wantRecovery(t)
-	for _, o := range all.lost() {
-		if unavailable := o.status == http.StatusServiceUnavailable || o.status == http.StatusGatewayTimeout; !unavailable || o.retryAfter == "" {
-			t.Errorf("request %v before the server was back: got %v, want 503 or 504 with Retry-After", back.Sub(o.due), o)
-		}
+	odd := slices.DeleteFunc(all.lost(), func(o outcome) bool {
+		return o.retryAfter != "" && (o.status == http.StatusServiceUnavailable || o.status == http.StatusGatewayTimeout)
+	})
+	if len(odd) > 0 {
+		t.Errorf("%d requests failed in another way, the first %v before the server was back: got %v, want 503 or 504 with Retry-After",
+			len(odd), back.Sub(odd[0].due), odd[0])
 	}
-	if result.tokenRequests > tokenRequestLimit {
-		t.Errorf("token requests: got %d, want %d at most", result.tokenRequests, tokenRequestLimit)
+	// How long the server takes to start depends on the machine.
+	if most := tokenRequestLimit + result.unavoidable/keycloakRate; result.tokenRequests > most {
+		t.Errorf("token requests: got %d, want %d at most, one more for each second without a token", result.tokenRequests, most)
 	}
 	u.wantAccepted(t, len(all)-result.failed+1, "HTTP/1.1")
 }
