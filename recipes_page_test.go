@@ -93,8 +93,8 @@ func TestRecipesAreComplete(t *testing.T) {
 				t.Errorf("%s: got %d parts that begin with %q, want one", r.name, strings.Count(r.text, part), part)
 			}
 		}
-		if words := len(strings.Fields(r.text)); words > 160 {
-			t.Errorf("%s: got %d words beside the config, want 160 at most", r.name, words)
+		if words := len(strings.Fields(r.text)); words > 220 {
+			t.Errorf("%s: got %d words beside the config, want 220 at most", r.name, words)
 		}
 		if len(r.shown) == 0 {
 			t.Errorf("%s: got no command, want one that shows that it works", r.name)
