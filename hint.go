@@ -95,7 +95,7 @@ func (r denial) codeAdvice(code string) string {
 		}
 		return r.clientAdvice("scopes") // some servers do not tell it from invalid_client
 	case "unauthorized_client":
-		if r.blamesSecret(code) {
+		if r.blamesIdentity(code) {
 			return r.clientAdvice("")
 		}
 		return r.allowAdvice()
@@ -148,7 +148,7 @@ func (r denial) blamesClient() bool {
 	switch code := knownCode(r.Code); {
 	case r.Status == 0 || r.isElsewhere():
 		return false
-	case code == "invalid_client" || code == "invalid_grant" || r.blamesSecret(code):
+	case code == "invalid_client" || code == "invalid_grant" || r.blamesIdentity(code):
 		return true
 	case code != "":
 		return false
@@ -156,10 +156,12 @@ func (r denial) blamesClient() bool {
 	return r.Status == http.StatusUnauthorized || r.Status == http.StatusForbidden
 }
 
-// blamesSecret reports whether the code of a client without the grant stands for one with
-// a wrong secret, as Keycloak has it. Its words tell the two apart.
-func (r denial) blamesSecret(code string) bool {
-	return code == "unauthorized_client" && (r.spoken("invalid client") || r.spoken("secret"))
+// blamesIdentity reports whether the code of a client without the grant stands for one with
+// a wrong secret or key, as Keycloak has it. Its words tell the two apart.
+func (r denial) blamesIdentity(code string) bool {
+	said := strings.ReplaceAll(strings.ToLower(r.Description), "client_secret_", "") // the beginning of methods
+	return code == "unauthorized_client" && (strings.Contains(said, "invalid client credentials") ||
+		strings.Contains(said, "client authentication") || strings.Contains(said, "secret"))
 }
 
 // isElsewhere reports whether something answered that is no token endpoint.
@@ -185,11 +187,18 @@ func (r denial) isElsewhere() bool {
 	return r.permanent && (r.answer == answerPage || (r.answer == answerText && r.Status == http.StatusBadRequest))
 }
 
-// asksForUser reports whether the server speaks of what only an authorization endpoint
-// takes, to which users are sent.
+// asksForUser reports whether the server speaks of what an authorization endpoint takes, to
+// which users are sent. A token endpoint takes a redirect_uri, too (RFC 6749 §4.1.3), and has
+// an error code for it.
 func (r denial) asksForUser() bool {
-	said := strings.ToLower(r.Code + " " + r.Description)
-	return !r.grantsByParams() && (strings.Contains(said, "redirect_uri") || strings.Contains(said, "response_type"))
+	code, said := knownCode(r.Code), strings.ToLower(r.Code+" "+r.Description)
+	switch {
+	case r.grantsByParams() || r.Status < 400:
+		return false
+	case code == "invalid_request":
+		return strings.Contains(said, "response_type")
+	}
+	return code == "" && (strings.Contains(said, "redirect_uri") || strings.Contains(said, "response_type"))
 }
 
 // elsewhereAdvice says how to find the token endpoint.
@@ -235,7 +244,7 @@ func (r denial) boundAdvice(code string) string {
 	switch {
 	case r.spoken("dpop"):
 		return unbound + ": the tokens here are bearer tokens"
-	case r.BindCertificate:
+	case r.BindCertificate, r.ClientCertificate != nil:
 		return ""
 	case r.spoken("mtls"), r.spoken("client certificate"):
 		return bound + ": the server binds the tokens of this client"
@@ -346,7 +355,8 @@ func (r denial) clientSettings() (lead string, names []string) {
 // jwtSettings is clientSettings for a JWT that these settings sign. If the server says
 // what it is that does not fit, that comes first.
 func (r denial) jwtSettings(signing ...string) (lead string, names []string) {
-	ofAudience := r.spoken("audience")
+	// Without a code, it may be that of the token.
+	ofAudience := r.spoken("audience") && (knownCode(r.Code) != "" || len(r.Audience) == 0)
 	ofSignature := !ofAudience && (r.spoken("signature") || r.spoken("public key"))
 	if lead = r.audienceAdvice(); lead != "" && !ofSignature {
 		return lead, signing
