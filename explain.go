@@ -52,7 +52,7 @@ func (e *endpoint) explain(ctx context.Context, seen []exchanged, g grant) []exp
 			x.secrets = append(x.secrets, e.credentials.tokensIn(one.answer.body)...)
 		}
 	}
-	if e.discovery != nil && (len(seen) == 0 || isRequest(seen[0])) {
+	if e.discovery != nil && e.discovery.known() != nil && (len(seen) == 0 || isRequest(seen[0])) {
 		x.add("the token endpoint is known from a look-up for another client")
 	}
 	for i, one := range seen {
@@ -97,6 +97,15 @@ func (x *explanation) showURL(u *url.URL) string {
 	return shown
 }
 
+// showEndpoint returns an endpoint of the metadata as it may be shown; "" if there is none.
+func (x *explanation) showEndpoint(endpoint string) string {
+	u, err := url.Parse(endpoint)
+	if err != nil {
+		return "no URL"
+	}
+	return x.showURL(u)
+}
+
 // authentication tells how the client authenticates, and why.
 func (x *explanation) authentication() {
 	c := &x.credentials
@@ -125,8 +134,8 @@ func (x *explanation) lookUp(one exchanged) {
 	if m, err := parseMetadata(one.answer.body); one.answer.status == http.StatusOK && err == nil {
 		for _, used := range []struct{ name, value string }{
 			{"issuer", m.issuer},
-			{"token_endpoint", m.tokenEndpoint},
-			{"mtls_endpoint_aliases: token_endpoint", m.mtlsTokenEndpoint},
+			{"token_endpoint", x.showEndpoint(m.tokenEndpoint)},
+			{"mtls_endpoint_aliases: token_endpoint", x.showEndpoint(m.mtlsTokenEndpoint)},
 			{"token_endpoint_auth_methods_supported", strings.Join(m.authMethods, " ")},
 			{"token_endpoint_auth_signing_alg_values_supported", strings.Join(m.signingAlgs, " ")},
 		} {
@@ -143,7 +152,8 @@ func (x *explanation) request(req *http.Request) {
 	var lines []string
 	for _, field := range slices.Sorted(maps.Keys(req.Header)) {
 		value := ellipsis
-		switch {
+		switch _, own := x.credentials.TokenRequestHeaders[field]; {
+		case own: // it may be a secret, whatever its name
 		case field == "Authorization" && strings.HasPrefix(req.Header.Get(field), "Basic "):
 			value = "Basic " + ellipsis
 		case field == "Accept" || field == "Content-Type" || field == "User-Agent":
@@ -155,7 +165,7 @@ func (x *explanation) request(req *http.Request) {
 	for _, name := range slices.Sorted(maps.Keys(form)) {
 		for _, value := range form[name] {
 			lines = append(lines, x.show(name, maxShownValue)+"="+x.parameter(name, value))
-			if name == "assertion" || name == "client_assertion" {
+			if _, own := x.credentials.Params[name]; !own && (name == "assertion" || name == "client_assertion") {
 				lines = append(lines, x.assertion(value)...)
 			}
 		}
@@ -165,11 +175,11 @@ func (x *explanation) request(req *http.Request) {
 
 // parameters returns the parameters of a token request.
 func (x *explanation) parameters(req *http.Request) url.Values {
-	body, err := req.GetBody()
-	if err != nil {
+	if req.GetBody == nil { // without a grant, there may be no parameter
 		return nil
 	}
-	text, _ := io.ReadAll(body) // can't fail: it is in memory
+	body, _ := req.GetBody() // can't fail, nor can the reading: it is in memory
+	text, _ := io.ReadAll(body)
 	if x.credentials.TokenRequest != asJSON {
 		form, _ := url.ParseQuery(string(text))
 		return form
@@ -235,33 +245,35 @@ func (x *explanation) answered(one exchanged) []string {
 	if err != nil {
 		return append(lines, "no JSON object")
 	}
-	var names []string
-	for _, name := range slices.Sorted(maps.Keys(parsed)) {
-		names = append(names, x.show(name, maxShownCode))
+	names := slices.Sorted(maps.Keys(parsed))
+	more := len(names) - maxExplained
+	names = names[:min(len(names), maxExplained)] // before the search for secrets, which takes time
+	for i := range names {
+		names[i] = x.show(names[i], maxShownCode)
 	}
-	if more := len(names) - maxExplained; more > 0 {
-		names = append(names[:maxExplained], fmt.Sprintf("and %d more", more))
+	if more > 0 {
+		names = append(names, fmt.Sprintf("and %d more", more))
 	}
 	return append(lines, "members: "+strings.Join(names, ", "))
 }
 
 // used tells what is used of the answer with the grant g.
 func (x *explanation) used(one exchanged, g grant) []string {
-	place := "access_token"
-	if x.credentials.findsToken() {
-		place = x.credentials.TokenResponse.AccessToken
+	token, lifetime := "access_token", "expires_in"
+	if r := x.credentials.TokenResponse; r != nil {
+		token, lifetime = cmp.Or(r.AccessToken, token), cmp.Or(r.ExpiresIn, lifetime)
 	}
-	lines := []string{fmt.Sprintf("%s: a token of %d characters", place, len(g.accessToken))}
-	if parsed, _ := parseMembers(one.answer.body); parsed.text("token_type") != "" {
+	lines := []string{fmt.Sprintf("%s: a token of %d characters", token, len(g.accessToken))}
+	if parsed, _ := parseMembers(one.answer.body); parsed.text("token_type") != "" && !x.credentials.findsToken() {
 		lines = append(lines, "token_type: "+x.show(parsed.text("token_type"), maxShownCode))
 	}
 	switch {
 	case g.odd != "":
-		lines = append(lines, "expires_in "+g.odd+": default_lifetime counts")
+		lines = append(lines, lifetime+" "+g.odd+": default_lifetime counts")
 	case g.lifetime == 0:
 		lines = append(lines, "no lifetime: default_lifetime counts")
 	default:
-		lines = append(lines, fmt.Sprint("expires_in: ", g.lifetime))
+		lines = append(lines, lifetime+": "+g.lifetime.String())
 	}
 	if g.scope == "" {
 		return append(lines, "no scope: all that was asked for is granted")

@@ -1,6 +1,7 @@
 package outboundauth
 
 import (
+	"encoding/base64"
 	"encoding/json"
 	"net/http"
 	"regexp"
@@ -170,15 +171,17 @@ func TestExplanationShowsNoSecret(t *testing.T) {
 		w.Header().Set("Location", "/"+canarySecret)
 		page(http.StatusOK, `{"access_token":"canary-token","token_type":"Bearer","`+canarySecret+`":1,"canary-token":2,"expires_in":"`+canarySecret+`","scope":"`+canarySecret+` Y2FuYXJ5LXNlY3JldA=="}`)(w, nil)
 	}
-	p := newPublisher(document(testIssuer, tokenPlace, `"token_endpoint_auth_methods_supported":["client_secret_basic","`+canarySecret+`"],"`+canarySecret+`":1`))
+	canaryJWT := base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"none"}`)) + "." + base64.RawURLEncoding.EncodeToString([]byte(`{"sub":"canary"}`)) + ".c2ln"
+	p := newPublisher(document(testIssuer, tokenPlace+"?key=canary", `"token_endpoint_auth_methods_supported":["client_secret_basic","`+canarySecret+`"],"`+canarySecret+`":1`))
 	p.publish(tokenPlace, everywhere)
-	settings := "param p " + canarySecret + "\nparam scope2 canary\ntoken_request_header X-Key " + canarySecret + "\ntoken_request_header Accept text/plain\n"
+	p.publish(tokenPlace+"?key=canary", everywhere)
+	settings := "param p " + canarySecret + "\nparam scope2 canary\ntoken_request_header X-Key " + canarySecret + "\ntoken_request_header Accept " + canarySecret + "\ntoken_request_header User-Agent " + canarySecret + "\n"
 	for _, client := range []string{
 		issuerSecret,
 		issuerSecret + "auth_method client_secret_post\n",
 		issuerSecret + "auth_method client_secret_post\ntoken_request json\n",
 		"token_url " + tokenPlace + "\ngrant_type none\ntoken_request json\ntoken_response {\naccess_token /access_token\n}\n",
-		"token_url " + tokenPlace + "\nclient_id gateway\ngrant_type account_credentials\nclient_secret " + canarySecret + "\n",
+		"token_url " + tokenPlace + "\nclient_id gateway\ngrant_type account_credentials\nclient_secret " + canarySecret + "\nparam assertion " + canaryJWT + "\n",
 	} {
 		got, report := explained(t, client+settings, p)
 		if len(report.Steps) < 3 || !strings.Contains(got, "\n  p=…\n") || !strings.Contains(got, "\n  X-Key: …\n") {
@@ -187,6 +190,15 @@ func TestExplanationShowsNoSecret(t *testing.T) {
 		report.Token = ""
 		text, _ := json.Marshal(report)
 		wantNoCanaryIn(t, string(text))
+	}
+}
+
+// A login may consist of a header alone.
+func TestExplanationOfARequestWithoutABody(t *testing.T) {
+	p := newPublisher("")
+	got, report := explained(t, "token_url "+tokenPlace+"\ngrant_type none\ntoken_request_header X-Key "+canarySecret+"\n", p)
+	if report.Error != nil || !strings.Contains(got, "\n  X-Key: …\nread the answer\n") {
+		t.Errorf("got the error %v and\n%s\nwant all steps", report.Error, got)
 	}
 }
 

@@ -39,8 +39,8 @@ func init() {
 Loads the config like 'caddy validate', makes one token request for each OAuth
 client in it, exactly as the gateway would, and shows its name, the endpoint, the
 client, which of its scopes were granted, the lifetime, and header and claims of a
-token that is a JWT. It shows the warnings that the gateway would log. If there is
-no token, it shows why, and what to change.
+token that is a JWT. It shows what the gateway would log as warnings about the
+client. If there is no token, it shows why, and what to change.
 
 --explain shows each step as well: the metadata that was looked up, how the client
 authenticates and why, the token request with … for each secret, and what the
@@ -137,6 +137,9 @@ func requestTokens(config *caddy.Config, upstream string, explain bool) ([]token
 	var wg sync.WaitGroup
 	for i, c := range clients {
 		wg.Go(func() { reports[i] = c.report(c.upstreams, explain) })
+		if explain { // one by one, or chance would say which client of an issuer shows the look-up
+			wg.Wait()
+		}
 	}
 	wg.Wait()
 	return reports, nil

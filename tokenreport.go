@@ -75,18 +75,22 @@ func (cl *client) report(upstreams []string, explain bool) tokenReport {
 	ctx, cancel := context.WithTimeout(context.Background(), limit) // to read the secrets again
 	defer cancel()
 	if explain {
-		_ = safely(func() error {
+		unexplained := safely(func() error {
 			r.Steps = e.explain(ctx, seen.list(), g)
 			return nil
 		})
+		err = cmp.Or(err, unexplained)
 	}
-	if err != nil {
-		r.Error = reportError(err)
-	} else {
-		e.warnOfValues()
+	e.warnOfValues()
+	r.Warnings = logged.list()
+	if err == nil {
 		e.reportToken(ctx, &r, t, g)
+		return r
 	}
-	r.Warnings = append(logged.list(), r.Warnings...)
+	r.Error = reportError(err)
+	r.Warnings = slices.DeleteFunc(r.Warnings, func(warning string) bool { // what the error says
+		return r.Error.Description != "" && strings.HasPrefix(warning, r.Error.Description)
+	})
 	return r
 }
 
