@@ -9,12 +9,10 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -49,16 +47,13 @@ type debianServer struct {
 	env  []string
 }
 
-// untilEOF runs a program until the standard input ends, even if this test is killed. The
-// program would not notice the end, so its process group is killed. What it prints goes to
-// standard error.
-const untilEOF = `exec 3<&0; (cat <&3; kill -9 0) >/dev/null 2>&1 & exec "$@" 3<&- </dev/null >&2`
-
 // start starts the program and waits until it listens.
 func (s *debianServer) start(t *testing.T) {
 	t.Helper()
-	cmd := exec.Command("sh", append([]string{"-c", untilEOF, "sh"}, s.args...)...)
-	cmd.Args[0] = filepath.Base(s.args[0]) // for the log
+	cmd, err := untilEOF(s.args...)
+	if err != nil {
+		t.Fatal(err)
+	}
 	var libraries []string
 	for _, dir := range []string{"usr/lib", "lib"} {
 		found, err := filepath.Glob(filepath.Join(debianPath(t, "."), dir, "*-linux-gnu"))
@@ -71,9 +66,6 @@ func (s *debianServer) start(t *testing.T) {
 		"LD_LIBRARY_PATH=" + strings.Join(libraries, ":"),
 		"PYTHONPATH=" + debianPath(t, "usr/lib/python3/dist-packages"),
 	})
-	if _, err := cmd.StdinPipe(); err != nil {
-		t.Fatal(err)
-	}
 	s.process = startProcess(t, cmd)
 	for deadline := time.Now().Add(startTimeout); ; time.Sleep(20 * time.Millisecond) {
 		conn, err := net.Dial("tcp", s.addr)
@@ -90,12 +82,6 @@ func (s *debianServer) start(t *testing.T) {
 			t.Fatalf("%s isn't ready after %v: %v", cmd.Args[0], startTimeout, err)
 		}
 	}
-}
-
-// kill ends the program as a crash does.
-func (s *debianServer) kill() {
-	syscall.Kill(-s.cmd.Process.Pid, syscall.SIGKILL)
-	<-s.exited
 }
 
 const (

@@ -211,8 +211,8 @@ func (kc *keycloak) testParameters(t *testing.T) {
 
 		told := gw.oauth2Token(t, r.String(), "--json")
 		var reports []struct {
-			Advice string
-			Claims struct {
+			Warnings []string
+			Claims   struct {
 				Audience []string `json:"aud"`
 			}
 		}
@@ -224,8 +224,8 @@ func (kc *keycloak) testParameters(t *testing.T) {
 		if want := []string{resource, resourceServer.ID}; !slices.Equal(got.Claims.Audience, want) {
 			t.Errorf("aud = %q, want %q", got.Claims.Audience, want)
 		}
-		if !names(got.Advice, "audience") || !names(got.Advice, "resource") {
-			t.Errorf("advice = %q, want it to name audience and resource", got.Advice)
+		if warned := strings.Join(got.Warnings, "\n"); !names(warned, "audience") || !names(warned, "resource") {
+			t.Errorf("warnings = %q, want them to name audience and resource", warned)
 		}
 	})
 }

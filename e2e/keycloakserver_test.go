@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -117,12 +116,6 @@ func (kc *keycloak) importAndRun(realm []byte) error {
 	return kc.run()
 }
 
-// killedWithStdin is a shell script that becomes the command in its arguments. When the
-// standard input ends, it kills its process group. Keycloak doesn't look at its own.
-const killedWithStdin = `exec 3<&0
-{ cat <&3 >/dev/null; kill -KILL 0; } 2>/dev/null &
-exec "$@" 3<&- </dev/null >&2`
-
 const (
 	// keycloakTimeout is how long a start may take. The first takes 20 s of a processor.
 	keycloakTimeout = 5 * time.Minute
@@ -139,17 +132,15 @@ const (
 func (kc *keycloak) run() error {
 	_, httpPort, _ := strings.Cut(kc.http, ":")
 	_, httpsPort, _ := strings.Cut(kc.https, ":")
-	cmd := exec.Command("sh", "-c", killedWithStdin, "sh", filepath.Join(kc.home, "bin", "kc.sh"),
+	cmd, err := untilEOF(filepath.Join(kc.home, "bin", "kc.sh"),
 		keycloakBuilt, "start-dev", "--import-realm",
 		"--http-host=127.0.0.1", "--http-port="+httpPort, "--https-port="+httpsPort,
 		"--https-certificate-file="+kc.cert.cert, "--https-certificate-key-file="+kc.cert.key,
 		"--https-client-auth=request", "--truststore-paths="+kc.realm.ca.file)
-	cmd.Env = append(os.Environ(), "JAVA_OPTS="+keycloakJava+" -Djava.io.tmpdir="+filepath.Dir(kc.home))
-	// The process ends with its standard input, even if this test is killed.
-	if _, err := cmd.StdinPipe(); err != nil {
+	if err != nil {
 		return err
 	}
-	var err error
+	cmd.Env = append(os.Environ(), "JAVA_OPTS="+keycloakJava+" -Djava.io.tmpdir="+filepath.Dir(kc.home))
 	if kc.process, err = launch(cmd); err != nil {
 		return err
 	}

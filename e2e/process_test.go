@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"os/exec"
+	"path/filepath"
 	"sync"
 	"syscall"
 	"testing"
@@ -52,6 +53,19 @@ func launch(cmd *exec.Cmd) (*process, error) {
 		close(p.exited)
 	}()
 	return p, nil
+}
+
+// untilEOF returns the command of a program that does not look at its standard input. When
+// that ends, even because this test is killed, the program's process group is killed. What
+// the program prints goes to standard error.
+func untilEOF(args ...string) (*exec.Cmd, error) {
+	const script = `exec 3<&0
+{ cat <&3 >/dev/null; kill -KILL 0; } 2>/dev/null &
+exec "$@" 3<&- </dev/null >&2`
+	cmd := exec.Command("sh", append([]string{"-c", script, "sh"}, args...)...)
+	cmd.Args[0] = filepath.Base(args[0]) // for the log
+	_, err := cmd.StdinPipe()            // it ends with this process
+	return cmd, err
 }
 
 // stop asks the process to end, and makes it after a while. What is left of
