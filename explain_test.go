@@ -175,7 +175,7 @@ func TestExplanationShowsNoSecret(t *testing.T) {
 	p := newPublisher(document(testIssuer, tokenPlace+"?key=canary", `"token_endpoint_auth_methods_supported":["client_secret_basic","`+canarySecret+`"],"`+canarySecret+`":1`))
 	p.publish(tokenPlace, everywhere)
 	p.publish(tokenPlace+"?key=canary", everywhere)
-	settings := "param p " + canarySecret + "\nparam scope2 canary\ntoken_request_header X-Key " + canarySecret + "\ntoken_request_header Accept " + canarySecret + "\ntoken_request_header User-Agent " + canarySecret + "\n"
+	settings := "param p " + canarySecret + "\nparam scope2 canary-other\ntoken_request_header X-Key " + canarySecret + "\ntoken_request_header Accept canary-accept\ntoken_request_header User-Agent canary-user\n"
 	for _, client := range []string{
 		issuerSecret,
 		issuerSecret + "auth_method client_secret_post\n",
