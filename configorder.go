@@ -28,10 +28,14 @@ func placesIn(config *caddy.Config) configPlaces {
 	return p
 }
 
-// sort sorts transports by their places.
+// sort sorts transports by their places, and those of one place by their upstreams.
 func (p configPlaces) sort(transports []*Transport) {
+	places, upstreams := make(map[*Transport]int), make(map[*Transport]string)
+	for _, t := range transports { // once for each, as there may be thousands
+		places[t], upstreams[t] = p[t.settings()], fmt.Sprint(t.named)
+	}
 	slices.SortFunc(transports, func(a, b *Transport) int {
-		return cmp.Or(p[a.settings()]-p[b.settings()], cmp.Compare(fmt.Sprint(a.named), fmt.Sprint(b.named)))
+		return cmp.Or(places[a]-places[b], cmp.Compare(upstreams[a], upstreams[b]))
 	})
 }
 
