@@ -117,7 +117,7 @@ func (x *explanation) authentication() {
 	if x.discovery != nil {
 		if m := x.discovery.known(); m != nil {
 			if setting, names := m.unlisted(c); setting != "" {
-				lines = append(lines, "the server does not list that; it lists "+names)
+				lines = append(lines, "the server does not list this "+setting+"; it lists "+names)
 			}
 		}
 	}
@@ -164,10 +164,7 @@ func (x *explanation) request(req *http.Request) {
 	form := x.parameters(req)
 	for _, name := range slices.Sorted(maps.Keys(form)) {
 		for _, value := range form[name] {
-			lines = append(lines, x.show(name, maxShownValue)+"="+x.parameter(name, value))
-			if _, own := x.credentials.Params[name]; !own && (name == "assertion" || name == "client_assertion") {
-				lines = append(lines, x.assertion(value)...)
-			}
+			lines = append(lines, x.parameter(name, value)...)
 		}
 	}
 	x.add("request the token: POST "+x.showURL(req.URL), lines...)
@@ -199,17 +196,20 @@ func (x *explanation) parameters(req *http.Request) url.Values {
 	return form
 }
 
-// parameter returns the value of a parameter as it may be shown. Those of `param` may be
-// secrets, and so may those that nobody here knows.
-func (x *explanation) parameter(name, value string) string {
+// parameter tells what a parameter says. Those of `param` may be secrets, and so may those
+// that nobody here knows.
+func (x *explanation) parameter(name, value string) []string {
+	line := x.show(name, maxShownValue) + "="
 	if _, own := x.credentials.Params[name]; own {
-		return ellipsis
+		return []string{line + ellipsis}
 	}
 	switch name {
 	case "grant_type", "scope", "audience", "resource", "client_id", "client_assertion_type":
-		return x.show(value, maxShownDescription)
+		return []string{line + x.show(value, maxShownDescription)}
+	case "assertion", "client_assertion":
+		return append([]string{line + ellipsis}, x.assertion(value)...)
 	}
-	return ellipsis
+	return []string{line + ellipsis}
 }
 
 // assertion tells what a JWT of a token request says. Without its signature, it is of no

@@ -124,7 +124,7 @@ read the answer
   token_endpoint_auth_methods_supported client_secret_post
 authenticate the client with client_secret_basic: there is a client_secret, and no auth_method
   basic_encoding form
-  the server does not list that; it lists client_secret_post
+  the server does not list this auth_method; it lists client_secret_post
 request the token: POST https://as.example.com/token
   Accept: application/json
   Authorization: Basic …
