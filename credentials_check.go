@@ -96,6 +96,16 @@ func (c *Credentials) check() error {
 	if err := c.checkReplay(); err != nil {
 		return err
 	}
+	if err := c.checkDurations(); err != nil {
+		return err
+	}
+	if err := c.checkExchange(); err != nil {
+		return err
+	}
+	return c.checkHeaders()
+}
+
+func (c *Credentials) checkDurations() error {
 	switch {
 	case c.TokenTimeout < 0:
 		return errors.New("token_timeout: must not be negative")
@@ -106,10 +116,7 @@ func (c *Credentials) check() error {
 	case c.MaxLifetime != 0 && time.Duration(c.MaxLifetime) < minLifetime:
 		return fmt.Errorf("max_lifetime: must be %v at least", minLifetime)
 	}
-	if err := c.checkExchange(); err != nil {
-		return err
-	}
-	return c.checkHeaders()
+	return nil
 }
 
 // checkExchange checks how the token request is written, and how its answer is read.
@@ -308,13 +315,12 @@ func (c *Credentials) checkAuthTogether() error {
 			return fmt.Errorf("%s has no effect with %s: remove one of the two", setting.name, setting.with)
 		}
 	}
-	if _, ok := c.Params["assertion"]; ok && !c.grantsByParams() {
-		return errors.New("param assertion: has a setting of its own: use grant_type jwt_bearer, or name another grant")
-	}
-	if c.TokenRequest == asJSON && method != authPost && method != authNone {
-		return fmt.Errorf("token_request: json can hold no other way to authenticate than %s and none: set auth_method to one of them", authPost)
-	}
+	_, assertion := c.Params["assertion"]
 	switch {
+	case assertion && !c.grantsByParams():
+		return errors.New("param assertion: has a setting of its own: use grant_type jwt_bearer, or name another grant")
+	case c.TokenRequest == asJSON && method != authPost && method != authNone:
+		return fmt.Errorf("token_request: json can hold no other way to authenticate than %s and none: set auth_method to one of them", authPost)
 	case c.BasicEncoding == basicRaw && strings.Contains(c.ClientID, ":"):
 		return errors.New("basic_encoding: raw can't send a client_id with a colon, where servers cut it (RFC 7617 section 2); set auth_method client_secret_post in its place, which sends it whole")
 	case c.BindCertificate && c.ClientCertificate == nil:
@@ -322,10 +328,8 @@ func (c *Credentials) checkAuthTogether() error {
 	case c.ClientCertificate != nil && c.presentsOther():
 		return errors.New("client_certificate: token_transport has another one; remove one of the two")
 	}
-	if c.SigningAlg != "" {
-		if symmetric := strings.HasPrefix(c.SigningAlg, "HS"); symmetric == c.usesKey() {
-			return fmt.Errorf("signing_alg: %s does not fit: HS* sign with the client_secret of %s, the others with a private_key", c.SigningAlg, authSecretJWT)
-		}
+	if symmetric := strings.HasPrefix(c.SigningAlg, "HS"); c.SigningAlg != "" && symmetric == c.usesKey() {
+		return fmt.Errorf("signing_alg: %s does not fit: HS* sign with the client_secret of %s, the others with a private_key", c.SigningAlg, authSecretJWT)
 	}
 	return nil
 }
