@@ -65,6 +65,17 @@ func (kc *keycloak) endpoints(issuer string) []string {
 	return []string{"token_url " + tokenEndpoint(issuer), "issuer " + issuer}
 }
 
+// found returns the cases with each setting that leads to the server.
+func (kc *keycloak) found(cases []keycloakCase, issuer string) (all []keycloakCase) {
+	for _, tt := range cases {
+		for _, endpoint := range kc.endpoints(issuer) {
+			name := strings.Fields(endpoint)[0] + ", " + tt.name
+			all = append(all, keycloakCase{name, tt.client, append(slices.Clip(tt.settings), endpoint)})
+		}
+	}
+	return all
+}
+
 // secretSetting has the secret in a file, where it may have all characters.
 func secretSetting(t *testing.T, secret string) string {
 	t.Helper()
@@ -117,22 +128,19 @@ func (kc *keycloak) secretsAndKeys(t *testing.T) []keycloakCase {
 
 // testSecretsAndKeys obtains tokens in each way, with both settings for the server.
 func (kc *keycloak) testSecretsAndKeys(t *testing.T, cases []keycloakCase) {
+	cases = kc.found(cases, kc.realm.issuer)
 	var (
-		titles    []string
 		routes    []route
 		upstreams []*upstream
 	)
 	for _, tt := range cases {
-		for _, endpoint := range kc.endpoints(kc.realm.issuer) {
-			u := newUpstream(t, kc.realm, tt.client)
-			titles = append(titles, strings.Fields(endpoint)[0]+", "+tt.name)
-			upstreams = append(upstreams, u)
-			routes = append(routes, route{client: tt.client, to: u.serve(t), settings: append(slices.Clip(tt.settings), endpoint)})
-		}
+		u := newUpstream(t, kc.realm, tt.client)
+		upstreams = append(upstreams, u)
+		routes = append(routes, route{client: tt.client, to: u.serve(t), settings: tt.settings})
 	}
 	gw := startRoutes(t, routes)
 	for i, u := range upstreams {
-		t.Run(titles[i], func(t *testing.T) {
+		t.Run(cases[i].name, func(t *testing.T) {
 			gw.get(t, routePath(i), http.StatusOK)
 			gw.get(t, routePath(i), http.StatusOK)
 			u.wantAccepted(t, 2, "HTTP/1.1")
@@ -162,22 +170,19 @@ func (kc *keycloak) certificates(t *testing.T) []keycloakCase {
 // testCertificates has the upstreams compare the certificate of the connection with the
 // one that the token is bound to.
 func (kc *keycloak) testCertificates(t *testing.T, cases []keycloakCase) {
+	cases = kc.found(cases, kc.realm.https)
 	var (
-		titles    []string
 		routes    []route
 		upstreams []*tlsUpstream
 	)
 	for _, tt := range cases {
-		for _, endpoint := range kc.endpoints(kc.realm.https) {
-			u := newTLSUpstream(t, kc.realm, tt.client, true)
-			titles = append(titles, strings.Fields(endpoint)[0]+", "+tt.name)
-			upstreams = append(upstreams, u)
-			routes = append(routes, u.route(kc.realm, append(slices.Clip(tt.settings), endpoint)))
-		}
+		u := newTLSUpstream(t, kc.realm, tt.client, true)
+		upstreams = append(upstreams, u)
+		routes = append(routes, u.route(kc.realm, tt.settings))
 	}
 	gw := startRoutes(t, routes)
 	for i, u := range upstreams {
-		t.Run(titles[i], func(t *testing.T) {
+		t.Run(cases[i].name, func(t *testing.T) {
 			gw.get(t, routePath(i), http.StatusOK)
 			gw.get(t, routePath(i), http.StatusOK)
 			u.wantAccepted(t, 2, "HTTP/2.0")
