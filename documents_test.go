@@ -300,7 +300,7 @@ func setPlaceholders(t *testing.T, source []byte) {
 func TestLinksLeadSomewhere(t *testing.T) {
 	const home = "https://github.com/outboundauth/caddy-outbound-auth"
 	link := regexp.MustCompile(`\]\(([^)\s]+)\)`)
-	for _, pattern := range []string{"*.md", "docs/*.md", "grafana/*.md", "e2e/*.md", ".github/*/*.md", ".github/*/*.yml"} {
+	for _, pattern := range []string{"*.md", "docs/*.md", "grafana/*.md", "e2e/*.md", "bench/*.md", ".github/*/*.md", ".github/*/*.yml"} {
 		documents, err := filepath.Glob(pattern)
 		if err != nil {
 			t.Fatal(err)
