@@ -195,9 +195,13 @@ func (t *Transport) assignRoutes(all configuredUpstreams) error {
 		return fmt.Errorf("upstream %s: a request can name it, and every server on earth would get the token; "+
 			"add `upstream <address> { … }` to transport oauth2 for each address that may get one", all.byRequest)
 	}
+	static := make(map[dialAddress]struct{}, len(all.static))
+	for _, u := range all.static {
+		static[u.canonical()] = struct{}{}
+	}
 	if !all.dynamic && all.byRequest == "" {
 		for dial := range t.routes {
-			if !slices.ContainsFunc(all.static, func(u staticUpstream) bool { return u.canonical() == dial }) {
+			if _, ok := static[dial]; !ok {
 				return fmt.Errorf("upstream %s: reverse_proxy has no such upstream; write it as there", dial)
 			}
 		}
@@ -209,9 +213,9 @@ func (t *Transport) assignRoutes(all configuredUpstreams) error {
 		}
 	}
 	t.nameUpstreams(all)
-	for _, u := range all.static {
-		if _, listed := t.routes[u.canonical()]; !listed {
-			t.routes[u.canonical()] = t.fallback
+	for dial := range static {
+		if _, listed := t.routes[dial]; !listed {
+			t.routes[dial] = t.fallback
 		}
 	}
 	return t.checkConnections()
@@ -247,23 +251,25 @@ func (t *Transport) routeOfSources(sources []upstreamName) (route, error) {
 func (t *Transport) nameUpstreams(all configuredUpstreams) {
 	blocks := t.named
 	t.named = nil
+	listed := make(map[upstreamName]struct{}, len(all.static))
+	name := func(n upstreamName) {
+		if _, ok := listed[n]; !ok {
+			listed[n] = struct{}{}
+			t.named = append(t.named, n)
+		}
+	}
 	for _, u := range all.static {
-		t.name(upstreamName{dialAddress: u.canonical()})
+		name(upstreamName{dialAddress: u.canonical()})
 	}
 	for _, source := range all.sources {
 		if source != (upstreamName{}) {
-			t.name(source)
+			name(source)
 		}
 	}
 	for _, n := range blocks {
-		t.name(n)
-	}
-}
-
-// name adds a name, unless there is one for it.
-func (t *Transport) name(n upstreamName) {
-	if !slices.ContainsFunc(t.named, func(other upstreamName) bool { return other == n || other.is(n.dialAddress) }) {
-		t.named = append(t.named, n)
+		if !slices.ContainsFunc(all.sources, func(source upstreamName) bool { return source.is(n.dialAddress) }) {
+			name(n)
+		}
 	}
 }
 
