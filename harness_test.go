@@ -406,11 +406,16 @@ func endAfterlives() {
 	var all []*tokenSource
 	sources.Range(func(_, value any) bool { all = append(all, value.(*tokenSource)); return true })
 	for _, s := range all {
-		s.mu.Lock()
-		end := s.endOfAfterlife()
-		s.mu.Unlock()
-		end()
+		s.endNow()
 	}
+}
+
+// endNow ends a source that nobody uses.
+func (s *tokenSource) endNow() {
+	s.mu.Lock()
+	end := s.endOfAfterlife()
+	s.mu.Unlock()
+	end()
 }
 
 // wantNothingLeft waits until the product holds no source that is in use, and no
