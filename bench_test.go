@@ -131,18 +131,20 @@ func (r *freshReplacer) renew(b *testing.B) {
 func newRequestReplacer() *caddy.Replacer {
 	repl := caddy.NewReplacer()
 	repl.Map(func(name string) (any, bool) { return nil, strings.HasPrefix(name, "http.request.") })
-	for _, name := range upstreamPlaceholders {
-		repl.Set(name, "value")
-	}
-	for _, name := range []string{
-		"upstream.requests", "upstream.max_requests", "upstream.fails", // before
-		"upstream.latency", "upstream.latency_ms", "status_code", "status_text", "header.Content-Type", "header.Date",
-		"upstream.duration", "upstream.duration_ms", "retries", "duration", "duration_ms",
-	} {
-		repl.Set("http.reverse_proxy."+name, 1)
+	for _, name := range proxyPlaceholders {
+		repl.Set(name, 1)
 	}
 	return repl
 }
+
+var proxyPlaceholders = append([]string{
+	"http.reverse_proxy.upstream.requests", "http.reverse_proxy.upstream.max_requests", "http.reverse_proxy.upstream.fails",
+	"http.reverse_proxy.upstream.latency", "http.reverse_proxy.upstream.latency_ms", // from here on after the round trip
+	"http.reverse_proxy.status_code", "http.reverse_proxy.status_text",
+	"http.reverse_proxy.header.Content-Type", "http.reverse_proxy.header.Date",
+	"http.reverse_proxy.upstream.duration", "http.reverse_proxy.upstream.duration_ms",
+	"http.reverse_proxy.retries", "http.reverse_proxy.duration", "http.reverse_proxy.duration_ms",
+}, upstreamPlaceholders...)
 
 // BenchmarkRoundTrip compares this transport with the one it embeds, over a
 // connection that costs nothing and over a real one on the loopback interface. All

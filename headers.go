@@ -61,8 +61,8 @@ func (h *headerTemplate) set(ctx context.Context, out http.Header) error {
 // Some of them also map '.' to it, and some map every byte that is no letter or
 // digit.
 type fieldSet struct {
-	names   map[string]struct{} // the names, as fold returns them
-	lengths uint64              // bit n is set if a name has the length n, modulo 64
+	names map[string]struct{} // the names, as fold returns them
+	marks uint64              // their marks, see markOf
 }
 
 func (s *fieldSet) add(field string) {
@@ -70,45 +70,84 @@ func (s *fieldSet) add(field string) {
 		s.names = make(map[string]struct{})
 	}
 	s.names[string(fold(nil, field))] = struct{}{}
-	s.lengths |= 1 << (len(field) % 64)
+	s.marks |= markOf(field)
 }
 
 // has reports whether the set holds field. It is called for each header of each
-// request. So most calls only compare lengths, and a name of up to 64 bytes
-// costs no allocation.
-func (s *fieldSet) has(field string) bool {
-	if s.lengths&(1<<(len(field)%64)) == 0 {
-		return false
-	}
+// request. So most calls only compare marks, and a name of up to 64 bytes costs no
+// allocation.
+func (s *fieldSet) has(field string) bool { return s.marks&markOf(field) != 0 && s.holds(field) }
+
+func (s *fieldSet) holds(field string) bool {
 	var buf [64]byte
 	_, ok := s.names[string(fold(buf[:0], field))]
 	return ok
 }
 
+// markOf returns one bit, by the length and the first byte of a name. Names with
+// different marks differ. Many have the same length: Authorization and Cache-Control.
+func markOf(field string) uint64 {
+	if field == "" {
+		return 1
+	}
+	return 1 << ((uint(len(field)) + uint(folded[field[0]])) % 64)
+}
+
 // fold appends field to b, in lower case and with '-' in place of each byte that
 // is no letter or digit.
 func fold(b []byte, field string) []byte {
-	for _, c := range []byte(field) {
-		switch {
-		case 'A' <= c && c <= 'Z':
-			c += 'a' - 'A'
-		case (c < 'a' || c > 'z') && (c < '0' || c > '9'):
-			c = '-'
-		}
-		b = append(b, c)
+	for i := range len(field) {
+		b = append(b, folded[field[i]])
 	}
 	return b
 }
 
-// without returns a copy of h without the fields of the set. The copy shares the
-// values with h: nobody writes to them on the way to the upstream.
-func (s *fieldSet) without(h http.Header) http.Header {
-	out := maps.Clone(h)
-	if out == nil {
-		out = make(http.Header)
+// folded holds what fold makes of each byte.
+var folded = func() (folded [256]byte) {
+	for i := range folded {
+		switch c := byte(i); {
+		case 'A' <= c && c <= 'Z':
+			folded[i] = c + 'a' - 'A'
+		case ('a' <= c && c <= 'z') || ('0' <= c && c <= '9'):
+			folded[i] = c
+		default:
+			folded[i] = '-'
+		}
 	}
-	s.deleteFrom(out)
+	return folded
+}()
+
+// without returns a copy of h without the fields of the set, and with room for more
+// fields. The copy shares the values with h: nobody writes to them on the way to the
+// upstream.
+func (s *fieldSet) without(h http.Header, more int) http.Header {
+	if h != nil && len(h)+more <= roomOf(len(h)) {
+		out := maps.Clone(h) // at half the cost of the loop below
+		s.deleteFrom(out)
+		return out
+	}
+	out := make(http.Header, len(h)+more)
+	for field, values := range h {
+		if !s.has(field) {
+			out[field] = values
+		}
+	}
 	return out
+}
+
+// roomOf returns how many elements a map of n elements can hold before it grows, as Go's
+// maps are made: 8, 14, 28 and so on. A clone has no more room than its original. For it
+// to grow costs more than all of the copying. If the room is another, nothing but time
+// is lost.
+func roomOf(n int) int {
+	if n <= 8 {
+		return 8
+	}
+	room := 14
+	for room < n {
+		room *= 2
+	}
+	return room
 }
 
 // deleteFrom removes the fields of the set from h.

@@ -189,7 +189,7 @@ func withOwnVars(out *http.Request) *http.Request {
 func (t *Transport) outbound(req *http.Request, b *block, tok *token) (*http.Request, error) {
 	out := new(http.Request)
 	*out = *req
-	out.Header = t.reserved.without(req.Header)
+	out.Header = t.reserved.without(req.Header, 1+len(b.identity))
 	keepHTTP(out.Header)
 	return out, b.dress(out, tok)
 }
@@ -202,7 +202,7 @@ func (t *Transport) record(out, req *http.Request, b *block) (body *replay.Body,
 		out.Trailer = nil // nobody fills it, and its names are the caller's
 		return nil, nil
 	}
-	trailer = t.reserved.without(req.Trailer)
+	trailer = t.reserved.without(req.Trailer, 0)
 	reader := req.Body
 	if len(b.retryOn) > 0 {
 		body = replay.New(req.Body, b.replayLimit)
