@@ -105,14 +105,15 @@ func TestCopyOfHeaderHasRoomForMore(t *testing.T) {
 func TestCopyOfHeaderWithoutRoomLeavesTheFieldsOut(t *testing.T) {
 	var set fieldSet
 	set.add("X-Tenant-Id")
-	given := http.Header{"x_tenant_id": {"a"}}
+	want := make(http.Header)
 	for i := range 7 {
-		given[fmt.Sprint("Field-", i)] = []string{"value"}
+		want.Set(fmt.Sprint("Field-", i), "value")
 	}
+	given := want.Clone()
+	given["x_tenant_id"] = []string{"a"}
 	before := given.Clone()
-	got := set.without(given, 2)
-	if _, ok := got["x_tenant_id"]; ok || len(got) != 7 {
-		t.Errorf("got %v, want all fields but x_tenant_id", got)
+	if got := set.without(given, 2); !reflect.DeepEqual(got, want) {
+		t.Errorf("got %v, want %v", got, want)
 	}
 	if !reflect.DeepEqual(given, before) {
 		t.Errorf("got %v, want the header that was given unchanged: %v", given, before)
