@@ -3,6 +3,7 @@ package outboundauth
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"maps"
@@ -16,6 +17,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
@@ -265,6 +267,45 @@ func BenchmarkAdmin(b *testing.B) {
 					b.Fatal(err)
 				}
 			}
+		})
+	}
+}
+
+// BenchmarkProvisionPool loads a pool whose upstreams have a block each. What an upstream
+// takes must not depend on the size of the pool.
+func BenchmarkProvisionPool(b *testing.B) {
+	for _, size := range []int{100, 10_000} {
+		var upstreams reverseproxy.UpstreamPool
+		var blocks []*Upstream
+		for i := range size {
+			dial := fmt.Sprintf("127.1.%d.%d:80", i/250, 1+i%250)
+			upstreams = append(upstreams, &reverseproxy.Upstream{Dial: dial})
+			blocks = append(blocks, &Upstream{
+				Addresses:   []string{dial},
+				Credentials: &Credentials{TokenURL: "http://127.0.0.1:1/token", ClientID: fmt.Sprint(i), ClientSecret: "secret"},
+			})
+		}
+		raw, err := json.Marshal(&Transport{HTTPTransport: new(reverseproxy.HTTPTransport), Upstreams: blocks})
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.Run(fmt.Sprint(size), func(b *testing.B) {
+			for b.Loop() {
+				ctx, err := caddy.ProvisionContext(&caddy.Config{Admin: &caddy.AdminConfig{Disabled: true}})
+				if err != nil {
+					b.Fatal(err)
+				}
+				ctx, cancel := caddy.NewContext(ctx)
+				handler := &reverseproxy.Handler{TransportRaw: caddyconfig.JSONModuleObject(json.RawMessage(raw), "protocol", "oauth2", nil), Upstreams: upstreams}
+				if err := handler.Provision(ctx); err != nil {
+					b.Fatal(err)
+				}
+				b.StopTimer()
+				_ = handler.Cleanup()
+				cancel()
+				b.StartTimer()
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*size), "ns/upstream")
 		})
 	}
 }
