@@ -22,7 +22,7 @@ func (o *options) measure(ctx context.Context, record *record, save func() error
 	}
 	var failures []error
 	for _, s := range scenarios() {
-		if !o.scenarios.MatchString(s.title()) || (o.quick && !s.quick) {
+		if !o.scenarios.MatchString(s.title()) || (o.quick && !s.quick) || (s.candidates != nil && o.candidates.String() != "") {
 			continue
 		}
 		measured := present
