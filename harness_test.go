@@ -474,3 +474,13 @@ func proxySite(up *upstream, auth *authServer, settings string) string {
 }
 
 var dialInfoKey = caddy.CtxKey("reverse_proxy.dial_info") // of package reverseproxy
+
+// allocations returns how many allocations f makes. It takes the least of some tries:
+// what goroutines of other tests allocate meanwhile is counted, too.
+func allocations(f func()) float64 {
+	least := testing.AllocsPerRun(100, f)
+	for range 4 {
+		least = min(least, testing.AllocsPerRun(100, f))
+	}
+	return least
+}

@@ -578,7 +578,7 @@ func TestRoundTripAllocatesLittle(t *testing.T) {
 	ctx := upstreamContext(t, dial.address)
 	req := benchRequest(ctx, "stub://127.0.0.1:1")
 	run := func(rt http.RoundTripper) float64 {
-		return testing.AllocsPerRun(1000, func() {
+		return allocations(func() {
 			res, err := rt.RoundTrip(req)
 			if err != nil {
 				t.Fatal(err)

@@ -495,7 +495,7 @@ func freshSource(tb testing.TB) *tokenSource {
 
 func TestFreshTokenAllocatesNothing(t *testing.T) {
 	s, ctx := freshSource(t), t.Context()
-	got := testing.AllocsPerRun(1000, func() {
+	got := allocations(func() {
 		if _, _, err := s.Token(ctx); err != nil {
 			t.Error(err)
 		}
