@@ -139,14 +139,16 @@ func (a *authority) issue(client oauthClient) string {
 	return value
 }
 
-// revoke ends all tokens that are valid now.
+// revoke ends all tokens that clients have got and that are valid now.
 func (a *authority) revoke() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	now := time.Now()
-	for _, token := range a.byValue {
-		if token.to.After(now) {
-			token.to = now
+	for _, tokens := range a.byClient { // and not the static one
+		for _, token := range tokens {
+			if token.to.After(now) {
+				token.to = now
+			}
 		}
 	}
 }

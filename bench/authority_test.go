@@ -53,6 +53,9 @@ func TestAuthorityKnowsWhichTokensAreValid(t *testing.T) {
 		if a.accepts(token, alice) {
 			t.Error("a revoked token is accepted")
 		}
+		if !a.accepts(a.static, alice) {
+			t.Error("the static token was revoked, too")
+		}
 		revoked := time.Now()
 		if !a.couldServe("alice", began, revoked) || a.couldServe("alice", began, revoked.Add(1)) {
 			t.Error("the token was valid until it was revoked, and no longer")
