@@ -43,10 +43,7 @@ type rig struct {
 // newRig starts all that a scenario needs in dir, with a fresh process of the candidate.
 // The caller closes the rig, also after an error.
 func newRig(ctx context.Context, c candidate, want scene, dir string) (*rig, error) {
-	r := &rig{site: &site{Dir: dir, Scheme: "http", HTTP2: want.http2, Pool: want.pool}}
-	if want.scheme != "" {
-		r.Scheme = want.scheme
-	}
+	r := &rig{site: &site{Dir: dir, Scheme: cmp.Or(want.scheme, "http"), HTTP2: want.http2, Pool: want.pool}}
 	if err := r.startServers(want); err != nil {
 		return r, err
 	}

@@ -78,6 +78,7 @@ func saturation(ctx context.Context, r *rig, length float64) (values, error) {
 	if err != nil {
 		return nil, err
 	}
+	used := r.gateway.cpu() - before
 	if r.HTTP2 != (r.origin.proto.Load() == 2) {
 		return nil, fmt.Errorf("the upstream got HTTP/%d", r.origin.proto.Load())
 	}
@@ -86,7 +87,7 @@ func saturation(ctx context.Context, r *rig, length float64) (values, error) {
 		valueP50: report.P50, valueP99: report.P99, valueP999: report.P999,
 		valueSent: report.Requests + report.Failed, valueFailed: report.Failed,
 	}
-	return measured, r.cost(measured, before, report.Requests)
+	return measured, r.cost(measured, used, report.Requests)
 }
 
 // inSlices gives the load of saturation to one gateway after another, in slices of two
@@ -116,8 +117,9 @@ func inSlices(ctx context.Context, rigs []*rig, length float64) ([]values, error
 	}
 	measured := make([]values, len(rigs))
 	for i := range rigs {
-		measured[i] = values{
-			valueCPU: used[i].Seconds() / requests[i], valueSent: requests[i] + failed[i], valueFailed: failed[i],
+		measured[i] = values{valueSent: requests[i] + failed[i], valueFailed: failed[i]}
+		if err := rigs[i].cost(measured[i], used[i], requests[i]); err != nil {
+			return nil, err
 		}
 	}
 	return measured, nil
@@ -137,10 +139,9 @@ func (r *rig) warm(ctx context.Context, length float64) error {
 	return nil
 }
 
-// cost adds what the gateway took from the machine for so many requests. before is the
-// time of its processors before them.
-func (r *rig) cost(measured values, before time.Duration, requests float64) error {
-	used := r.gateway.cpu() - before
+// cost adds what the gateway took from the machine for so many requests. used is the time
+// of its processors.
+func (r *rig) cost(measured values, used time.Duration, requests float64) error {
 	if requests == 0 || used <= 0 {
 		return fmt.Errorf("%v good answers cost %v of the processors", requests, used)
 	}
@@ -162,8 +163,9 @@ func openLoop(ctx context.Context, r *rig, length float64) (values, error) {
 	r.attack(ctx, pace{rate: every(1500), last: seconds(2, length)}, get)
 	before := r.gateway.cpu()
 	outcomes := r.attack(ctx, pace{rate: every(1500), last: seconds(10, length)}, get)
+	used := r.gateway.cpu() - before
 	measured := r.count(outcomes, time.Time{})
-	return measured, r.cost(measured, before, measured[valueSent]-measured[valueFailed])
+	return measured, r.cost(measured, used, measured[valueSent]-measured[valueFailed])
 }
 
 // An upload is a request with a body, of which so many are under way at once.
@@ -181,10 +183,11 @@ func (u upload) measure(ctx context.Context, r *rig, length float64) (values, er
 	before, began := r.gateway.cpu(), time.Now()
 	p.last = seconds(4, length)
 	outcomes := r.attack(ctx, p, post)
+	used, took := r.gateway.cpu()-before, time.Since(began)
 	measured := r.count(outcomes, time.Time{})
 	good := measured[valueSent] - measured[valueFailed]
-	measured[valueRate] = good / time.Since(began).Seconds()
-	return measured, r.cost(measured, before, good)
+	measured[valueRate] = good / took.Seconds()
+	return measured, r.cost(measured, used, good)
 }
 
 // timed are the scenarios in which something happens to tokens, at a known time.
