@@ -78,6 +78,7 @@ func (s *fieldSet) add(field string) {
 // allocation.
 func (s *fieldSet) has(field string) bool { return s.marks&markOf(field) != 0 && s.holds(field) }
 
+// holds is the rest of has, which is so short without it that the compiler inlines it.
 func (s *fieldSet) holds(field string) bool {
 	var buf [64]byte
 	_, ok := s.names[string(fold(buf[:0], field))]
