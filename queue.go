@@ -321,13 +321,21 @@ func (q *queue) remind(who any, again func()) {
 	q.failed[who] = again
 }
 
-// progress says how far a turn is: when it got its slot, zero if it has none yet; whether
-// it waited for that; and whether it waits although the server gives nobody a token, or
-// has given nobody one for a while and told two clients to wait.
-func (s *slot) progress() (since time.Time, waited, inVain bool) {
+// A progress says how far a turn was at one moment. It changes while nobody holds the
+// mutex of a source: so what follows from it has to follow from one progress.
+type progress struct {
+	since  time.Time // when it got its slot; zero if it had none yet
+	waited bool      // it waited for that
+
+	// It waited although the server gave nobody a token, or had given nobody one for a
+	// while and told two clients to wait.
+	inVain bool
+}
+
+func (s *slot) progress() progress {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	now := time.Now()
 	dry := s.server.HeldBack(now) && now.Sub(s.granted) >= leastPatience
-	return s.since, s.waited, s.place != nil && (s.server.Failing() || dry)
+	return progress{s.since, s.waited, s.place != nil && (s.server.Failing() || dry)}
 }

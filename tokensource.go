@@ -181,7 +181,8 @@ func (s *tokenSource) other(ctx context.Context, r *refusal) (*token, acquisitio
 		return s.best(now, now, s.lastErr)
 	}
 	f := s.start(early)
-	patience := s.patience(f, refused, now)
+	seen := f.progress() // when the caller last looked
+	patience := s.patience(f, seen, refused, now)
 	if patience <= 0 {
 		defer s.mu.Unlock()
 		return s.best(now, now, s.lastErr)
@@ -191,7 +192,8 @@ func (s *tokenSource) other(ctx context.Context, r *refusal) (*token, acquisitio
 	defer s.leave(f)
 
 	s.await(ctx, f, refuted, patience, func() time.Duration {
-		return s.patience(f, refused, now) - time.Since(now)
+		seen = f.progress()
+		return s.patience(f, seen, refused, now) - time.Since(now)
 	})
 	if f.ended() { // which counts, whatever came first
 		linkFrom(ctx, f.span)
@@ -203,7 +205,7 @@ func (s *tokenSource) other(ctx context.Context, r *refusal) (*token, acquisitio
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.best(now, time.Now(), s.whyNot(f))
+	return s.best(now, time.Now(), s.whyNot(f, seen))
 }
 
 // usable returns the current token, if it is not in its reserve. mu is held.
@@ -230,8 +232,9 @@ func (s *tokenSource) best(since, now time.Time, err error) (*token, acquisition
 	return nil, got, err
 }
 
-// whyNot returns why a caller that has waited for f gets no token. mu is held.
-func (s *tokenSource) whyNot(f *fetch) error {
+// whyNot returns why a caller that has waited for f gets no token. seen is what has ended
+// its patience. mu is held.
+func (s *tokenSource) whyNot(f *fetch, seen progress) error {
 	if f.ended() && f.err != nil {
 		return f.err // not errReleased: somebody has waited
 	}
@@ -239,10 +242,10 @@ func (s *tokenSource) whyNot(f *fetch) error {
 		return s.lastErr
 	}
 	why := error(errLate)
-	switch since, waited, inVain := f.progress(); {
-	case inVain:
+	switch {
+	case seen.inVain:
 		why = inVainError(f.slot.endpoint)
-	case waited && since.IsZero():
+	case seen.waited && seen.since.IsZero():
 		why = errCrowded
 	}
 	return &fetchError{err: why, retryAt: time.Now()}
@@ -253,10 +256,10 @@ func (s *tokenSource) whyNot(f *fetch) error {
 // for what has failed: callers that pile up are an outage of their own. It counts as
 // failed if a token is not renewed before its end, and if other clients of the server
 // have failed. It does not if f waits for its turn: then the caller waits for
-// token_timeout, and looks again each second. mu is held.
-func (s *tokenSource) patience(f *fetch, refused *token, asked time.Time) time.Duration {
+// token_timeout, and looks again each second. seen is how far f is. mu is held.
+func (s *tokenSource) patience(f *fetch, seen progress, refused *token, asked time.Time) time.Duration {
 	now := time.Now()
-	since, waited, inVain := f.progress()
+	since, waited, inVain := seen.since, seen.waited, seen.inVain
 	sent := !since.IsZero()
 	if !sent {
 		since = f.started
@@ -349,7 +352,7 @@ func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
 		s.mu.Unlock()
 		s.await(ctx, f, nil, timeout, func() time.Duration {
 			left := timeout - time.Since(now)
-			if since, waited, _ := f.progress(); !waited || !since.IsZero() && !since.After(now) {
+			if seen := f.progress(); !seen.waited || !seen.since.IsZero() && !seen.since.After(now) {
 				left = max(left, leastPatience) // it has a timeout of its own, unless it has to wait for its turn yet
 			}
 			return left
@@ -359,7 +362,7 @@ func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
 		case !f.ended():
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			return nil, cmp.Or(ctx.Err(), s.whyNot(f))
+			return nil, cmp.Or(ctx.Err(), s.whyNot(f, f.progress()))
 		case !f.unchanged: // otherwise the fetch has only compared the secrets
 			return f.t, f.err
 		}
@@ -581,10 +584,10 @@ func (f *fetch) ended() bool {
 	}
 }
 
-// progress says how far a fetch is that has not ended: see slot. The source's mu is held.
-func (f *fetch) progress() (since time.Time, waited, inVain bool) {
+// progress says how far a fetch is that has not ended. The source's mu is held.
+func (f *fetch) progress() progress {
 	if f.slot == nil {
-		return time.Time{}, false, false
+		return progress{}
 	}
 	return f.slot.progress()
 }
