@@ -4,9 +4,11 @@ package main
 
 import (
 	"context"
+	"fmt"
 	"os"
 	"os/exec"
 	"runtime"
+	"strconv"
 	"strings"
 )
 
@@ -14,10 +16,25 @@ func thisMachine() machine {
 	return machine{
 		CPU:    lineOf("/proc/cpuinfo", "model name", ":"),
 		Cores:  runtime.NumCPU(),
-		Memory: lineOf("/proc/meminfo", "MemTotal", ":"),
-		System: strings.Trim(lineOf("/etc/os-release", "PRETTY_NAME", "="), `"`) + ", Linux " + lineOf("/proc/sys/kernel/osrelease", "", ""),
+		Memory: gigabytes(lineOf("/proc/meminfo", "MemTotal", ":")),
+		System: strings.Trim(lineOf("/etc/os-release", "PRETTY_NAME", "="), `"`) + ", Linux " + kernelVersion(lineOf("/proc/sys/kernel/osrelease", "", "")),
 		Go:     runtime.Version(),
 	}
+}
+
+// gigabytes returns what /proc/meminfo says, in GB.
+func gigabytes(amount string) string {
+	kibibytes, err := strconv.Atoi(strings.TrimSuffix(amount, " kB"))
+	if err != nil {
+		return amount
+	}
+	return fmt.Sprintf("%.0f GB", float64(kibibytes)*1024/1e9)
+}
+
+// kernelVersion returns the version of a kernel, without what its builder has added.
+func kernelVersion(release string) string {
+	version, _, _ := strings.Cut(release, "-")
+	return version
 }
 
 // lineOf returns the value in the first line of a file that begins with name.

@@ -90,7 +90,7 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	record := &record{
-		Date: time.Now().UTC().Truncate(time.Second), Command: "go run . " + strings.Join(args, " "),
+		Date: time.Now().UTC().Truncate(time.Second), Command: strings.TrimSpace("go run . " + strings.Join(args, " ")),
 		Machine: thisMachine(), Commit: thisCommit(ctx),
 		Versions: make(map[string]string), Missing: make(map[string]string),
 	}
