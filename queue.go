@@ -321,8 +321,9 @@ func (q *queue) remind(who any, again func()) {
 	q.failed[who] = again
 }
 
-// A progress says how far a turn was at one moment. It changes while nobody holds the
-// mutex of a source: so what follows from it has to follow from one progress.
+// A progress says how far a turn was at one moment. It belongs to the queue, so it changes
+// even while the mutex of a source is held. How long a caller waits, and why it gets no token
+// then, have to follow from the same progress.
 type progress struct {
 	since  time.Time // when it got its slot; zero if it had none yet
 	waited bool      // it waited for that
@@ -332,6 +333,7 @@ type progress struct {
 	inVain bool
 }
 
+// progress returns how far the turn is now.
 func (s *slot) progress() progress {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -348,11 +348,12 @@ func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
 		}
 		f := s.start(early != nil)
 		timeout := s.life.fetchTimeout
+		seen := f.progress() // when the caller last looked
 		s.join(ctx, f)
 		s.mu.Unlock()
 		s.await(ctx, f, nil, timeout, func() time.Duration {
 			left := timeout - time.Since(now)
-			if seen := f.progress(); !seen.waited || !seen.since.IsZero() && !seen.since.After(now) {
+			if seen = f.progress(); !seen.waited || !seen.since.IsZero() && !seen.since.After(now) {
 				left = max(left, leastPatience) // it has a timeout of its own, unless it has to wait for its turn yet
 			}
 			return left
@@ -362,7 +363,7 @@ func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
 		case !f.ended():
 			s.mu.Lock()
 			defer s.mu.Unlock()
-			return nil, cmp.Or(ctx.Err(), s.whyNot(f, f.progress()))
+			return nil, cmp.Or(ctx.Err(), s.whyNot(f, seen))
 		case !f.unchanged: // otherwise the fetch has only compared the secrets
 			return f.t, f.err
 		}
