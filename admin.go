@@ -74,6 +74,8 @@ type clientStatus struct {
 	Obtained *time.Time `json:"obtained,omitempty"`
 	Renewal  *time.Time `json:"renewal,omitempty"`
 	Expires  *time.Time `json:"expires,omitempty"`
+	Bound    bool       `json:"bound"`         // the token is bound to a key or a certificate
+	JKT      string     `json:"jkt,omitempty"` // the thumbprint of the key (RFC 9449 §6.1)
 
 	// The failures since the last success; empty if there are none.
 	Failures  int            `json:"failures"`
@@ -142,6 +144,8 @@ func newClientStatus(s sourceStatus) clientStatus {
 		Obtained:    instant(s.obtained),
 		Renewal:     instant(s.renewal),
 		Expires:     instant(s.expires),
+		Bound:       s.bound,
+		JKT:         s.thumbprint,
 		Failures:    s.failures,
 		RetryAt:     instant(s.retryAt),
 	}

@@ -9,6 +9,7 @@ import (
 	"net/url"
 	"time"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -19,10 +20,14 @@ type requester interface {
 	// Its error, too, shows none of the granted tokens.
 	locate(ctx context.Context, granted redact.Secrets) (*url.URL, error)
 
-	// request makes one token request at u. The grant says when the request began,
-	// and how long it took. The error shows none of the granted tokens, which the
-	// server may repeat.
-	request(ctx context.Context, u *url.URL, granted redact.Secrets) (grant, error)
+	// newKey makes the key that the token of one fetch is bound to. It returns nil if
+	// tokens are not bound to a key.
+	newKey() (*dpop.Key, error)
+
+	// request makes one token request at u, for a token that is bound to key. The grant
+	// says when the request began, and how long it took. The error shows none of the
+	// granted tokens, which the server may repeat.
+	request(ctx context.Context, u *url.URL, key *dpop.Key, granted redact.Secrets) (grant, error)
 
 	// fingerprint returns a text that changes when the client's secrets change,
 	// and that does not hold them. It may do I/O, because placeholders can name
@@ -66,6 +71,7 @@ type attempts struct {
 
 	secrets string    // the fingerprint of those that are sent
 	url     *url.URL  // the token endpoint's
+	key     *dpop.Key // for all requests of the fetch: of a token whose answer was lost, the server may remember the first
 	slot    *slot     // of the fetch
 	began   time.Time // when the first request began; before that, when the fetch did
 	tried   time.Time // when the last request began
@@ -114,6 +120,12 @@ func (a *attempts) obtain(ctx context.Context) (*token, error) {
 		if err := a.look(ctx); err != nil {
 			return nil, err
 		}
+	}
+	if err := safely(func() (err error) {
+		a.key, err = a.newKey()
+		return err
+	}); err != nil {
+		return nil, err
 	}
 	return a.ask(ctx)
 }
@@ -256,7 +268,7 @@ func (a *attempts) attempt(ctx context.Context, t *slot) (end attempt) {
 		defer t.release()
 	}
 	end.err = safely(func() error {
-		t, g, err := a.life.requestToken(ctx, a.requester, a.url, a.current, a.granted)
+		t, g, err := a.life.requestToken(ctx, a.requester, a.url, a.key, a.current, a.granted)
 		end.t, end.spent = t, err != nil && g.accessToken != ""
 		return err
 	})
@@ -273,12 +285,12 @@ func isGivenUp(ctx context.Context) bool {
 	return errors.Is(cause, errSilent) || errors.Is(cause, errReleased)
 }
 
-// requestToken makes one token request at u, and a token of the grant. A source and
-// `caddy oauth2-token` get all their tokens from it. If nothing is left of the
-// grant's life, requestToken returns an error together with the grant. current is the
+// requestToken makes one token request at u, and a token of the grant, which is bound to
+// key. A source and `caddy oauth2-token` get all their tokens from it. If nothing is left of
+// the grant's life, requestToken returns an error together with the grant. current is the
 // token that the new one replaces, or nil.
-func (l lifecycle) requestToken(ctx context.Context, r requester, u *url.URL, current *token, granted redact.Secrets) (*token, grant, error) {
-	g, err := r.request(ctx, u, granted)
+func (l lifecycle) requestToken(ctx context.Context, r requester, u *url.URL, key *dpop.Key, current *token, granted redact.Secrets) (*token, grant, error) {
+	g, err := r.request(ctx, u, key, granted)
 	if err != nil {
 		return nil, grant{}, err
 	}

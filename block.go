@@ -10,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/replay"
 	"github.com/outboundauth/caddy-outbound-auth/internal/verdict"
 )
@@ -27,7 +28,8 @@ type block struct {
 	replayLimit int   // in bytes
 	announces   bool  // larger bodies are always announced
 
-	bound *boundTransport // nil without bind_certificate
+	bound  *boundTransport // nil without bind_certificate
+	proves bool            // with dpop: the tokens are bound to a key
 
 	// The header with the latest token. It is made once for all requests. They
 	// share its values, and nobody writes to them.
@@ -37,13 +39,17 @@ type block struct {
 type bearer struct {
 	of     *token
 	values []string
+	hash   string // of the token, for proofs; "" if it is bound to no key
 }
 
 // newBlock returns the block whose client is cl.
 func newBlock(cl *client) *block {
 	c := &cl.endpoint.credentials
 	field, scheme := c.BearerHeader.withDefaults()
-	b := &block{client: cl, bearerField: http.CanonicalHeaderKey(field)}
+	b := &block{client: cl, bearerField: http.CanonicalHeaderKey(field), proves: c.DPoP != ""}
+	if b.proves {
+		scheme = dpop.Scheme
+	}
 	if scheme != "" {
 		b.bearerPrefix = scheme + " "
 	}
@@ -67,8 +73,8 @@ func newBlock(cl *client) *block {
 	return b
 }
 
-// dress adds the bearer and identity headers to a request that goes upstream. The
-// request must have a header map of its own.
+// dress adds the bearer and identity headers to a request that goes upstream, and the proof
+// if the token is bound to a key. The request must have a header map of its own.
 func (b *block) dress(out *http.Request, t *token) error {
 	for i := range b.identity {
 		if err := b.identity[i].set(out.Context(), out.Header); err != nil {
@@ -78,11 +84,17 @@ func (b *block) dress(out *http.Request, t *token) error {
 	current := b.bearer.Load()
 	if current == nil || current.of != t {
 		current = &bearer{of: t, values: []string{b.bearerPrefix + t.value}}
+		if t.key != nil {
+			current.hash = dpop.Hash(t.value)
+		}
 		b.bearer.Store(current)
 		b.source.Traced(out.Context()) // noted only here, because a new token is rare
 	}
 	out.Header[b.bearerField] = current.values
-	return nil
+	if t.key == nil {
+		return nil
+	}
+	return t.key.Prove(out, current.hash, b.source.nonces.Of(dialAddressOf(out.Context())))
 }
 
 // fields adds the names of all headers that the block sends to s.
@@ -141,9 +153,12 @@ func (b *block) judge(ctx context.Context, res *http.Response, body *replay.Body
 
 // refuses reports whether an answer means that the upstream does not accept the token.
 func (b *block) refuses(res *http.Response) bool {
-	return slices.Contains(b.retryOn, res.StatusCode) ||
-		(refusedCall(res) && slices.Contains(b.retryOn, retryGRPC))
+	refused := slices.Contains(b.retryOn, res.StatusCode) || (refusedCall(res) && slices.Contains(b.retryOn, retryGRPC))
+	return refused && !b.refusesProof(res)
 }
+
+// refusesProof reports whether an answer means that the upstream does not accept the proof.
+func (b *block) refusesProof(res *http.Response) bool { return b.proves && refusesProof(res) }
 
 // A sending is a request on its way to its upstream. The answer is evidence for and
 // against the token.
@@ -180,6 +195,7 @@ func (b *block) heard(s sending, res *http.Response) {
 			switch {
 			case !refused:
 				b.accepted(s, res)
+			case b.proves && (isAboutProof(res.Header) || isAboutProof(res.Trailer)): // it is too late for another proof
 			case replaces:
 				b.replaceLater(s, res)
 			}
@@ -210,6 +226,9 @@ func (b *block) refusal(s sending, res *http.Response) *refusal {
 	says := challengeError(res.Header)
 	if says == "insufficient_scope" {
 		return nil
+	}
+	if !b.proves && wantsBoundTokens(res.Header) {
+		b.tellUnbound(s.Context())
 	}
 	return &refusal{of: s.tok, Refusal: verdict.Refusal{
 		Kind: s.kind(), Token: s.tok.value, Check: s.check, InvalidToken: says == "invalid_token",
@@ -253,6 +272,9 @@ func (b *block) settle(s sending, r *refusal, res *http.Response, again bool, er
 	case err != nil:
 		outcome = refusalNoAnswer
 		b.source.unsettled(r)
+	case b.refusesProof(res): // which is counted already
+		b.source.unsettled(r)
+		return
 	case again:
 		outcome = refusalRefusedAgain
 		b.settled(s.Context(), r, false, s.tok)

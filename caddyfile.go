@@ -13,6 +13,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 )
 
 // UnmarshalCaddyfile sets up the transport from Caddyfile tokens. Errors quote no
@@ -337,6 +339,15 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 	"bind_certificate": func(c *Credentials, _ *caddyfile.Dispenser) error {
 		c.BindCertificate = true
 		return nil
+	},
+	"dpop": func(c *Credentials, d *caddyfile.Dispenser) error {
+		if c.DPoP = dpop.ES256; d.CountRemainingArgs() == 0 {
+			return nil
+		}
+		if err := oneArg(d, &c.DPoP); err != nil || c.DPoP != "off" {
+			return err
+		}
+		return d.Err("dpop: off is no algorithm; write dpop into the blocks that need it, and not around them")
 	},
 	"grant_type": func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.GrantType) },
 	"subject":    func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.Subject) },

@@ -232,6 +232,7 @@ var settingSamples = map[string]string{
 	"token_transport":      "{\n tls\n}",
 	"tenant":               "X-Organization acme",
 	"header":               "X-Region eu",
+	"dpop":                 "",
 	"bearer_header":        "X-Access-Token Token",
 	"refresh_before":       "30s",
 	"default_lifetime":     "1h",

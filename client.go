@@ -5,12 +5,16 @@ package outboundauth
 import (
 	"context"
 	"crypto/sha256"
+	"net/http"
+	"slices"
+	"strings"
 	"sync"
 
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/verdict"
 )
 
@@ -132,6 +136,35 @@ func (cl *client) tellRefused(ctx context.Context) {
 	cl.endpoint.logger.Warn("the upstream refused the token", append(cl.endpoint.logFields(), zap.String("upstream", upstream))...)
 	// The handlers run in their own goroutine: the request must not wait for them.
 	go cl.endpoint.events.emit(eventRefused, map[string]any{"client": cl.endpoint.metrics.name, "upstream": upstream})
+}
+
+// tellProof tells operators of an upstream that refuses one proof after the other, if it is
+// time for that. out is the request that had the last one.
+func (cl *client) tellProof(out *http.Request, res *http.Response) {
+	upstream := dialAddressOf(out.Context())
+	if !cl.source.noticeProof(upstream) {
+		return
+	}
+	alg := cl.endpoint.credentials.DPoP
+	listed := strings.Fields(challengeParameter(res.Header, "algs", dpop.Scheme))
+	advice := "check that it sees the same URL as the gateway, even behind a balancer; and that the clocks agree"
+	switch {
+	case challengeParameter(res.Header, "error", dpop.Scheme) == dpop.CodeUseNonce:
+		advice = "it does not accept the nonce that it sends, or sends none (DPoP-Nonce); ask its operator"
+	case len(listed) > 0 && !slices.Contains(listed, alg):
+		advice = "it does not list the algorithm of dpop; set another"
+	}
+	cl.endpoint.logger.Warn("the upstream refuses the proofs of dpop: "+advice, append(cl.endpoint.logFields(),
+		zap.Stringer("upstream", upstream), zap.String("htm", out.Method), zap.String("htu", dpop.URI(out)), zap.String("alg", alg))...)
+}
+
+// tellUnbound tells operators of an upstream that accepts bound tokens only, if it is time for
+// that.
+func (cl *client) tellUnbound(ctx context.Context) {
+	if upstream := dialAddressOf(ctx); cl.source.noticeProof(upstream) {
+		cl.endpoint.logger.Warn("the upstream wants tokens that are bound to a key: add dpop",
+			append(cl.endpoint.logFields(), zap.Stringer("upstream", upstream))...)
+	}
 }
 
 // tellNews tells operators of an upstream that refuses requests whatever the token, if it

@@ -447,5 +447,9 @@ func (e *endpoint) locateAndRequest(ctx context.Context, granted redact.Secrets)
 	if err != nil {
 		return grant{}, err
 	}
-	return e.request(ctx, u, granted)
+	key, err := e.newKey()
+	if err != nil {
+		return grant{}, err
+	}
+	return e.request(ctx, u, key, granted)
 }

@@ -150,6 +150,15 @@ type Credentials struct {
 	// over HTTP/1.1 or HTTP/2. Default: `false`.
 	BindCertificate bool `json:"bind_certificate,omitempty"`
 
+	// Whether the gateway binds the token to a key, so that the token is of no
+	// use to whoever steals it (DPoP, RFC 9449), and the algorithm of that key:
+	// `ES256` or `EdDSA`. The gateway makes a new key for each token, and keeps
+	// it in memory alone. It proves with each request that it has the key, for
+	// the URL that it sends the request to. It uses no token that the server
+	// does not bind to the key. Most servers know only `ES256`. Not with
+	// `bind_certificate`. Default: none, so that the token is a bearer token.
+	DPoP string `json:"dpop,omitempty"`
+
 	// What the token is granted for.
 	//
 	// - `client_credentials`: for the client itself
@@ -337,7 +346,8 @@ type BearerHeader struct {
 	Field string `json:"field,omitempty"`
 
 	// The word before the token. A space separates them. If this is the empty
-	// string, the header holds only the token. Default: `Bearer`.
+	// string, the header holds only the token. With `dpop`, the word is always
+	// `DPoP`. Default: `Bearer`.
 	Scheme *string `json:"scheme,omitempty"`
 }
 
@@ -515,8 +525,12 @@ func presentsCertificate(h *reverseproxy.HTTPTransport) bool {
 	return h != nil && h.TLS != nil && (h.TLS.ClientCertificateFile != "" || h.TLS.ClientCertificateAutomate != "")
 }
 
-// neverRetries reports whether no request is sent twice.
+// neverRetries reports whether the upstream's answers never make the gateway replace a token.
 func (c *Credentials) neverRetries() bool { return slices.Equal(c.RetryOn, []int{retryOff}) }
+
+// repeats reports whether a request may be sent twice: with another token, or with another
+// proof.
+func (c *Credentials) repeats() bool { return !c.neverRetries() || c.DPoP != "" }
 
 // lifecycle returns what the settings say about the life of a token.
 func (c *Credentials) lifecycle() lifecycle {

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/jsonpointer"
 	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 )
@@ -156,7 +157,13 @@ func (c *Credentials) checkReplay() error {
 		return errors.New("replay_body: the size must not be negative")
 	case r.Size > maxReplayBody:
 		return errors.New("replay_body: at most 1MiB is kept of each request; with `announce`, the upstream may refuse a longer body before it is sent")
-	case c.neverRetries():
+	}
+	return nil
+}
+
+// checkReplayUse checks that some answer makes a request be sent again. c has what it inherits.
+func (c *Credentials) checkReplayUse() error {
+	if c.ReplayBody != nil && !c.repeats() {
 		return errors.New("replay_body has no effect with retry_on off: set other statuses, or remove replay_body")
 	}
 	return nil
@@ -189,6 +196,9 @@ func (c *Credentials) checkAuth() error {
 	}
 	if err := checkGrantType(c.GrantType); err != nil {
 		return err
+	}
+	if c.DPoP != "" && c.DPoP != dpop.ES256 && c.DPoP != dpop.EdDSA {
+		return fmt.Errorf("dpop: unknown algorithm; use %s or %s", dpop.ES256, dpop.EdDSA)
 	}
 	if c.BasicEncoding != "" && c.BasicEncoding != basicForm && c.BasicEncoding != basicRaw {
 		return fmt.Errorf("basic_encoding: unknown encoding; use %s or %s", basicForm, basicRaw)
@@ -249,22 +259,48 @@ func (c *Credentials) checkTogether() error {
 	if err := c.checkAuthTogether(); err != nil {
 		return err
 	}
+	if err := c.checkReplayUse(); err != nil {
+		return err
+	}
 	var taken fieldSet
 	field, _ := c.BearerHeader.withDefaults()
+	if c.DPoP != "" {
+		taken.add(dpop.Header)
+		if err := c.checkDPoP(taken.has(field)); err != nil {
+			return err
+		}
+	}
 	taken.add(field)
 	if c.Tenant != nil {
 		field = c.Tenant.field()
 		if taken.has(field) {
-			return errors.New("tenant: its header carries the token already")
+			return errors.New("tenant: its header carries the token already, or the proof of dpop")
 		}
 		taken.add(field)
 	}
 	for _, field := range sortedKeys(c.Headers) {
 		// has also finds other spellings that an upstream may confuse.
 		if taken.has(field) {
-			return errors.New("header: the field is set already, by bearer_header, tenant or another header")
+			return errors.New("header: the field is set already, by bearer_header, dpop, tenant or another header")
 		}
 		taken.add(field)
+	}
+	return nil
+}
+
+// checkDPoP returns what does not fit together with dpop. taken reports whether the token has
+// the header of the proof.
+func (c *Credentials) checkDPoP(taken bool) error {
+	b := c.BearerHeader
+	switch {
+	case c.BindCertificate:
+		return errors.New("bind_certificate: dpop binds the token already; remove one of the two")
+	case taken:
+		return errors.New("bearer_header: this header carries the proof of dpop; name another")
+	case b != nil && b.Scheme != nil && !strings.EqualFold(*b.Scheme, dpop.Scheme):
+		return errors.New("bearer_header: with dpop, the scheme is DPoP; leave it out")
+	case c.TokenRequestHeaders[dpop.Header] != "":
+		return errors.New("token_request_header: dpop sends the header DPoP; remove one of the two")
 	}
 	return nil
 }

@@ -28,7 +28,11 @@ func (c Credentials) inherit(base *Credentials) Credentials {
 		c.PrivateKey, c.KeyID, c.SigningAlg = base.PrivateKey, base.KeyID, base.SigningAlg
 		c.AssertionAudience, c.AssertionTyp, c.AssertionLifetime = base.AssertionAudience, base.AssertionTyp, base.AssertionLifetime
 		c.AssertionFile = base.AssertionFile
-		c.ClientCertificate, c.BindCertificate = base.ClientCertificate, base.BindCertificate
+		c.ClientCertificate = base.ClientCertificate
+		c.BindCertificate = base.BindCertificate && c.DPoP == "" // which binds its tokens to something else
+	}
+	if !c.BindCertificate { // which binds them already; else bound tokens would become others without a word
+		c.DPoP = cmp.Or(c.DPoP, base.DPoP)
 	}
 	c.GrantType = cmp.Or(c.GrantType, base.GrantType)
 	if c.grantsByJWT() && c.AssertionFile == "" { // otherwise nothing uses them
@@ -51,7 +55,7 @@ func (c Credentials) inherit(base *Credentials) Credentials {
 	c.DefaultLifetime = cmp.Or(c.DefaultLifetime, base.DefaultLifetime)
 	c.MaxLifetime = cmp.Or(c.MaxLifetime, base.MaxLifetime)
 	c.RetryOn = orList(c.RetryOn, base.RetryOn)
-	if !c.neverRetries() { // otherwise nothing uses it
+	if c.repeats() { // otherwise nothing uses it
 		c.ReplayBody = cmp.Or(c.ReplayBody, base.ReplayBody)
 	}
 	return c

@@ -124,6 +124,8 @@ func settingChanges(t *testing.T) map[string]settingChange {
 		"client_certificate": certificate(nil, func(c *Credentials) { c.ClientCertificate = certificates[1] }),
 		"bind_certificate":   certificate(nil, func(c *Credentials) { c.BindCertificate = true }),
 
+		"dpop": secret(func(c *Credentials) { c.DPoP = "ES256" }, func(c *Credentials) { c.DPoP = "EdDSA" }),
+
 		"grant_type": key(func(c *Credentials) { c.GrantType = grantClientCredentials },
 			func(c *Credentials) { c.GrantType = grantJWTBearer }),
 		"subject": grant(nil, func(c *Credentials) { c.Subject = "billing" }),
@@ -245,6 +247,8 @@ func TestInheritance(t *testing.T) {
 		{"another secret goes to no server unsaid", `{"token_url":"https://a.example/token","client_secret":"s"}`, `{"client_secret":"t"}`, `{"client_secret":"t"}`},
 		{"a bound certificate is inherited as such", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"client_id":"a"}`, `{"client_id":"a","client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`},
 		{"another certificate is bound only if the block says so", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"client_certificate":{"certificate":"d","key":"l"}}`, `{"client_certificate":{"certificate":"d","key":"l"}}`},
+		{"a bound certificate needs no dpop", `{"dpop":"ES256"}`, `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`},
+		{"nor does dpop need a bound certificate", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"dpop":"EdDSA"}`, `{"client_certificate":{"certificate":"c","key":"k"},"dpop":"EdDSA"}`},
 		{"another client has another name", `{"name":"a","client_id":"a","client_secret":"s"}`, `{"client_id":"b"}`, `{"client_id":"b","client_secret":"s"}`},
 		{"a client of another server, too", `{"name":"a","client_id":"a"}`, `{"token_url":"https://b.example/token"}`, `{"token_url":"https://b.example/token","client_id":"a"}`},
 		{"the same client has the same name", `{"name":"a","client_id":"a"}`, `{"scopes":["b"]}`, `{"name":"a","client_id":"a","scopes":["b"]}`},

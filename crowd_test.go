@@ -15,6 +15,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -50,6 +51,7 @@ func anyHost() string { return strings.ToLower(rand.Text()) + ".example" }
 
 // crowdClient is one of the clients of a crowdServer: the requester of its source.
 type crowdClient struct {
+	unbound
 	*crowdServer
 	n int
 }
@@ -66,7 +68,7 @@ func (c crowdClient) describe() description {
 }
 func (c crowdClient) fetched(*token, *fetchError, int) {}
 
-func (c crowdClient) request(ctx context.Context, _ *url.URL, _ redact.Secrets) (grant, error) {
+func (c crowdClient) request(ctx context.Context, _ *url.URL, _ *dpop.Key, _ redact.Secrets) (grant, error) {
 	sent := time.Now()
 	c.mu.Lock()
 	c.asked = append(c.asked, sent)
@@ -123,7 +125,7 @@ func (c *crowdServer) requests() int {
 func (c *crowdServer) crowd(t *testing.T, n int) []*tokenSource {
 	sources := make([]*tokenSource, n)
 	for i := range sources {
-		sources[i] = newTestSource(t, crowdClient{c, i})
+		sources[i] = newTestSource(t, crowdClient{crowdServer: c, n: i})
 	}
 	return sources
 }
@@ -452,7 +454,7 @@ func TestFailedAttemptGivesItsSlotBack(t *testing.T) {
 		var callers sync.WaitGroup
 		for i := range slow { // the slow ones and their second attempts have all eight slots
 			s := newTokenSource()
-			s.attach(fallingClient{crowdClient{server, 100 + i}, new(atomic.Int64)}, lifecycle{fetchTimeout: 5 * time.Second})
+			s.attach(fallingClient{crowdClient{crowdServer: server, n: 100 + i}, new(atomic.Int64)}, lifecycle{fetchTimeout: 5 * time.Second})
 			t.Cleanup(func() { destruct(t, s) })
 			callers.Go(func() { _, _, _ = s.Token(t.Context()) })
 		}
@@ -474,7 +476,7 @@ type fallingClient struct {
 	asked *atomic.Int64
 }
 
-func (c fallingClient) request(ctx context.Context, _ *url.URL, _ redact.Secrets) (grant, error) {
+func (c fallingClient) request(ctx context.Context, _ *url.URL, _ *dpop.Key, _ redact.Secrets) (grant, error) {
 	if c.asked.Add(1) > 1 {
 		<-ctx.Done()
 		return grant{}, ctx.Err()

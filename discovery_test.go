@@ -597,6 +597,9 @@ func TestWhatTheServerDoesNotListIsWarnedOfOnce(t *testing.T) {
 	algs := func(names ...string) string {
 		return fmt.Sprintf(`"token_endpoint_auth_signing_alg_values_supported":%s`, encode(t, names))
 	}
+	proofs := func(names ...string) string {
+		return fmt.Sprintf(`"dpop_signing_alg_values_supported":%s`, encode(t, names))
+	}
 	for _, test := range []struct {
 		name, settings string
 		metadata       []string
@@ -625,9 +628,17 @@ func TestWhatTheServerDoesNotListIsWarnedOfOnce(t *testing.T) {
 		{"algorithm of the key listed", key, []string{methods(authKeyJWT), algs("RS256", "ES256")}, "", ""},
 		{"algorithm of a secret", "auth_method client_secret_jwt\nsigning_alg HS512\nclient_secret " + strings.Repeat("s", 64), []string{algs("HS256")}, "signing_alg", "HS256"},
 		{"algorithms of others", "client_secret s", []string{algs("RS256")}, "", ""},
+
+		{"algorithm of proofs listed", "client_secret s\ndpop", []string{proofs("RS256", "ES256")}, "", ""},
+		{"algorithm of proofs not listed", "client_secret s\ndpop EdDSA", []string{proofs("RS256", "ES256")}, "dpop", "ES256"},
+		{"no algorithm of proofs listed", "client_secret s\ndpop", nil, "", ""},
+		{"proofs of others", "client_secret s", []string{proofs("RS256")}, "", ""},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			p := newPublisher(document(testIssuer, tokenPlace, test.metadata...))
+			if strings.Contains(test.settings, "dpop") {
+				p.publish(tokenPlace, page(http.StatusOK, strings.Replace(goodAnswer, "Bearer", "DPoP", 1)))
+			}
 			cl, logs := discovering(t, issuerClient+test.settings, p)
 			request := func() {
 				t.Helper()
@@ -658,7 +669,7 @@ func TestWhatTheServerDoesNotListIsWarnedOfOnce(t *testing.T) {
 
 			// Another list is news.
 			p.publish(oauthPlace, page(http.StatusOK, document(testIssuer, tokenPlace,
-				methods(authNone), algs("another"), `"grant_types_supported":["client_credentials"]`)))
+				methods(authNone), algs("another"), proofs("another"), `"grant_types_supported":["client_credentials"]`)))
 			request()
 			request()
 			if got := logs.Len(); got != 2 {

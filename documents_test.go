@@ -342,9 +342,9 @@ func anchors(markdown string) []string {
 	return all
 }
 
-// TestPromisesAreProved looks for the tests that SECURITY.md names: each promise has
-// one at least, and each test is there.
-func TestPromisesAreProved(t *testing.T) {
+// declaredTests returns the names of all tests.
+func declaredTests(t *testing.T) map[string]bool {
+	t.Helper()
 	declared := make(map[string]bool)
 	for _, pattern := range []string{"*_test.go", "internal/*/*_test.go", "e2e/*_test.go"} {
 		files, err := filepath.Glob(pattern)
@@ -357,6 +357,27 @@ func TestPromisesAreProved(t *testing.T) {
 			}
 		}
 	}
+	return declared
+}
+
+// TestRequirementsAreProved looks for the tests that docs/dpop.md names.
+func TestRequirementsAreProved(t *testing.T) {
+	declared := declaredTests(t)
+	named := regexp.MustCompile("`(Test\\w+)`").FindAllStringSubmatch(readFile(t, "docs/dpop.md"), -1)
+	if len(named) < 20 {
+		t.Fatalf("got %d tests in docs/dpop.md, want some for each requirement", len(named))
+	}
+	for _, name := range named {
+		if !declared[name[1]] {
+			t.Errorf("got %s in docs/dpop.md, want the name of a test there is", name[1])
+		}
+	}
+}
+
+// TestPromisesAreProved looks for the tests that SECURITY.md names: each promise has
+// one at least, and each test is there.
+func TestPromisesAreProved(t *testing.T) {
+	declared := declaredTests(t)
 	promises := 0
 	for line := range strings.Lines(readFile(t, "SECURITY.md")) {
 		row := strings.Split(strings.TrimSpace(line), "|")

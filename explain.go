@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strings"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
@@ -65,6 +66,9 @@ func (e *endpoint) explain(ctx context.Context, seen []exchanged, g grant) []exp
 		}
 		x.request(one.req)
 		lines := x.answered(one)
+		if i < len(seen)-1 && demandsNonce(one.answer) {
+			lines = append(lines, "error: "+dpop.CodeUseNonce+"; the server wants its nonce, so the request is sent again")
+		}
 		if i == len(seen)-1 && g.accessToken != "" { // else the error says what is wrong
 			lines = append(lines, x.used(one, g)...)
 		}
@@ -138,6 +142,7 @@ func (x *explanation) lookUp(one exchanged) {
 			{"mtls_endpoint_aliases: token_endpoint", x.showEndpoint(m.mtlsTokenEndpoint)},
 			{"token_endpoint_auth_methods_supported", strings.Join(m.authMethods, " ")},
 			{"token_endpoint_auth_signing_alg_values_supported", strings.Join(m.signingAlgs, " ")},
+			{"dpop_signing_alg_values_supported", strings.Join(m.dpopAlgs, " ")},
 		} {
 			if used.value != "" {
 				lines = append(lines, used.name+" "+x.show(used.value, maxShownDescription))
@@ -158,6 +163,10 @@ func (x *explanation) request(req *http.Request) {
 			value = "Basic " + ellipsis
 		case field == "Accept" || field == "Content-Type" || field == "User-Agent":
 			value = x.show(req.Header.Get(field), maxShownValue)
+		}
+		if field == dpop.Header {
+			lines = append(lines, append([]string{dpop.Scheme + ": " + value}, x.proof(req.Header.Get(field))...)...)
+			continue
 		}
 		lines = append(lines, x.show(field, maxShownValue)+": "+value)
 	}
@@ -219,11 +228,30 @@ func (x *explanation) assertion(text string) []string {
 	if !ok {
 		return nil
 	}
+	return x.jwt(header, claims)
+}
+
+// jwt tells what a JWT says.
+func (x *explanation) jwt(header, claims map[string]any) []string {
 	object := func(object map[string]any) string {
 		shown, _ := json.Marshal(shownObject(object, x.secrets))
 		return string(shown)
 	}
 	return []string{"  header " + object(header), "  claims " + object(claims)}
+}
+
+// proof tells what a proof says, without the public key and the nonce.
+func (x *explanation) proof(text string) []string {
+	header, claims, ok := jwt.Decode(text)
+	if !ok {
+		return nil
+	}
+	for object, member := range map[*map[string]any]string{&header: "jwk", &claims: "nonce"} {
+		if _, ok := (*object)[member]; ok {
+			(*object)[member] = ellipsis
+		}
+	}
+	return x.jwt(header, claims)
 }
 
 // answered tells what an answer consists of.

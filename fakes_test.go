@@ -13,6 +13,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 )
 
 // An authServer is an authorization server that issues a different token for
@@ -258,3 +260,8 @@ func (r received) bearerOf(a *authServer) string {
 	token, _ := strings.CutPrefix(r.header.Get("Authorization"), "Bearer ")
 	return a.holder(token)
 }
+
+// unbound is the part of a requester whose tokens are bound to no key.
+type unbound struct{}
+
+func (unbound) newKey() (*dpop.Key, error) { return nil, nil }

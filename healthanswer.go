@@ -189,6 +189,12 @@ func (h *healthAnswers) accepts(a healthAnswer) bool {
 		(h.expectBody == nil || h.expectBody.MatchString(a.body))
 }
 
+// expects reports whether checks name this status as that of a healthy upstream.
+func (h *healthAnswers) expects(status int) bool {
+	want := h.checks.ExpectStatus
+	return want != 0 && caddyhttp.StatusCodeMatches(status, want)
+}
+
 // wanted returns an answer that the proxy accepts. If textOf finds no text that
 // health_body matches, the proxy does not accept it, and the upstream is down until
 // there is a token.

@@ -96,8 +96,9 @@ func (t *Transport) checkWith(req *http.Request, b *block, tok *token) (*http.Re
 		res, err := t.fail(req, http.StatusBadGateway, err)
 		return res, tok, err
 	}
+	p := passage{Transport: t, block: b, req: req, isCheck: true}
 	first := b.sending(out, tok, true)
-	res, err := t.sendCheck(out, b, tok)
+	res, err := p.send(out, tok)
 	switch {
 	case err != nil:
 		return nil, tok, err
@@ -109,19 +110,7 @@ func (t *Transport) checkWith(req *http.Request, b *block, tok *token) (*http.Re
 	if next == nil {
 		return res, tok, nil
 	}
-	again, err := t.outbound(req, b, next)
-	if err == nil && req.GetBody != nil {
-		again.Body, err = req.GetBody()
-	}
-	if err != nil {
-		b.source.unsettled(refused)
-		return res, tok, nil //nolint:nilerr // unlikely: both could be had the first time
-	}
-	go discard(res.Body)
-	second := b.sending(again, next, true)
-	second.again = true
-	res, err = t.sendCheck(again, b, next)
-	b.settle(second, refused, res, err == nil && t.refusesCheck(b, res), err)
+	res, err = p.sendAgain(next, refused, res)
 	return res, next, err
 }
 
@@ -179,9 +168,7 @@ func (t *Transport) sendCheck(req *http.Request, b *block, tok *token) (*http.Re
 // not accept the token. If the check expects this status, it says nothing about the
 // token.
 func (t *Transport) refusesCheck(b *block, res *http.Response) bool {
-	want := t.health.checks.ExpectStatus
-	expected := want != 0 && caddyhttp.StatusCodeMatches(res.StatusCode, want)
-	return b.refuses(res) && !expected
+	return b.refuses(res) && !t.health.expects(res.StatusCode)
 }
 
 // redirectedElsewhere reports whether a health check follows a redirect to another host

@@ -10,6 +10,7 @@ import (
 	"strings"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 )
 
@@ -113,10 +114,23 @@ func (r denial) codeAdvice(code string) string {
 		return "check audience and resource"
 	case "invalid_request":
 		return "check " + inWords(r.requestSettings())
-	case "use_dpop_nonce", "invalid_dpop_proof":
-		return "register the client without DPoP: the tokens here are bearer tokens"
+	case dpop.CodeUseNonce, dpop.CodeInvalidProof:
+		return r.proofAdvice(code)
 	}
 	return ""
+}
+
+// proofAdvice says what to do if the server wants a proof of possession, or another one.
+func (r denial) proofAdvice(code string) string {
+	switch {
+	case r.DPoP == "":
+		return "add dpop: the server binds the tokens of this client to a key"
+	case code == dpop.CodeUseNonce:
+		return "ask who runs the authorization server: it does not accept the nonce that it sends, or sends none (DPoP-Nonce)"
+	case r.metadata != nil && r.metadata.unlistedProof(r.DPoP):
+		return "set dpop to an algorithm that the server lists (dpop_signing_alg_values_supported)"
+	}
+	return "check the clock of this machine, the algorithm of dpop, and whether the server expects proofs for the URL that is asked (" + r.server() + ")"
 }
 
 // allowAdvice says that the server has to allow the client the grant.
@@ -217,8 +231,10 @@ func (r denial) unusableAdvice() string {
 	switch {
 	case r.answer == answerOwnError: // where the token belongs
 		return r.clientAdvice("scopes")
+	case r.answer == answerGrant && r.DPoP != "" && strings.Contains(r.Description, "token_type"):
+		return "have the authorization server bind the tokens of this client to a key (DPoP), or remove dpop"
 	case r.answer == answerGrant && strings.Contains(r.Description, "DPoP"):
-		return "register the client at the authorization server for bearer tokens, without DPoP"
+		return "add dpop: the server binds the tokens of this client to a key"
 	case r.answer == answerGrant && r.TokenResponse != nil:
 		return "check token_response: there seems to be no token"
 	case r.answer == answerGrant && strings.Contains(r.Description, "token_type is"):
@@ -237,19 +253,21 @@ func (r denial) unusableAdvice() string {
 // may demand them: it says of the request only that it is invalid, but its metadata speaks
 // of them.
 func (r denial) boundAdvice(code string) string {
-	if code != "invalid_request" {
+	// Some servers call the grant invalid, but client credentials are none that could be.
+	invalidGrant := code == "invalid_grant" && !r.grantsByJWT() && !r.grantsByParams()
+	if code != "invalid_request" && !invalidGrant {
 		return ""
 	}
-	const unbound, bound = "register the client without DPoP", "set client_certificate and bind_certificate"
+	const proved, bound = "add dpop", "set client_certificate and bind_certificate"
 	switch {
 	case r.spoken("dpop"):
-		return unbound + ": the tokens here are bearer tokens"
-	case r.BindCertificate, r.ClientCertificate != nil:
+		return r.proofAdvice(dpop.CodeInvalidProof)
+	case r.DPoP != "", r.BindCertificate, r.ClientCertificate != nil:
 		return ""
 	case r.spoken("mtls"), r.spoken("client certificate"):
 		return bound + ": the server binds the tokens of this client"
 	}
-	saysMore := r.Description != "" && knownCode(r.Description) != code
+	saysMore := r.Description != "" && knownCode(r.Description) != code && r.Description != oidcProviderInvalid
 	if r.metadata == nil || saysMore {
 		return ""
 	}
@@ -258,13 +276,21 @@ func (r denial) boundAdvice(code string) string {
 		ways = append(ways, bound)
 	}
 	if len(r.metadata.dpopAlgs) > 0 {
-		ways = append(ways, unbound)
+		ways = append(ways, proved)
 	}
 	if len(ways) == 0 {
 		return ""
 	}
-	return "the server may want tokens that are bound to a key: " + strings.Join(ways, ", or ") + "; else check " + r.requestSettings()[0]
+	otherwise := "check " + r.requestSettings()[0]
+	if invalidGrant {
+		otherwise = r.codeAdvice(code)
+	}
+	return "the server may want tokens that are bound to a key: " + strings.Join(ways, ", or ") + "; else " + otherwise
 }
+
+// oidcProviderInvalid is all that the npm package oidc-provider says of an invalid grant. Its
+// log says more.
+const oidcProviderInvalid = "grant request is invalid"
 
 // doubt names what else a refusal without a known code may be about.
 func (r denial) doubt() string {

@@ -55,7 +55,7 @@ func TestHintNamesTheSettings(t *testing.T) {
 		{"basic", "invalid_request", "check scopes and auth_method"},
 		{"private_key_jwt", "invalid_request", "check key_id, private_key and scopes"},
 		{"assertion_file", "invalid_request", "check assertion_file, scopes and auth_method"},
-		{"basic", "use_dpop_nonce", "register the client without DPoP: the tokens here are bearer tokens"},
+		{"basic", "use_dpop_nonce", "add dpop: the server binds the tokens of this client to a key"},
 		{"basic", "AADSTS7000215", whatever},
 
 		// As others spell it.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
 )
 
@@ -81,7 +82,7 @@ func parseMetadata(body []byte) (*metadata, error) {
 	return m, nil
 }
 
-// unlisted returns the first setting of client authentication that the server does not
+// unlisted returns the first setting of client authentication or dpop that the server does not
 // list, and what it lists instead. It may list anything, so only what is known here is
 // shown.
 func (m *metadata) unlisted(c *Credentials) (setting, names string) {
@@ -93,9 +94,16 @@ func (m *metadata) unlisted(c *Credentials) (setting, names string) {
 	case (method == authKeyJWT || method == authSecretJWT) && c.SigningAlg != "" &&
 		len(m.signingAlgs) > 0 && !slices.Contains(m.signingAlgs, c.SigningAlg):
 		setting, supported, known = "signing_alg", m.signingAlgs, slices.Clone(jwt.Algorithms)
+	case c.DPoP != "" && m.unlistedProof(c.DPoP):
+		setting, supported, known = "dpop", m.dpopAlgs, []string{dpop.ES256, dpop.EdDSA}
 	}
 	known = slices.DeleteFunc(known, func(name string) bool { return !slices.Contains(supported, name) })
 	return setting, strings.Join(known, " ")
+}
+
+// unlistedProof reports whether the server does not list an algorithm of proofs.
+func (m *metadata) unlistedProof(alg string) bool {
+	return len(m.dpopAlgs) > 0 && !slices.Contains(m.dpopAlgs, alg)
 }
 
 // authTLSSelfSigned is the name of authTLS in metadata if the certificate is

@@ -13,6 +13,8 @@ import (
 	dto "github.com/prometheus/client_model/go"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 )
 
 var tokenUses = [...]string{tokenFresh: "fresh", tokenStale: "stale", tokenWaited: "fetched", tokenNone: "none"}
@@ -25,10 +27,12 @@ const (
 	refusalNotRepeatable = "not_repeatable" // too much of the body was gone to send it again
 	refusalNoAnswer      = "no_answer"      // nobody answered the request with the new token
 	refusalPath          = "path"           // the refusal was not about the token
+	refusalProof         = "proof"          // it was about the proof: the request was sent again with another
+	refusalProofAgain    = "proof_refused"  // the upstream refused that proof as well
 )
 
 var refusalOutcomes = []string{
-	refusalRecovered, refusalRefusedAgain, refusalNoToken, refusalNotRepeatable, refusalNoAnswer, refusalPath,
+	refusalRecovered, refusalRefusedAgain, refusalNoToken, refusalNotRepeatable, refusalNoAnswer, refusalPath, refusalProof, refusalProofAgain,
 }
 
 // resultOK is the result of a token request that brought a token. All other
@@ -41,6 +45,7 @@ var knownCodes = []string{
 	codeTimeout, codeNetwork, codeInvalidResponse, codeHTTPStatus, codeConfiguration,
 	"invalid_request", "invalid_client", "invalid_grant", "unauthorized_client", "unsupported_grant_type",
 	"invalid_scope", "invalid_target", "temporarily_unavailable", "server_error", "slow_down",
+	dpop.CodeUseNonce, dpop.CodeInvalidProof,
 }
 
 const codeOther = "other"
@@ -275,6 +280,8 @@ var (
 		"When the client's token expires.", []string{"client"}, nil)
 	renewalDesc = prometheus.NewDesc("caddy_oauth2_token_renewal_timestamp_seconds",
 		"When the client's token is due to be replaced.", []string{"client"}, nil)
+	boundDesc = prometheus.NewDesc("caddy_oauth2_token_bound",
+		"1 if the client's token is bound to a key or a certificate, so that it is of no use without that.", []string{"client"}, nil)
 	failuresDesc = prometheus.NewDesc("caddy_oauth2_consecutive_failures",
 		"0 if the last attempt to obtain a token did not fail, otherwise how many have failed, as the back-off counts them.", []string{"client"}, nil)
 	permanentDesc = prometheus.NewDesc("caddy_oauth2_permanent_error",
@@ -297,7 +304,7 @@ var (
 // Describe implements prometheus.Collector.
 func (sourceCollector) Describe(descs chan<- *prometheus.Desc) {
 	for _, desc := range []*prometheus.Desc{
-		sourcesDesc, stateDesc, expiryDesc, renewalDesc, failuresDesc, permanentDesc, retryDesc, refusingDesc, refusalDesc,
+		sourcesDesc, stateDesc, expiryDesc, renewalDesc, boundDesc, failuresDesc, permanentDesc, retryDesc, refusingDesc, refusalDesc,
 		waitingDesc, limitDesc, heldBackDesc,
 	} {
 		descs <- desc
@@ -339,20 +346,13 @@ func collectStatuses(statuses []*sourceStatus, collected gauges) {
 	collected.set(sourcesDesc, float64(len(inUse)))
 	for name, status := range byName {
 		for _, state := range tokenStates {
-			value := 0.0
-			if state == status.state {
-				value = 1
-			}
-			collected.set(stateDesc, value, name, state)
+			collected.set(stateDesc, yesNo(state == status.state), name, state)
 		}
 		collected.set(expiryDesc, timestamp(status.expires), name)
 		collected.set(renewalDesc, timestamp(status.renewal), name)
 		collected.set(failuresDesc, float64(status.failures), name)
-		permanent := 0.0
-		if isPermanent(status.err) {
-			permanent = 1
-		}
-		collected.set(permanentDesc, permanent, name)
+		collected.set(boundDesc, yesNo(status.bound), name)
+		collected.set(permanentDesc, yesNo(isPermanent(status.err)), name)
 		collected.set(retryDesc, timestamp(status.retryAt), name)
 		collected.set(refusingDesc, float64(refusing[name]), name)
 		collected.set(refusalDesc, timestamp(lastRefusals[name]), name)
@@ -378,6 +378,14 @@ func collectOrigins(origins []originStatus, collected gauges) {
 		collected.set(limitDesc, float64(sum.limit), endpoint)
 		collected.set(heldBackDesc, float64(sum.heldBack), endpoint)
 	}
+}
+
+// yesNo returns the value of a gauge that says yes or no.
+func yesNo(on bool) float64 {
+	if on {
+		return 1
+	}
+	return 0
 }
 
 func timestamp(t time.Time) float64 {

@@ -34,7 +34,7 @@ func init() {
 // expires. A token survives reloads.
 //
 // Clients can't send the headers that this transport sets. It removes
-// `Authorization`, `X-Tenant-Id` and all other headers that it sets from their
+// `Authorization`, `DPoP`, `X-Tenant-Id` and all other headers that it sets from their
 // requests, also if a name is spelled with `_` or `.` instead of `-`. It also
 // removes such headers if `header_up` sets them: `header_up` acts before the
 // transport.

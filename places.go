@@ -92,6 +92,8 @@ type place struct {
 	doubtedAt  time.Time
 	quietUntil time.Time // the upstream gets no announcement before this
 	told       time.Time // when operators were last told of refusals that are not about the token
+	toldProof  time.Time // when operators were last told of proofs that were refused
+	disproved  int       // how many callers have got such a refusal, since a proof was accepted
 }
 
 // find returns the place of an address, or nil. mu need not be held.

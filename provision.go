@@ -3,6 +3,7 @@
 package outboundauth
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -18,6 +19,8 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 )
 
 // Provision sets up the transport. It makes no token request, because Caddy
@@ -32,6 +35,7 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	t.plaintext = slices.Contains(t.InsecurePlaintext, plaintextUpstream)
 	t.reserved.add(defaultBearerField)
 	t.reserved.add(defaultTenantField)
+	t.reserved.add(dpop.Header) // a caller has no key to which our tokens are bound
 
 	if err := registerMetrics(ctx); err != nil {
 		return fmt.Errorf("registering metrics: %w", err)
@@ -91,7 +95,7 @@ func (t *Transport) provisionRoutes(ctx caddy.Context) error {
 			}
 		} else if len(t.Upstreams) == 0 {
 			return errors.New(missing)
-		} else if err := own.check(); err != nil { // upstreams inherit from it
+		} else if err := cmp.Or(own.check(), own.checkReplayUse()); err != nil { // upstreams inherit from it
 			return err
 		}
 	}

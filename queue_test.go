@@ -12,11 +12,13 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // foe is a requester whose every move is scripted.
 type foe struct {
+	unbound
 	host, path, id string
 	life           time.Duration
 	found          time.Duration // how long locate takes
@@ -55,7 +57,7 @@ func (f *foe) fetched(_ *token, err *fetchError, _ int) {
 	}
 }
 
-func (f *foe) request(ctx context.Context, _ *url.URL, _ redact.Secrets) (grant, error) {
+func (f *foe) request(ctx context.Context, _ *url.URL, _ *dpop.Key, _ redact.Secrets) (grant, error) {
 	sent := time.Now()
 	n := int(f.n.Add(1))
 	if f.answer != nil {

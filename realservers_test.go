@@ -194,7 +194,7 @@ func TestServerThatWantsDPoP(t *testing.T) {
 		}
 	})
 	cl := newTestClient(t, canaryCredentials(tokenPlace), server)
-	wantRefused(t, cl, "use_dpop_nonce", "without DPoP")
+	wantRefused(t, cl, "use_dpop_nonce", "add dpop")
 	if _, _, err := cl.source.Token(t.Context()); err == nil {
 		t.Error("Token() = nil, want an error")
 	}

@@ -10,7 +10,7 @@ import (
 )
 
 // tellAgain is how long operators are not told again of an upstream that refuses requests
-// whatever the token.
+// whatever the token, or proofs.
 const tellAgain = 1 * time.Hour
 
 // mostSure is how long a request waits at most that can't be sent again.
@@ -218,6 +218,43 @@ func (s *tokenSource) wantsAnnouncement(address dialAddress, always bool) bool {
 	now := time.Now()
 	at.used = now
 	return !now.Before(at.quietUntil) && (always || now.Sub(at.doubtedAt) < announceAfterRefusal)
+}
+
+// noticeProof notes that the client gets a refusal which is about the proof. It reports whether
+// operators are told: if this goes on.
+func (s *tokenSource) noticeProof(address dialAddress) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at, now := s.places.at(address), time.Now()
+	s.disproved.Store(true)
+	if at.disproved++; at.disproved < proofsTold || now.Sub(at.toldProof) < tellAgain {
+		return false
+	}
+	at.toldProof = now
+	return true
+}
+
+// proofsTold is after how many refusals operators are told, with no acceptance between them.
+const proofsTold = 3
+
+// provedTo notes that an upstream has accepted a proof.
+func (s *tokenSource) provedTo(address dialAddress) {
+	if !s.disproved.Load() {
+		return // most never refuse one
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if at := s.places.find(address); at != nil {
+		at.disproved = 0
+	}
+}
+
+// challenged notes that an upstream wants another proof with a body that can't be sent again. For
+// a while, large bodies are announced to it.
+func (s *tokenSource) challenged(address dialAddress) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.places.at(address).doubtedAt = time.Now()
 }
 
 // unheard notes that an upstream does not want announcements.

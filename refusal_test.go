@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 	"github.com/outboundauth/caddy-outbound-auth/internal/replay"
 	"github.com/outboundauth/caddy-outbound-auth/internal/verdict"
@@ -524,8 +525,8 @@ func TestRefusalAfterTheConfigHasEnded(t *testing.T) {
 // repeating grants the same token each time.
 type repeating struct{ *scriptedRequester }
 
-func (r repeating) request(ctx context.Context, u *url.URL, granted redact.Secrets) (grant, error) {
-	g, err := r.scriptedRequester.request(ctx, u, granted)
+func (r repeating) request(ctx context.Context, u *url.URL, key *dpop.Key, granted redact.Secrets) (grant, error) {
+	g, err := r.scriptedRequester.request(ctx, u, key, granted)
 	g.accessToken = "same"
 	return g, err
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/replay"
 )
 
@@ -60,7 +61,11 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 		}
 		tok = sure
 	}
-	return t.roundTrip(req, r.block, tok)
+	res, err := t.roundTrip(req, r.block, tok)
+	if r.proves && res != nil {
+		delete(res.Header, dpop.NonceHeader) // the caller makes no proofs
+	}
+	return res, err
 }
 
 // routeOf returns the route of a request. It returns an error if the config says
@@ -119,8 +124,9 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 		defer body.Commit(req.Context())
 		out = b.announce(out, body)
 	}
+	p := passage{Transport: t, block: b, req: req, body: body, trailer: trailer}
 	first := b.sending(out, tok, false)
-	res, err := t.send(out, b, tok)
+	res, err := p.send(out, tok)
 	if body != nil && body.Ignored() {
 		b.source.unheard(dialAddressOf(req.Context()))
 	}
@@ -145,33 +151,145 @@ func (t *Transport) roundTrip(req *http.Request, b *block, tok *token) (*http.Re
 		}
 	case resend:
 	}
-	return t.sendAgain(req, b, next, refused, res, body, trailer)
+	return p.sendAgain(next, refused, res)
 }
 
-// sendAgain sends a request once more, after the upstream's first answer.
-func (t *Transport) sendAgain(req *http.Request, b *block, tok *token, refused *refusal, res *http.Response, body *replay.Body, trailer http.Header) (*http.Response, error) {
-	out, err := t.outbound(req, b, tok)
-	if err != nil {
+// A passage is one request on its way to its upstream. It is sent once, and at most once more
+// with another token, and once more with another proof.
+type passage struct {
+	*Transport
+	*block
+	req *http.Request // as it came
+
+	body     *replay.Body // of a request; nil if it has none that can be sent again
+	trailer  http.Header  // as the request announces it
+	isCheck  bool         // it is an active health check
+	proved   bool         // another proof was sent
+	replaced bool         // another token was sent
+}
+
+// sendAgain sends a request once more, after the upstream's answer to the first token.
+func (p *passage) sendAgain(tok *token, refused *refusal, res *http.Response) (*http.Response, error) {
+	p.replaced = true
+	out, err := p.outbound(p.req, p.block, tok)
+	if err != nil || !p.rewind(out) {
 		if refused != nil {
-			b.source.unsettled(refused)
+			p.source.unsettled(refused)
 		}
-		return res, nil //nolint:nilerr // unlikely: the same headers could be set the first time
+		return res, nil //nolint:nilerr // unlikely: the same headers and the body could be had before
 	}
-	if body != nil {
-		setBody(out, body.Again(), trailer, &t.reserved)
-	}
-	out = withOwnVars(out)
 	go discard(res.Body)
-	second := b.sending(out, tok, false)
+	second := p.sending(out, tok, p.isCheck)
 	second.again = true
-	res, err = t.send(out, b, tok)
+	res, err = p.send(withOwnVars(out), tok)
 	if refused != nil {
-		b.settle(second, refused, res, err == nil && b.refuses(res), err)
+		p.settle(second, refused, res, err == nil && p.refuses(res), err)
 	}
 	if err != nil {
-		return nil, sentBefore(err, body)
+		return nil, sentBefore(err, p.body)
 	}
 	return res, nil
+}
+
+// refusesProof reports whether an answer means that the upstream does not accept the proof. If a
+// check expects this status, nothing is wrong.
+func (p *passage) refusesProof(res *http.Response) bool {
+	expected := p.isCheck && p.health.expects(res.StatusCode)
+	return p.block.refusesProof(res) && !expected
+}
+
+// refuses reports whether an answer means that the upstream does not accept the token.
+func (p *passage) refuses(res *http.Response) bool {
+	if p.isCheck {
+		return p.refusesCheck(p.block, res)
+	}
+	return p.block.refuses(res)
+}
+
+// send sends a request with a token. If the upstream refuses the proof, send sends the
+// request once more with another one, and the same token: nobody has judged the token yet.
+func (p *passage) send(out *http.Request, tok *token) (*http.Response, error) {
+	res, err := p.sendOnce(out, tok)
+	if err != nil || !p.refusesProof(res) {
+		return res, err
+	}
+	if p.proved {
+		p.refusedProof(out, res)
+		return res, nil
+	}
+	p.proved = true
+	held := p.body == nil || p.body.Hold() // at once: the first attempt may go on reading
+	again, err := p.outbound(p.req, p.block, tok)
+	// The nonce that others have brought meanwhile may be of use only once.
+	if nonce := dpop.Nonce(res.Header); err == nil && nonce != "" {
+		err = tok.key.Prove(again, dpop.Hash(tok.value), nonce)
+	}
+	if err != nil || !held || !p.rewind(again) {
+		p.source.challenged(dialAddressOf(p.req.Context()))
+		p.noteOutcome(refusalNotRepeatable)
+		return res, nil //nolint:nilerr // the client gets the upstream's answer
+	}
+	p.noteOutcome(refusalProof)
+	go discard(res.Body)
+	if res, err = p.sendOnce(withOwnVars(again), tok); err != nil {
+		return nil, sentBefore(err, p.body)
+	}
+	if p.refusesProof(res) {
+		p.refusedProof(again, res)
+	}
+	return res, nil
+}
+
+// refusedProof notes that the client gets the refusal of a proof. out is the request that had
+// it.
+func (p *passage) refusedProof(out *http.Request, res *http.Response) {
+	p.noteOutcome(refusalProofAgain)
+	p.tellProof(out, res)
+}
+
+// noteOutcome counts how the refusal of a proof has ended.
+func (p *passage) noteOutcome(outcome string) {
+	if !p.isCheck {
+		p.endpoint.metrics.refused(p.req.Context(), outcome)
+	}
+}
+
+// sendOnce sends a request once, and keeps the nonce of its answer.
+func (p *passage) sendOnce(out *http.Request, tok *token) (res *http.Response, err error) {
+	if p.isCheck {
+		res, err = p.sendCheck(out, p.block, tok)
+	} else {
+		res, err = p.Transport.send(out, p.block, tok)
+	}
+	if err == nil && p.proves {
+		address := dialAddressOf(p.req.Context())
+		p.source.nonces.Keep(address, res.Header)
+		if !p.refusesProof(res) {
+			p.source.provedTo(address)
+		}
+	}
+	return res, err
+}
+
+// rewind gives out the body of the request from its beginning. It returns false if that is
+// gone.
+func (p *passage) rewind(out *http.Request) bool {
+	switch {
+	case p.isCheck:
+		if p.req.GetBody != nil {
+			var err error
+			out.Body, err = p.req.GetBody()
+			return err == nil
+		}
+	case p.body == nil:
+		out.Trailer = nil // see record
+	case !p.body.Hold():
+		return false
+	default:
+		last := !p.proves || (p.proved && p.replaced)
+		setBody(out, p.body.Again(last), p.trailer, &p.reserved)
+	}
+	return true
 }
 
 // withOwnVars returns a request with a copy of its variables. net/http may begin to dial
@@ -204,7 +322,7 @@ func (t *Transport) record(out, req *http.Request, b *block) (body *replay.Body,
 	}
 	trailer = t.reserved.without(req.Trailer, 0)
 	reader := req.Body
-	if len(b.retryOn) > 0 {
+	if len(b.retryOn) > 0 || b.proves {
 		body = replay.New(req.Body, b.replayLimit)
 		if req.ProtoMajor > 1 { // over HTTP/1, net/http's server closes no body that is being read
 			body.CloseEndsReads()

@@ -1,4 +1,4 @@
-// The secrets, keys and files that are read again for each token request.
+// The secrets, keys and files that are read again for each token request, and those that were sent.
 
 package outboundauth
 
@@ -9,12 +9,15 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
+	"sync"
 
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
 	"github.com/outboundauth/caddy-outbound-auth/internal/jwt"
+	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
 // resolved has the settings that are read again for each token request, with
@@ -248,4 +251,33 @@ func readAssertion(repl *caddy.Replacer, template string) (string, error) {
 		return "", &settingError{wrong: "assertion_file: the file holds no JWT", todo: "see that one is written into it, and nothing else"}
 	}
 	return assertion, nil
+}
+
+// sentSecrets knows what the server was sent in the last requests that differ: it may
+// still know a secret that was replaced.
+type sentSecrets struct {
+	mu   sync.Mutex
+	last []redact.Secrets // guarded by mu
+}
+
+// maxSent is how many requests a server may look back.
+const maxSent = 4
+
+// add notes the secrets of a request. It returns them with those of the last ones.
+func (s *sentSecrets) add(secrets redact.Secrets) redact.Secrets {
+	secrets = slices.Sorted(slices.Values(secrets)) // they come from maps
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if n := len(s.last); n == 0 || !slices.Equal(s.last[n-1], secrets) {
+		s.last = append(s.last, secrets)
+		s.last = s.last[max(0, len(s.last)-maxSent):]
+	}
+	return slices.Concat(s.last...)
+}
+
+// all returns the secrets of the last requests.
+func (s *sentSecrets) all() redact.Secrets {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Concat(s.last...)
 }

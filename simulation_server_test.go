@@ -10,6 +10,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -87,6 +88,7 @@ func (s *simulatedServer) answerTime(p phase, n int) time.Duration {
 
 // simulatedUser is a config that uses the source: its requester.
 type simulatedUser struct {
+	unbound
 	*simulatedServer
 	n    int
 	life lifecycle
@@ -101,7 +103,7 @@ func (u *simulatedUser) locate(context.Context, redact.Secrets) (*url.URL, error
 	return &url.URL{Scheme: "https", Host: host}, nil
 }
 
-func (u *simulatedUser) request(ctx context.Context, _ *url.URL, _ redact.Secrets) (grant, error) {
+func (u *simulatedUser) request(ctx context.Context, _ *url.URL, _ *dpop.Key, _ redact.Secrets) (grant, error) {
 	a := u.begin(ctx, u.n, u.phaseAt(u.now()).mode)
 	g, err := u.answer(ctx, a)
 	if err != nil && ctx.Err() != nil {

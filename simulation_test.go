@@ -240,7 +240,7 @@ func (h *history) lookAgain() {
 // attach begins a config that uses the source.
 func (h *history) attach(l lifecycle) {
 	h.pool.count++
-	u := &simulatedUser{h.server, h.pool.count, l}
+	u := &simulatedUser{simulatedServer: h.server, n: h.pool.count, life: l}
 	h.pool.attach(u)
 	h.noteUsers()
 }

@@ -31,6 +31,8 @@ type sourceStatus struct {
 
 	state                      string
 	obtained, renewal, expires time.Time // zero if there is no token
+	bound                      bool      // the token is bound to a key or a certificate
+	thumbprint                 string    // of the key; "" if it is bound to none
 	fetching                   bool
 
 	// About the failures since the last success.
@@ -143,6 +145,10 @@ func (s *tokenSource) statusAlone(now time.Time) (sourceStatus, []requester) {
 	status := sourceStatus{state: stateAbsent, failures: s.failures, fetching: s.inflight != nil, upstreams: upstreams}
 	if t := s.current; t != nil {
 		status.obtained, status.renewal, status.expires = t.obtained, t.refreshAt, t.expires
+		status.bound = t.key != nil || t.binding != nil
+		if t.key != nil {
+			status.thumbprint = t.key.Thumbprint()
+		}
 		switch {
 		case !s.valid(now):
 			status.state = stateExpired

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"time"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 )
 
 // token is an access token, with the times that decide how it is used. A token
@@ -20,6 +22,7 @@ type token struct {
 
 	obtained time.Time
 	binding  *tls.Certificate // see grant
+	key      *dpop.Key        // see grant
 	grant    grant            // of which the token was made
 }
 
@@ -49,13 +52,21 @@ type grant struct {
 
 	// The certificate that the token is bound to (RFC 8705 §3), or nil.
 	binding *tls.Certificate
+
+	// The key that the token is bound to (RFC 9449), or nil.
+	key *dpop.Key
 }
 
 // repeats returns the grant with the lifetime that its token has, if the server repeats
 // the current token. The end that the server has named holds: the life of a token
-// begins once. Only if the token has outlived that end, a new lifetime counts.
+// begins once. Only if the token has outlived that end, a new lifetime counts. The token
+// is still bound to what it was bound to when it was granted first.
 func (g grant) repeats(current *token) (grant, error) {
-	if current == nil || g.accessToken != current.value || current.grant.lifetime == 0 {
+	if current == nil || g.accessToken != current.value {
+		return g, nil
+	}
+	g.binding, g.key = current.binding, current.key
+	if current.grant.lifetime == 0 {
 		return g, nil
 	}
 	left := current.expires.Sub(g.issued.Round(0))
@@ -180,6 +191,7 @@ func (l lifecycle) token(g grant, obtained time.Time) *token {
 
 		obtained: obtained,
 		binding:  g.binding,
+		key:      g.key,
 		grant:    g,
 	}
 }

@@ -40,6 +40,8 @@ type tokenReport struct {
 	Expires  *time.Time `json:"expires,omitempty"`
 	Renewal  *time.Time `json:"renewal,omitempty"`
 
+	JKT string `json:"jkt,omitempty"` // the thumbprint of the key that the token is bound to
+
 	Token  string         `json:"token,omitempty"`
 	Header map[string]any `json:"header,omitempty"`
 	Claims map[string]any `json:"claims,omitempty"`
@@ -64,9 +66,13 @@ func (cl *client) report(upstreams []string, explain bool) tokenReport {
 	err := safely(func() error {
 		ctx, cancel := context.WithTimeout(seen.of(context.Background()), limit)
 		defer cancel()
+		key, err := e.newKey()
+		if err != nil {
+			return err
+		}
 		u, err := e.locate(ctx, nil)
 		if err == nil {
-			t, g, err = e.credentials.lifecycle().requestToken(ctx, e, u, nil, nil)
+			t, g, err = e.credentials.lifecycle().requestToken(ctx, e, u, key, nil, nil)
 		}
 		return err
 	})
@@ -104,8 +110,14 @@ func (e *endpoint) reportToken(ctx context.Context, r *tokenReport, t *token, g 
 	r.Expires, r.Renewal = &t.expires, &t.refreshAt
 	r.Token, r.length = t.value, len(t.value)
 	header, claims, isJWT := jwt.Decode(t.value)
+	if t.key != nil {
+		r.JKT = t.key.Thumbprint()
+	}
 	if !isJWT {
 		return
+	}
+	if warning := bindingWarning(claims, r.JKT); warning != "" {
+		r.Warnings = append(r.Warnings, warning)
 	}
 	if isForOthers(claims, slices.Concat(e.credentials.Audience, e.credentials.Resource)) {
 		r.Warnings = append(r.Warnings, "the aud of the token has none of what is configured, so the server may ignore it; check audience and resource")
@@ -113,6 +125,20 @@ func (e *endpoint) reportToken(ctx context.Context, r *tokenReport, t *token, g 
 	if secrets, err := e.secrets(ctx); err == nil { // else a file has changed since
 		r.Header, r.Claims = shownObject(header, secrets), shownObject(claims, secrets)
 	}
+}
+
+// bindingWarning returns what is wrong with the claims of a token that is bound to the key with
+// this thumbprint (RFC 9449 §6.1); "" if nothing is, or if it is bound to none.
+func bindingWarning(claims map[string]any, thumbprint string) string {
+	confirmation, _ := claims["cnf"].(map[string]any)
+	named, _ := confirmation["jkt"].(string)
+	switch {
+	case thumbprint == "" || named == thumbprint:
+		return ""
+	case named == "":
+		return "the token does not name the key that it is bound to (cnf), so an upstream has to ask the server for that"
+	}
+	return "the token names another key (cnf) than the one that the gateway has for it, so an upstream will refuse it; ask who runs the authorization server"
 }
 
 // A warningLog collects warnings as the gateway would log them. A look-up that nobody
@@ -209,6 +235,9 @@ func (r *tokenReport) write(w io.Writer) error {
 		kind := "opaque"
 		if r.Claims != nil {
 			kind = "a JWT"
+		}
+		if r.JKT != "" {
+			line("bound to", "a key with the thumbprint "+r.JKT+" (dpop "+r.DPoP+")")
 		}
 		line("token", fmt.Sprintf("%s, %d characters", kind, r.length))
 		line("", r.Token)

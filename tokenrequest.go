@@ -12,7 +12,6 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -21,6 +20,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/clientcert"
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -38,6 +38,7 @@ type endpoint struct {
 
 	transport    http.RoundTripper // token_transport
 	certificates clientcert.Cache
+	proofs       tokenProofs
 	metrics      *clientMetrics
 	events       *emitter
 	logger       *zap.Logger
@@ -173,10 +174,18 @@ func (e *endpoint) shownRedirect(err error, r resolved, granted redact.Secrets) 
 	return failure.leading(to)
 }
 
+// newKey implements requester.
+func (e *endpoint) newKey() (*dpop.Key, error) {
+	if e.credentials.DPoP == "" {
+		return nil, nil //nolint:nilnil // see requester
+	}
+	return dpop.NewKey(e.credentials.DPoP)
+}
+
 // request implements requester.
-func (e *endpoint) request(ctx context.Context, u *url.URL, granted redact.Secrets) (grant, error) {
+func (e *endpoint) request(ctx context.Context, u *url.URL, key *dpop.Key, granted redact.Secrets) (grant, error) {
 	start := time.Now()
-	g, err := e.requestUncounted(ctx, u, granted)
+	g, err := e.requestUncounted(ctx, u, key, granted)
 	e.count(ctx, start, err)
 	return g, err
 }
@@ -194,22 +203,22 @@ func (e *endpoint) count(ctx context.Context, start time.Time, err error) {
 
 // requestUncounted is request without the metrics. If the token endpoint seems
 // to have moved, requestUncounted looks it up, and requests the token once more.
-func (e *endpoint) requestUncounted(ctx context.Context, u *url.URL, granted redact.Secrets) (grant, error) {
+func (e *endpoint) requestUncounted(ctx context.Context, u *url.URL, key *dpop.Key, granted redact.Secrets) (grant, error) {
 	r, err := e.credentials.resolve(ctx, &e.certificates)
 	if err != nil {
 		return grant{}, err
 	}
 	if e.discovery == nil {
-		return e.requestAt(ctx, u, e.credentials.TokenURL, r, granted)
+		return e.requestAt(ctx, u, e.credentials.TokenURL, r, key, granted)
 	}
-	g, err := e.requestAt(ctx, u, e.credentials.Issuer, r, granted)
+	g, err := e.requestAt(ctx, u, e.credentials.Issuer, r, key, granted)
 	if err != nil && !isGivenUp(ctx) && mayHaveMoved(err) {
 		e.discovery.expire()
 		if !e.repeatable() { // the next fetch asks at the endpoint that is found then
 			return g, err
 		}
 		if moved, lookUpErr := e.lookUp(ctx, r, granted); lookUpErr == nil && *moved != *u {
-			return e.requestAt(ctx, moved, e.credentials.Issuer, r, granted)
+			return e.requestAt(ctx, moved, e.credentials.Issuer, r, key, granted)
 		}
 		// The endpoint may have moved before the issuer says so. Then no server
 		// has refused the client, so the error is not permanent.
@@ -234,37 +243,22 @@ func mayHaveMoved(err error) bool {
 	return (failure.Code == codeInvalidResponse && failure.answer != answerGrant) || (failure.Status >= 300 && failure.Status < 400)
 }
 
-// requestAt makes one token request at u (RFC 6749 §4.4.2). The client's JWTs
-// are meant for audience, unless assertion_audience names another. The server may
-// repeat the tokens that it has granted, and what it was sent before.
-func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r resolved, granted redact.Secrets) (grant, error) {
-	body, header, secrets, err := e.compose(r, cmp.Or(e.credentials.AssertionAudience, audience))
-	if err != nil {
-		return grant{}, configurationError(u.Host, err)
-	}
-	if e.discovery == nil {
-		secrets.AddQuery(e.urlTemplate, u)
-	}
-	secrets = slices.Concat(e.sent.add(secrets), e.unused.all(), granted)
-	host := u.Host
-	if e.discovery != nil {
-		host = e.discovery.show(u, secrets)
-	}
+// requestAt makes one token request at u (RFC 6749 §4.4.2), for a token that is bound to
+// key; nil if it is bound to none. The client's JWTs are meant for audience, unless
+// assertion_audience names another. The server may repeat the tokens that it has granted,
+// and what it was sent before.
+func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r resolved, key *dpop.Key, granted redact.Secrets) (grant, error) {
 	ctx, presented := clientcert.With(ctx, r.certificate)
 	if e.discovery != nil {
 		ctx = e.discovery.destination(u).to(ctx)
 	}
 	sent := time.Now()
-	a, err := exchange(ctx, e.transport, newServerRequest(ctx, http.MethodPost, u, header, body))
-	if errors.Is(err, errThisMachine) {
-		return grant{}, e.discovery.unusable(errThisMachine)
+	a, host, secrets, err := e.ask(ctx, u, audience, r, key, granted)
+	if err == nil && key != nil && demandsNonce(a) { // which is no failure
+		a, host, secrets, err = e.ask(ctx, u, audience, r, key, granted)
 	}
 	if err != nil {
-		failure := networkError(ctx, host, err)
-		if host != u.Host { // which the reason may name
-			failure.Description = errBroken.Error()
-		}
-		return grant{}, failure
+		return grant{}, err
 	}
 	tokens := e.credentials.tokensIn(a.body)
 	g, err := e.credentials.readAnswer(u, host, a, slices.Concat(secrets, tokens))
@@ -273,11 +267,14 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 	}
 	if failure, ok := errors.AsType[*tokenError](err); ok {
 		failure.Hint = e.denial(failure, u, a, r, presented).advice()
+		if key != nil && failure.Code == dpop.CodeUseNonce { // the servers of a cluster may have a nonce each
+			failure.permanent = false
+		}
 	}
 	if err != nil {
 		return grant{}, err
 	}
-	g.issued, g.took = sent, time.Since(sent)
+	g.issued, g.took, g.key = sent, time.Since(sent), key
 	if e.credentials.BindCertificate {
 		g.binding = r.certificate
 	}
@@ -286,33 +283,40 @@ func (e *endpoint) requestAt(ctx context.Context, u *url.URL, audience string, r
 	return g, nil
 }
 
-// sentSecrets knows what the server was sent in the last requests that differ: it may
-// still know a secret that was replaced.
-type sentSecrets struct {
-	mu   sync.Mutex
-	last []redact.Secrets // guarded by mu
-}
-
-// maxSent is how many requests a server may look back.
-const maxSent = 4
-
-// add notes the secrets of a request. It returns them with those of the last ones.
-func (s *sentSecrets) add(secrets redact.Secrets) redact.Secrets {
-	secrets = slices.Sorted(slices.Values(secrets)) // they come from maps
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if n := len(s.last); n == 0 || !slices.Equal(s.last[n-1], secrets) {
-		s.last = append(s.last, secrets)
-		s.last = s.last[max(0, len(s.last)-maxSent):]
+// ask sends one token request to u, and returns the answer. It also returns what errors may
+// call the endpoint, and what they must not show.
+func (e *endpoint) ask(ctx context.Context, u *url.URL, audience string, r resolved, key *dpop.Key, granted redact.Secrets) (a serverAnswer, host string, secrets redact.Secrets, err error) {
+	body, header, secrets, err := e.compose(r, cmp.Or(e.credentials.AssertionAudience, audience))
+	var req *http.Request
+	if err == nil {
+		req = newServerRequest(ctx, http.MethodPost, u, header, body)
+		err = e.proofs.prove(req, key)
 	}
-	return slices.Concat(s.last...)
-}
-
-// all returns the secrets of the last requests.
-func (s *sentSecrets) all() redact.Secrets {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return slices.Concat(s.last...)
+	if err != nil {
+		return a, "", nil, configurationError(u.Host, err)
+	}
+	if e.discovery == nil {
+		secrets.AddQuery(e.urlTemplate, u)
+	}
+	secrets = slices.Concat(e.sent.add(secrets), e.proofs.sent.all(), e.unused.all(), granted)
+	host = u.Host
+	if e.discovery != nil {
+		host = e.discovery.show(u, secrets)
+	}
+	a, err = exchange(ctx, e.transport, req)
+	switch {
+	case errors.Is(err, errThisMachine):
+		return a, "", nil, e.discovery.unusable(errThisMachine)
+	case err != nil:
+		failure := networkError(ctx, host, err)
+		if host != u.Host { // which the reason may name
+			failure.Description = errBroken.Error()
+		}
+		return a, "", nil, failure
+	case key != nil:
+		secrets = append(secrets, e.proofs.keepNonce(u, a)...)
+	}
+	return a, host, secrets, nil
 }
 
 // compose returns the body and the header of a token request, and the parts of them
@@ -395,7 +399,7 @@ func (e *endpoint) secrets(ctx context.Context) (redact.Secrets, error) {
 	if err == nil && e.discovery == nil {
 		secrets.AddQuery(e.urlTemplate, e.url)
 	}
-	return slices.Concat(secrets, e.sent.all(), e.unused.all()), err
+	return slices.Concat(secrets, e.sent.all(), e.proofs.sent.all(), e.unused.all()), err
 }
 
 // warnOdd warns, once, of a lifetime that nobody understands.
@@ -469,6 +473,7 @@ func (e *endpoint) describe() description {
 		ClientID:      c.ClientID,
 		AuthMethod:    c.authMethod(),
 		GrantType:     c.grantType(),
+		DPoP:          c.DPoP,
 		Scopes:        c.Scopes,
 	}
 }

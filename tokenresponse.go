@@ -16,6 +16,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/jsonpointer"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
@@ -170,12 +171,12 @@ func (c *Credentials) grant(parsed members, body []byte, secrets redact.Secrets)
 	if err != nil && !c.findsToken() { // else it is a vendor's own member
 		return grant{}, grantedError{why: err.Error()}
 	}
-	// The type is required, but some servers leave it out. Apigee calls it BearerToken
-	// by default. A token of a type that we do not understand must not be used (§7.1).
-	if tokenType != "" && !strings.EqualFold(tokenType, "Bearer") && !strings.EqualFold(tokenType, "BearerToken") {
-		why := "token_type is not Bearer"
-		if shown, ok := mayShow(tokenType, maxShownCode, append(redact.Secrets{accessToken}, secrets...)); ok {
-			why = fmt.Sprintf("token_type is %q and not Bearer", shown)
+	if want, ok := c.fits(tokenType); !ok {
+		why := "token_type is not " + want
+		if tokenType == "" {
+			why = "there is no token_type, and it has to be " + want
+		} else if shown, ok := mayShow(tokenType, maxShownCode, append(redact.Secrets{accessToken}, secrets...)); ok {
+			why = fmt.Sprintf("token_type is %q and not %s", shown, want)
 		}
 		return grant{}, grantedError{why: why, ever: true}
 	}
@@ -184,6 +185,17 @@ func (c *Credentials) grant(parsed members, body []byte, secrets redact.Secrets)
 	scope, _ := parsed.str("scope") // an error does not matter: the scope is only compared
 	g.scope = strings.TrimSpace(scope)
 	return g, nil
+}
+
+// fits reports whether a token of this type is what was asked for, and which type that is. A
+// token of a type that we do not understand must not be used (RFC 6749 §7.1).
+func (c *Credentials) fits(tokenType string) (want string, ok bool) {
+	if c.DPoP != "" { // any other type means that the token is bound to no key (RFC 9449 §5)
+		return dpop.Scheme, strings.EqualFold(tokenType, dpop.Scheme)
+	}
+	// The type is required, but some servers leave it out. Apigee calls it BearerToken by
+	// default.
+	return defaultBearerScheme, tokenType == "" || strings.EqualFold(tokenType, defaultBearerScheme) || strings.EqualFold(tokenType, "BearerToken")
 }
 
 // tokenIn returns the access token of an answer.

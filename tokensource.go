@@ -10,12 +10,14 @@ import (
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"go.opentelemetry.io/otel/trace"
 
 	"github.com/caddyserver/caddy/v2"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -46,6 +48,10 @@ type tokenSource struct {
 	mu sync.Mutex // guards all fields below; never held during I/O
 
 	places places // what is known about the upstreams that the token is sent to
+
+	// These two need no lock. They are about the same upstreams.
+	nonces    dpop.Nonces // by dialAddress
+	disproved atomic.Bool // one of them has refused a proof
 
 	// Those who share the source, newest last. Of those whose config runs, the newest
 	// makes the token requests. So no request uses the modules of a config that has

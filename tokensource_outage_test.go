@@ -2,6 +2,8 @@ package outboundauth
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"net/http"
 	"slices"
@@ -502,6 +504,24 @@ func TestRepeatedToken(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// A certificate may have been replaced between the two answers.
+func TestRepeatedTokenKeepsItsCertificate(t *testing.T) {
+	old := &tls.Certificate{Leaf: &x509.Certificate{NotAfter: time.Now().Add(24 * time.Hour)}}
+	replaced := &tls.Certificate{Leaf: old.Leaf}
+	for again, want := range map[string]*tls.Certificate{"t": old, "another": replaced} {
+		for _, lifetime := range []time.Duration{0, time.Hour} {
+			first, err := testLife.newToken(grant{accessToken: "t", lifetime: lifetime, issued: time.Now(), binding: old}, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := testLife.newToken(grant{accessToken: again, lifetime: lifetime, issued: time.Now(), binding: replaced}, first)
+			if err != nil || got.binding != want {
+				t.Errorf("%s after t, which lives for %v: got the other certificate, err %v", again, lifetime, err)
+			}
+		}
 	}
 }
 

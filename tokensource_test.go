@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
 )
 
@@ -19,6 +20,7 @@ import (
 // grants the tokens t1, t2, … to the first, second … request, unless fail says
 // otherwise.
 type scriptedRequester struct {
+	unbound
 	lifetime time.Duration
 	fail     func(ctx context.Context, n int) error     // nil: never
 	secret   func() string                              // nil: it never changes
@@ -44,7 +46,7 @@ func (r *scriptedRequester) locate(context.Context, redact.Secrets) (*url.URL, e
 	return &url.URL{Scheme: "https", Host: r.host}, nil
 }
 
-func (r *scriptedRequester) request(ctx context.Context, _ *url.URL, _ redact.Secrets) (grant, error) {
+func (r *scriptedRequester) request(ctx context.Context, _ *url.URL, _ *dpop.Key, _ redact.Secrets) (grant, error) {
 	r.mu.Lock()
 	r.sent = append(r.sent, time.Now())
 	n, delay, fail, sent := len(r.sent), r.delay, r.fail, time.Now()

@@ -32,7 +32,7 @@ func BenchmarkRecording(b *testing.B) {
 					attempt.Close()
 					if again {
 						body.Hold()
-						attempt = body.Again()
+						attempt = body.Again(true)
 						for {
 							if _, err := attempt.Read(buf); err != nil {
 								break

@@ -154,7 +154,7 @@ func TestRefusalDuringThePause(t *testing.T) {
 			t.Fatal("Hold: got false, want true")
 		}
 		time.Sleep(time.Minute) // getting the token takes longer than the pause
-		if got, err := io.ReadAll(b.Again()); err != nil || !bytes.Equal(got, data) {
+		if got, err := io.ReadAll(b.Again(true)); err != nil || !bytes.Equal(got, data) {
 			t.Errorf("got %d bytes, err %v, want all %d", len(got), err, len(data))
 		}
 	})

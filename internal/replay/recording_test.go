@@ -117,7 +117,7 @@ func TestRecordingInPieces(t *testing.T) {
 			if !b.Hold() {
 				t.Fatalf("limit %d: Hold: got false, want true", limit)
 			}
-			got, err := io.ReadAll(&chunkReader{b.Again(), chunk})
+			got, err := io.ReadAll(&chunkReader{b.Again(true), chunk})
 			if err != nil || !bytes.Equal(got, data) {
 				t.Errorf("limit %d, %d at a time: got %d bytes, err %v, want all %d", limit, chunk, len(got), err, len(data))
 			}

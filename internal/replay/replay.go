@@ -1,4 +1,4 @@
-// Package replay sends a request's body twice.
+// Package replay sends a request's body more than once.
 package replay
 
 import (
@@ -24,10 +24,11 @@ const DefaultLimit = 64 << 10
 // maxStall is how long a body that is closed waits for a read that is under way.
 const maxStall = 10 * time.Millisecond
 
-// A Body is a request's body that can be sent twice. The first attempt records
-// what it reads, up to limit. The second attempt sends the recording, and then
-// what nobody has read yet. The upstream may be asked first whether it wants the
-// body, see Announce. Then the first attempt pauses until the upstream says so.
+// A Body is a request's body that can be sent again. The first attempt records
+// what it reads, up to limit. The next attempt sends the recording, and then
+// what nobody has read yet, which it records as well. The upstream may be asked
+// first whether it wants the body, see Announce. Then the first attempt pauses
+// until the upstream says so.
 //
 // Each attempt has its own reader. An attempt that was given up may still be
 // reading in a goroutine of net/http. It takes nothing away from the next
@@ -59,7 +60,7 @@ type Body struct {
 	final    bool        // no attempt will follow the current one
 }
 
-// New returns a Body. limit is how many bytes of body can be sent twice.
+// New returns a Body. limit is how many bytes of body can be sent again.
 func New(body io.ReadCloser, limit int) *Body {
 	b := &Body{body: body, limit: limit, recorded: recordings.Get().(*recording)}
 	b.changed.L = &b.mu
@@ -121,13 +122,13 @@ func (b *Body) endPause() {
 	}
 }
 
-// Again returns the body of the second attempt. Hold must have returned true
-// before. From now on, the first attempt reads nothing.
-func (b *Body) Again() io.ReadCloser {
+// Again returns the body of the next attempt, which may be the last. Hold must have
+// returned true before. From now on, the attempt before reads nothing.
+func (b *Body) Again(last bool) io.ReadCloser {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.attempt++
-	b.held, b.closed, b.final = false, false, true
+	b.held, b.closed, b.final = false, false, last
 	b.endPause()
 	b.changed.Broadcast()
 	return &attemptBody{of: b, number: b.attempt}
@@ -167,7 +168,9 @@ func (b *Body) Commit(ctx context.Context) {
 	default:
 		b.endPause()
 	}
-	b.forget()
+	if b.attempt == 0 || b.closed { // otherwise a part of the recording may still have to be sent
+		b.forget()
+	}
 	now, touched := b.closed && b.closeNow(), b.touched
 	b.mu.Unlock()
 	switch {
@@ -218,7 +221,7 @@ func (a *attemptBody) Read(p []byte) (int, error) {
 	defer b.mu.Unlock()
 
 	for b.attempt == a.number {
-		if a.number > 0 && b.recorded != nil && a.sent < b.recorded.size {
+		if b.recorded != nil && a.sent < b.recorded.size {
 			n := b.recorded.read(p, a.sent)
 			a.sent += n
 			return n, nil
@@ -236,7 +239,7 @@ func (a *attemptBody) Read(p []byte) (int, error) {
 // readOn reads what nobody has read yet. mu is held.
 func (a *attemptBody) readOn(p []byte) (int, error) {
 	b := a.of
-	if a.number > 0 {
+	if b.final {
 		b.forget() // the whole recording has been sent
 	}
 	if b.err != nil {
@@ -262,6 +265,7 @@ func (a *attemptBody) readOn(p []byte) (int, error) {
 		b.forget()
 	default:
 		b.recorded.write(p[:n], b.limit)
+		a.sent += n
 	}
 	if err != nil {
 		b.err = err

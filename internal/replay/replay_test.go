@@ -56,7 +56,7 @@ func TestReplayRepeatsWhatIsRecorded(t *testing.T) {
 			}
 			attempt, want := first, data[test.read:]
 			if test.want {
-				attempt, want = b.Again(), data
+				attempt, want = b.Again(true), data
 				if n, err := first.Read(make([]byte, 1)); n != 0 || !errors.Is(err, errSuperseded) {
 					t.Errorf("first attempt after that: got %d, %v, want %v", n, err, errSuperseded)
 				}
@@ -78,7 +78,7 @@ func TestRecordingLastsUntilItIsSent(t *testing.T) {
 	if !b.Hold() {
 		t.Fatal("Hold: got false, want true")
 	}
-	second := b.Again()
+	second := b.Again(true)
 	got := readN(t, second, 100)
 	b.Commit(t.Context()) // RoundTrip has returned
 	for range 10 {
@@ -132,7 +132,7 @@ func TestReadThatIsUnderWayIsNotLost(t *testing.T) {
 		if !b.Hold() {
 			t.Fatal("Hold: got false, want true")
 		}
-		second := b.Again()
+		second := b.Again(true)
 		secondGot := make(chan []byte, 1)
 		go func() {
 			got, err := io.ReadAll(second)
@@ -180,7 +180,7 @@ func TestHeldAttemptWaits(t *testing.T) {
 					t.Errorf("got %d bytes read, want no more than 500 while held", got)
 				}
 				if retried {
-					if got, err := io.ReadAll(b.Again()); err != nil || !bytes.Equal(got, data) {
+					if got, err := io.ReadAll(b.Again(true)); err != nil || !bytes.Equal(got, data) {
 						t.Errorf("got %d bytes, err %v, want all %d", len(got), err, len(data))
 					}
 				} else {
@@ -208,7 +208,8 @@ func TestReplayPassesOnTheEndOfTheBody(t *testing.T) {
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			b := New(io.NopCloser(test.reader), 100)
-			for i, attempt := range []func() io.ReadCloser{b.First, b.Again} {
+			again := func() io.ReadCloser { return b.Again(true) }
+			for i, attempt := range []func() io.ReadCloser{b.First, again} {
 				if got, err := io.ReadAll(attempt()); string(got) != "body" || !errors.Is(err, test.want) {
 					t.Errorf("attempt %d: got %q, %v, want the body and %v", i+1, got, err, test.want)
 				}
@@ -248,7 +249,7 @@ func TestReplayClosesTheBodyOnce(t *testing.T) {
 					first.Close()
 				case 'a':
 					b.Hold()
-					second = b.Again()
+					second = b.Again(true)
 				case 's':
 					second.Close()
 				case 'c':
@@ -282,7 +283,7 @@ func TestClosedBodyIsNotRead(t *testing.T) {
 				attempt := b.First()
 				if test.again {
 					b.Hold()
-					attempt = b.Again()
+					attempt = b.Again(true)
 				}
 				if !test.late {
 					b.Commit(t.Context())
@@ -380,7 +381,7 @@ func TestSlowCloseHoldsNothingUp(t *testing.T) {
 					first.Close() // not yet the body itself
 				case 'a':
 					b.Hold()
-					second = b.Again()
+					second = b.Again(true)
 				case 's':
 					go second.Close() // as net/http does for HTTP/2
 					<-closing
@@ -453,7 +454,7 @@ func interleave(t *testing.T, seed uint64) bool {
 	want1 := data
 	held := b.Hold()
 	if held {
-		second := b.Again()
+		second := b.Again(true)
 		var got2 []byte
 		buf := make([]byte, chunks[2])
 		var err error
@@ -497,3 +498,38 @@ type chunkReader struct {
 }
 
 func (c *chunkReader) Read(p []byte) (int, error) { return c.Reader.Read(p[:min(len(p), c.n)]) }
+
+// A body can be sent more than twice, as long as no attempt has read more than is kept.
+func TestBodyIsSentThreeTimes(t *testing.T) {
+	const limit = 3 * pieceSize / 2
+	data := replaytest.Pattern(2 * limit)
+	for _, first := range []int{0, 1, pieceSize, limit} {
+	second:
+		for _, second := range []int{0, 1, pieceSize, limit, limit + 1} {
+			b := New(io.NopCloser(bytes.NewReader(data)), limit)
+			attempt := b.First()
+			for i, n := range []int{first, second} {
+				if _, err := io.ReadFull(attempt, make([]byte, n)); err != nil {
+					t.Fatal(err)
+				}
+				if held := b.Hold(); held != (n <= limit) {
+					t.Errorf("attempt %d has read %d bytes of %d: Hold() = %t", i, n, limit, held)
+				} else if !held {
+					continue second
+				}
+				before := attempt
+				attempt = b.Again(i == 1 && second%2 == 0)
+				if n, err := before.Read(make([]byte, 1)); n != 0 || err == nil {
+					t.Errorf("attempt %d reads on: %d, %v", i, n, err)
+				}
+			}
+			b.Commit(t.Context()) // the answer may come before the body is sent
+			if got, err := io.ReadAll(attempt); err != nil || !bytes.Equal(got, data) {
+				t.Errorf("after %d and %d bytes: got %d bytes, err %v, want all %d", first, second, len(got), err, len(data))
+			}
+			if err := attempt.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
