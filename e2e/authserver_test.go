@@ -39,6 +39,7 @@ type client struct {
 	DNSName   string              `json:"tls_client_auth_san_dns,omitempty"`
 	SubjectDN string              `json:"tls_client_auth_subject_dn,omitempty"`
 	Bound     bool                `json:"tls_client_certificate_bound_access_tokens,omitempty"`
+	Proves    bool                `json:"dpop_bound_access_tokens,omitempty"`
 	Grants    []string            `json:"grant_types,omitempty"`
 }
 
@@ -77,10 +78,10 @@ type authServer struct {
 }
 
 // startAuthServer starts a server whose access tokens live for ttl.
-func startAuthServer(t *testing.T, ttl time.Duration) *authServer {
+func startAuthServer(t *testing.T, ttl time.Duration, more ...string) *authServer {
 	t.Helper()
 	as := &authServer{ca: newAuthority(t)}
-	env := append(os.Environ(),
+	env := append(append(os.Environ(), more...),
 		"TTL="+strconv.Itoa(int(ttl.Seconds())),
 		"TLS="+as.writeTLS(t),
 		"SIGNING_KEY="+writeFile(t, "signing.pem", pkcs8(t, signingKey())))

@@ -22,6 +22,12 @@ func TestGlewlwyd(t *testing.T) {
 	refusals := glewlwydRefusals(t, as)
 	c := as.register(t, client{ID: "revoked", Secret: "plain-secret-of-the-client", Method: "client_secret_basic"})
 
+	proves := as.register(t, client{ID: "proves", Secret: "plain-secret-of-the-client", Method: "client_secret_basic"})
+
+	t.Run("dpop", func(t *testing.T) {
+		t.Parallel()
+		as.testProving(t, proves)
+	})
 	t.Run("methods", func(t *testing.T) {
 		t.Parallel()
 		methods.try(t)

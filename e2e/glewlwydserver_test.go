@@ -118,6 +118,11 @@ func (as *glewlwyd) configure(t *testing.T, life time.Duration) {
 		"resource-allowed": true,
 		"resource-scope":   map[string]any{strings.Fields(scopes)[0]: []string{resource}},
 
+		"oauth-dpop-allowed":         true, // it binds what is asked for with a proof
+		"oauth-dpop-iat-duration":    10,
+		"oauth-dpop-nonce-mandatory": true,
+		"oauth-dpop-nonce-counter":   5, // proofs with one nonce
+
 		"introspection-revocation-allowed":             true,
 		"introspection-revocation-allow-target-client": true,
 	}

@@ -15,7 +15,7 @@ import (
 //nolint:tparallel // the last part kills the server, which the others need
 func TestKeycloak(t *testing.T) {
 	kc := newKeycloak(t)
-	secretsAndKeys, certificates, refusals := kc.secretsAndKeys(t), kc.certificates(t), kc.refusals(t)
+	secretsAndKeys, certificates, proving, refusals := kc.secretsAndKeys(t), kc.certificates(t), kc.proving(t), kc.refusals(t)
 	kc.add(keycloakPost, keycloakRevoked)
 	kc.clients = append(kc.clients,
 		keycloakClient{client: keycloakGranted, granted: true},
@@ -31,6 +31,7 @@ func TestKeycloak(t *testing.T) {
 		}{
 			{"secrets and keys", func(t *testing.T) { kc.testSecretsAndKeys(t, secretsAndKeys) }},
 			{"certificates", func(t *testing.T) { kc.testCertificates(t, certificates) }},
+			{"dpop", func(t *testing.T) { kc.testProving(t, proving) }},
 			{"parameters", kc.testParameters},
 			{"refusals", func(t *testing.T) { kc.testRefusals(t, refusals) }},
 			{"revocation", kc.testRevocation},

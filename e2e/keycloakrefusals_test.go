@@ -83,11 +83,12 @@ func (kc *keycloak) refusals(t *testing.T) []keycloakFailure {
 
 	add("unknown client", "client_id", post, tokenURL, right)
 	users := add("no service account", "client_credentials", post, tokenURL, right).route.client
-	proving := add("DPoP", "DPoP", post, tokenURL, right).route.client
+	proving := add("DPoP", "dpop", post, tokenURL, right).route.client
+	proving.Proves = true
 	bound := add("bound tokens", "client_certificate", post, tokenURL, right).route.client
 	bound.Bound = true
 	kc.clients = append(kc.clients, keycloakClient{client: users, users: true},
-		keycloakClient{client: proving, dpop: true}, keycloakClient{client: bound})
+		keycloakClient{client: proving}, keycloakClient{client: bound})
 	return failures
 }
 
@@ -111,7 +112,7 @@ func (kc *keycloak) addKeyRefusals(t *testing.T, add func(name, change string, c
 }
 
 // keycloakSetting finds what a hint is about.
-var keycloakSetting = regexp.MustCompile(`DPoP|client_credentials|basic_encoding|` +
+var keycloakSetting = regexp.MustCompile(`\bdpop\b|client_credentials|basic_encoding|` +
 	`\b(client_id|client_secret|client_certificate|auth_method|private_key|key_id|assertion_audience|assertion_typ|` +
 	`assertion_file|token_url|issuer|scopes|audience|resource)\b`)
 

@@ -39,7 +39,6 @@ type keycloakClient struct {
 	client
 	lifespan time.Duration // of its tokens; default: the realm's
 	users    bool          // it is for users, and has no service account
-	dpop     bool          // it has to prove that it has a key
 	granted  bool          // it gets all scopes without asking
 }
 
@@ -213,7 +212,7 @@ func (kc *keycloak) representationOf(t *testing.T, c keycloakClient) map[string]
 	if c.Bound {
 		attributes["tls.client.certificate.bound.access.tokens"] = "true"
 	}
-	if c.dpop {
+	if c.Proves {
 		attributes["dpop.bound.access.tokens"] = "true"
 	}
 	if c.lifespan > 0 {

@@ -5,6 +5,7 @@
 //   TTL   lifetime of an access token in seconds; default 5
 //   TLS   a JSON file with key, cert and client_ca in PEM; default: no TLS
 //   SIGNING_KEY   a PEM file with the RSA key that signs tokens
+//   DPOP  bind tokens to a key, and demand a nonce in each proof; default: no
 //
 //   GET  /__stats          what it was asked for, see below
 //   POST /__delay?ms=500   answer token requests this much later
@@ -101,6 +102,10 @@ function newProvider (issuer, { clientAuthMethods = methods, discovery = {} } = 
         certificateSubjectMatches: (ctx, property, expected) => property === 'tls_client_auth_san_dns' &&
           peerCertificate(ctx).checkHost(expected, { subject: 'never', wildcards: false }) !== undefined
       },
+      // It demands the nonces that it names.
+      dPoP: process.env.DPOP
+        ? { enabled: true, nonceSecret: crypto.randomBytes(32), requireNonce: () => true }
+        : { enabled: false },
       // Without a resource a token is opaque. No default one is set: the
       // gateway is to name it, and is found out if it doesn't.
       resourceIndicators: {
