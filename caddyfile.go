@@ -40,6 +40,7 @@ import (
 //		assertion_file       <file>
 //		client_certificate   <certificate> <key>
 //		bind_certificate
+//		dpop                 [ES256 | EdDSA]
 //		grant_type           client_credentials | jwt_bearer | none | <another grant>
 //		subject              <subject>
 //		claim                <name> <value>
