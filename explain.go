@@ -164,8 +164,8 @@ func (x *explanation) request(req *http.Request) {
 		case field == "Accept" || field == "Content-Type" || field == "User-Agent":
 			value = x.show(req.Header.Get(field), maxShownValue)
 		}
-		if field == dpop.Header {
-			lines = append(lines, append([]string{dpop.Scheme + ": " + value}, x.proof(req.Header.Get(field))...)...)
+		if field == dpop.Header && x.credentials.DPoP != "" { // otherwise token_request_header has set it
+			lines = append(append(lines, dpop.Scheme+": "+value), x.proof(req.Header.Get(field))...)
 			continue
 		}
 		lines = append(lines, x.show(field, maxShownValue)+": "+value)
@@ -246,10 +246,9 @@ func (x *explanation) proof(text string) []string {
 	if !ok {
 		return nil
 	}
-	for object, member := range map[*map[string]any]string{&header: "jwk", &claims: "nonce"} {
-		if _, ok := (*object)[member]; ok {
-			(*object)[member] = ellipsis
-		}
+	header["jwk"] = ellipsis
+	if _, ok := claims["nonce"]; ok {
+		claims["nonce"] = ellipsis
 	}
 	return x.jwt(header, claims)
 }

@@ -492,6 +492,17 @@ func TestUpstreamSaysWhatItWants(t *testing.T) {
 	}
 }
 
+// Without dpop, a header of this name is the operator's own, and may be a secret.
+func TestOwnHeaderIsNotExplainedAsAProof(t *testing.T) {
+	own := base64.RawURLEncoding.EncodeToString([]byte(`{"alg":"none"}`)) + "." + base64.RawURLEncoding.EncodeToString([]byte(`{"sub":"canary-claim"}`)) + ".c2ln"
+	p := newPublisher("")
+	p.publish(tokenPlace, page(http.StatusOK, goodAnswer))
+	got, report := explained(t, "token_url "+tokenPlace+"\nclient_id gateway\nclient_secret "+canarySecret+"\ntoken_request_header DPoP "+own+"\n", p)
+	if strings.Contains(got, "canary-claim") || !strings.Contains(got, "  Dpop: …\n") || report.Error != nil {
+		t.Errorf("got the error %v and\n%s\nwant nothing of the header", report.Error, got)
+	}
+}
+
 // RFC 9449 knows no calls, but their servers want nonces as well. A challenge says nothing about
 // the token, before the call or at its end.
 func TestCallsAreProved(t *testing.T) {
