@@ -1,6 +1,7 @@
 package outboundauth
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -265,6 +266,19 @@ func (g *gateway) logged(parts ...string) []string {
 		}
 	}
 	return lines
+}
+
+// upgrade returns a connection that is upgraded to echo, and what reads from it.
+func (g *gateway) upgrade() (conn net.Conn, r *bufio.Reader) {
+	g.t.Helper()
+	conn = g.raw()
+	fmt.Fprint(conn, "GET /socket HTTP/1.1\r\nHost: gateway.test\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
+	r = bufio.NewReader(conn)
+	res, err := http.ReadResponse(r, nil)
+	if err != nil || res.StatusCode != http.StatusSwitchingProtocols {
+		g.t.Fatalf("got %v, err %v, want 101", res, err)
+	}
+	return conn, r
 }
 
 // An answer of the gateway that has been read.

@@ -3,7 +3,6 @@
 package outboundauth
 
 import (
-	"bufio"
 	"bytes"
 	"encoding/base64"
 	"encoding/json"
@@ -336,13 +335,7 @@ func TestUpgradeIsProved(t *testing.T) {
 	p := newProver(t)
 	p.demand("", apiNonce)
 	g := startGateway(t, p.site(provingSettings, ""))
-	conn := g.raw()
-	fmt.Fprint(conn, "GET /socket HTTP/1.1\r\nHost: gateway.test\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
-	r := bufio.NewReader(conn)
-	res, err := http.ReadResponse(r, nil)
-	if err != nil || res.StatusCode != http.StatusSwitchingProtocols {
-		t.Fatalf("got %v, err %v, want 101", res, err)
-	}
+	conn, r := g.upgrade()
 	_, _ = io.WriteString(conn, "line\n")
 	if got, err := r.ReadString('\n'); got != "line\n" {
 		t.Errorf("got %q, err %v, want the line back", got, err)

@@ -259,13 +259,7 @@ func TestRefusedUpgradeIsRepeated(t *testing.T) {
 		_, _ = io.Copy(conn, rw)
 		return true
 	})
-	conn := g.raw()
-	fmt.Fprint(conn, "GET /socket HTTP/1.1\r\nHost: gateway.test\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n")
-	r := bufio.NewReader(conn)
-	res, err := http.ReadResponse(r, nil)
-	if err != nil || res.StatusCode != http.StatusSwitchingProtocols {
-		t.Fatalf("got %v, err %v, want 101", res, err)
-	}
+	conn, r := g.upgrade()
 	for i := range 100 {
 		line := fmt.Sprintln("line", i, strings.Repeat("x", 1000))
 		_, _ = io.WriteString(conn, line)
