@@ -221,7 +221,8 @@ func (b *block) accepted(s sending, res *http.Response) {
 }
 
 // refusal returns the refusal of a token, or nil if the upstream says that the token is
-// good, but not for this request.
+// good, but not for this request. All refusals come through here: so operators are told here
+// of an upstream that wants bound tokens.
 func (b *block) refusal(s sending, res *http.Response) *refusal {
 	says := challengeError(res.Header)
 	if says == "insufficient_scope" {

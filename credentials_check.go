@@ -197,8 +197,8 @@ func (c *Credentials) checkAuth() error {
 	if err := checkGrantType(c.GrantType); err != nil {
 		return err
 	}
-	if c.DPoP != "" && c.DPoP != dpop.ES256 && c.DPoP != dpop.EdDSA {
-		return fmt.Errorf("dpop: unknown algorithm; use %s or %s", dpop.ES256, dpop.EdDSA)
+	if c.DPoP != "" && !slices.Contains(dpop.Algorithms, c.DPoP) {
+		return errors.New("dpop: unknown algorithm; use " + strings.Join(dpop.Algorithms, " or "))
 	}
 	if c.BasicEncoding != "" && c.BasicEncoding != basicForm && c.BasicEncoding != basicRaw {
 		return fmt.Errorf("basic_encoding: unknown encoding; use %s or %s", basicForm, basicRaw)

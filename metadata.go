@@ -95,7 +95,7 @@ func (m *metadata) unlisted(c *Credentials) (setting, names string) {
 		len(m.signingAlgs) > 0 && !slices.Contains(m.signingAlgs, c.SigningAlg):
 		setting, supported, known = "signing_alg", m.signingAlgs, slices.Clone(jwt.Algorithms)
 	case c.DPoP != "" && m.unlistedProof(c.DPoP):
-		setting, supported, known = "dpop", m.dpopAlgs, []string{dpop.ES256, dpop.EdDSA}
+		setting, supported, known = "dpop", m.dpopAlgs, slices.Clone(dpop.Algorithms)
 	}
 	known = slices.DeleteFunc(known, func(name string) bool { return !slices.Contains(supported, name) })
 	return setting, strings.Join(known, " ")

@@ -28,6 +28,9 @@ const (
 	EdDSA = "EdDSA"
 )
 
+// Algorithms are the names of all algorithms.
+var Algorithms = []string{ES256, EdDSA}
+
 // Header is the field of a proof (§4.1), and NonceHeader that of a nonce (§8.1), both in
 // canonical form.
 const (
