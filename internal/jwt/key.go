@@ -59,6 +59,10 @@ type Key struct {
 // Format keeps the key out of everything that prints values.
 func (Key) Format(f fmt.State, _ rune) { _, _ = f.Write([]byte("private key")) }
 
+// PKCS8 returns the private key as PKCS #8 (RFC 5958): the same bytes, whatever the format that it
+// was read from.
+func (k *Key) PKCS8() ([]byte, error) { return x509.MarshalPKCS8PrivateKey(k.key) }
+
 // SecretKey returns a client's secret as a key. alg is the algorithm in the
 // config, or empty.
 func SecretKey(secret, alg string) *Key {
