@@ -81,7 +81,7 @@ func TestOperators(t *testing.T) {
 	started := time.Now()
 	const every = 200 * time.Millisecond
 	clients := []Client{
-		{Name: "steady", Lifetime: 10 * time.Second, Every: every},
+		{Name: "steady", Lifetime: 10 * time.Second, Every: every, Settings: "share_tokens a-key-that-all-instances-have"},
 		{Name: "idle", Lifetime: 4 * time.Second},
 		{Name: "revoked", Lifetime: time.Hour, Every: every},
 		{Name: "down", Lifetime: 16 * time.Second, Every: every, Settings: "refresh_before 10s"},
@@ -118,6 +118,7 @@ func TestOperators(t *testing.T) {
 	wait(`caddy_oauth2_token_state{client="refused", state="fresh"} == 1`) // it is the upstream that refuses
 	wait(`caddy_oauth2_token_state{client="idle", state="expired"} == 1`)
 	wait(`increase(caddy_oauth2_token_requests_total{client="steady", result="ok"}[1m]) > 0`)
+	wait(`increase(caddy_oauth2_shared_tokens_total{client="steady", result="stored"}[1m]) > 0`)
 	// In the order in which they come. Some pass soon.
 	for _, alert := range []struct{ name, label, value string }{
 		{"CaddyOAuth2PermanentError", "client", "rejected"},

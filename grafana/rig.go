@@ -163,8 +163,9 @@ func (r *Rig) startGateway(ctx context.Context, dir, config string) error {
 		return err
 	}
 	cmd := exec.CommandContext(ctx, binary, "run", "--config", file, "--adapter", "caddyfile")
-	// This gateway must neither read nor change the files of the user's Caddy.
-	cmd.Env = append(os.Environ(), "XDG_CONFIG_HOME="+dir, "XDG_DATA_HOME="+dir)
+	// This gateway must neither read nor change the files of the user's Caddy. Its storage is
+	// data/caddy: the name caddy is taken by the binary.
+	cmd.Env = append(os.Environ(), "XDG_CONFIG_HOME="+dir, "XDG_DATA_HOME="+filepath.Join(dir, "data"))
 	return r.startProcess(ctx, cmd, dir, r.MetricsURL)
 }
 

@@ -199,7 +199,9 @@ func (s *session) ask() {
 				c.series = append(c.series, series{seriesName(target.LegendFormat, found.Metric), found.Values})
 			}
 		}
-		s.charts = append(s.charts, c)
+		if len(c.series) > 0 { // this gateway shares no tokens with others
+			s.charts = append(s.charts, c)
+		}
 	}
 }
 
