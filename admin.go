@@ -74,8 +74,9 @@ type clientStatus struct {
 	Obtained *time.Time `json:"obtained,omitempty"`
 	Renewal  *time.Time `json:"renewal,omitempty"`
 	Expires  *time.Time `json:"expires,omitempty"`
-	Bound    bool       `json:"bound"`         // the token is bound to a key or a certificate
-	JKT      string     `json:"jkt,omitempty"` // the thumbprint of the key (RFC 9449 §6.1)
+	Shared   string     `json:"shared,omitempty"` // with share_tokens: own or taken, by which instance the token was asked for
+	Bound    bool       `json:"bound"`            // the token is bound to a key or a certificate
+	JKT      string     `json:"jkt,omitempty"`    // the thumbprint of the key (RFC 9449 §6.1)
 
 	// The failures since the last success; empty if there are none.
 	Failures  int            `json:"failures"`
@@ -91,6 +92,17 @@ type clientStatus struct {
 	Requests      map[string]uint64 `json:"requests"`
 	TokenRequests map[string]uint64 `json:"token_requests"`
 	Rejections    map[string]uint64 `json:"rejections"`
+}
+
+// shared says by which instance a shared token was asked for; "" if none is shared.
+func (s *sourceStatus) shared() string {
+	switch {
+	case !s.ShareTokens || s.obtained.IsZero():
+		return ""
+	case s.taken:
+		return "taken"
+	}
+	return "own"
 }
 
 // reportedUpstream is what the admin API shows of an upstream. It has nothing of the
@@ -144,6 +156,7 @@ func newClientStatus(s sourceStatus) clientStatus {
 		Obtained:    instant(s.obtained),
 		Renewal:     instant(s.renewal),
 		Expires:     instant(s.expires),
+		Shared:      s.shared(),
 		Bound:       s.bound,
 		JKT:         s.thumbprint,
 		Failures:    s.failures,
@@ -206,7 +219,7 @@ func (adminAPI) serve(w http.ResponseWriter, r *http.Request) error {
 		if err := allowOnly(w, r, http.MethodDelete); err != nil {
 			return err
 		}
-		if err := source.Forget(); err != nil {
+		if err := source.Forget(r.Context()); err != nil {
 			return forcedError(w, err)
 		}
 	default:

@@ -11,6 +11,7 @@ import (
 
 	"github.com/outboundauth/caddy-outbound-auth/internal/dpop"
 	"github.com/outboundauth/caddy-outbound-auth/internal/redact"
+	"github.com/outboundauth/caddy-outbound-auth/internal/shelf"
 )
 
 // A requester makes the token requests of a source. All configs that need the
@@ -40,6 +41,10 @@ type requester interface {
 	// repeatable reports whether a token request that failed may be repeated at once.
 	repeatable() bool
 
+	// share returns where the token is shared with other instances; nil if it is not. It may
+	// do I/O, as fingerprint does.
+	share(ctx context.Context) *shared
+
 	// describe says who the client is. It does no I/O.
 	describe() description
 
@@ -62,12 +67,22 @@ type attempts struct {
 	current  *token         // the token that is to be replaced, or nil
 	granted  redact.Secrets // the last tokens
 	failures int            // how many fetches failed before this one
+	last     *fetchError    // the error of the last one; nil if it did not fail
 	silence  time.Duration  // how long the server may be silent before it is asked again
 
 	joined <-chan struct{}  // holds an element if a caller has begun to wait
 	needed func() bool      // whether callers wait, and have no token
 	queued func(*slot)      // is called when the fetch begins to wait for its turn
 	newest func() requester // of the source: its config may have been reloaded meanwhile
+
+	// Tokens of others that were asked for before that don't count. It changes when an operator
+	// takes one out of use.
+	notBefore func() time.Time
+
+	view   fleetView
+	shared *shared     // where others may have a token; nil if nothing is shared
+	lock   *shelf.Lock // on what is shared; nil if it is neither had nor wanted
+	asked  bool        // the server was sent a request
 
 	secrets string    // the fingerprint of those that are sent
 	url     *url.URL  // the token endpoint's
@@ -189,7 +204,7 @@ func (a *attempts) ask(ctx context.Context) (*token, error) {
 			ended <- end
 		}(sent == 1)
 	}
-	a.began = time.Now()
+	a.began, a.asked = time.Now(), true
 	try(a.slot)
 	var told error // why an attempt failed while others went on
 	for {

@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
@@ -41,6 +42,10 @@ import (
 //		client_certificate   <certificate> <key>
 //		bind_certificate
 //		dpop                 [ES256 | EdDSA]
+//		share_tokens         [<key> | off] {
+//			key     <key>
+//			storage <module> ...
+//		}
 //		grant_type           client_credentials | jwt_bearer | none | <another grant>
 //		subject              <subject>
 //		claim                <name> <value>
@@ -350,13 +355,14 @@ var credentialsSettings = map[string]func(*Credentials, *caddyfile.Dispenser) er
 		}
 		return d.Err("dpop: off is no algorithm; write dpop into the blocks that need it, and not around them")
 	},
-	"grant_type": func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.GrantType) },
-	"subject":    func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.Subject) },
-	"claim":      func(c *Credentials, d *caddyfile.Dispenser) error { return namedArg(d, &c.Claims, false) },
-	"resource":   func(c *Credentials, d *caddyfile.Dispenser) error { return listArg(d, &c.Resource) },
-	"scopes":     func(c *Credentials, d *caddyfile.Dispenser) error { return listArg(d, &c.Scopes) },
-	"audience":   func(c *Credentials, d *caddyfile.Dispenser) error { return listArg(d, &c.Audience) },
-	"param":      func(c *Credentials, d *caddyfile.Dispenser) error { return namedArg(d, &c.Params, false) },
+	"share_tokens": unmarshalShareTokens,
+	"grant_type":   func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.GrantType) },
+	"subject":      func(c *Credentials, d *caddyfile.Dispenser) error { return oneArg(d, &c.Subject) },
+	"claim":        func(c *Credentials, d *caddyfile.Dispenser) error { return namedArg(d, &c.Claims, false) },
+	"resource":     func(c *Credentials, d *caddyfile.Dispenser) error { return listArg(d, &c.Resource) },
+	"scopes":       func(c *Credentials, d *caddyfile.Dispenser) error { return listArg(d, &c.Scopes) },
+	"audience":     func(c *Credentials, d *caddyfile.Dispenser) error { return listArg(d, &c.Audience) },
+	"param":        func(c *Credentials, d *caddyfile.Dispenser) error { return namedArg(d, &c.Params, false) },
 	"token_request_header": func(c *Credentials, d *caddyfile.Dispenser) error {
 		return namedArg(d, &c.TokenRequestHeaders, true)
 	},
@@ -483,6 +489,70 @@ func unmarshalTokenResponse(c *Credentials, d *caddyfile.Dispenser) error {
 			return d.WrapErr(err)
 		}
 	}
+	return nil
+}
+
+// unmarshalShareTokens reads how tokens are shared:
+//
+//	share_tokens [<key>|off] {
+//		key     <key>
+//		storage <module> [...]
+//	}
+func unmarshalShareTokens(c *Credentials, d *caddyfile.Dispenser) error {
+	s := new(ShareTokens)
+	c.ShareTokens = s
+	if d.CountRemainingArgs() > 0 {
+		if err := oneArg(d, &s.Key); err != nil {
+			return err
+		}
+		if s.Key == "off" {
+			s.Off, s.Key = true, ""
+		}
+	}
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		switch d.Val() {
+		case "key":
+			if s.Key != "" {
+				return d.Err("share_tokens: key is set twice: keep one")
+			}
+			if err := oneArg(d, &s.Key); err != nil {
+				return err
+			}
+			if d.NextArg() {
+				return d.Err("share_tokens: key: too many arguments; put a value that has spaces in quotes")
+			}
+		case "storage":
+			if s.StorageRaw != nil {
+				return d.Err("share_tokens: storage is set twice: keep one")
+			}
+			if err := unmarshalStorage(s, d); err != nil {
+				return err
+			}
+		default:
+			return d.Err("share_tokens: a line begins with neither key nor storage")
+		}
+	}
+	return nil
+}
+
+// unmarshalStorage reads a storage module, and its own settings.
+func unmarshalStorage(s *ShareTokens, d *caddyfile.Dispenser) error {
+	var name string
+	if err := oneArg(d, &name); err != nil {
+		return err
+	}
+	const namespace = "caddy.storage."
+	if _, err := caddy.GetModule(namespace + name); err != nil { // the error quotes the name
+		return d.Err("share_tokens: storage: there is no such storage module; build Caddy with it, or check its name")
+	}
+	module, err := caddyfile.UnmarshalModule(d, namespace+name)
+	if err != nil {
+		return err
+	}
+	if _, ok := module.(caddy.StorageConverter); !ok {
+		return d.Err("share_tokens: storage: the module is no storage")
+	}
+	s.StorageRaw = caddyconfig.JSONModuleObject(module, "module", name, nil)
 	return nil
 }
 

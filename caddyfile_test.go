@@ -233,6 +233,7 @@ var settingSamples = map[string]string{
 	"tenant":               "X-Organization acme",
 	"header":               "X-Region eu",
 	"dpop":                 "",
+	"share_tokens":         "{env.SHARED_KEY}",
 	"bearer_header":        "X-Access-Token Token",
 	"refresh_before":       "30s",
 	"default_lifetime":     "1h",
@@ -265,7 +266,7 @@ func TestEverySettingIsReadStrictly(t *testing.T) {
 		}
 		line := strings.TrimSpace(setting + " " + sample)
 		cases := map[string]string{"once": line, "twice": line + "\n" + line}
-		if setting != "token_transport" && sample != "" {
+		if setting != "token_transport" && setting != "share_tokens" && sample != "" {
 			cases["without a value"] = setting
 		}
 		if setting == "token_transport" || !slices.Contains(lists, setting) {

@@ -7,11 +7,16 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"reflect"
+	"regexp"
 
+	"github.com/caddyserver/certmagic"
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/outboundauth/caddy-outbound-auth/internal/shelf"
 )
 
 // clients opens the OAuth clients of one transport, and everything that they
@@ -23,6 +28,8 @@ type clients struct {
 
 	acquired    []*client                                      // close releases them
 	provisioned []caddy.CleanerUpper                           // close cleans them up
+	shelves     []any                                          // keys of shelves; close gives them back
+	storages    map[string]certmagic.Storage                   // of share_tokens, by their config
 	transports  map[*reverseproxy.HTTPTransport]tokenTransport // clients that inherit the same token_transport share one
 }
 
@@ -39,6 +46,11 @@ func (cs *clients) open(ctx caddy.Context, c Credentials) (*client, error) {
 	e, err := newEndpoint(expanded, c.TokenURL, transport, cs.plaintext, cs.logger, cs.events)
 	if err != nil {
 		return nil, err
+	}
+	if expanded.shares() {
+		if e.sharing, err = cs.share(ctx, &expanded, transport, e); err != nil {
+			return nil, errors.Join(err, e.release())
+		}
 	}
 	cl, err := newClient(e, transport.config)
 	if err != nil {
@@ -57,7 +69,11 @@ func (cs *clients) close() error {
 	for _, transport := range cs.provisioned {
 		err = errors.Join(err, transport.Cleanup())
 	}
-	cs.acquired, cs.provisioned, cs.transports = nil, nil, nil
+	for _, storage := range cs.shelves {
+		_, gone := shelves.Delete(storage)
+		err = errors.Join(err, gone)
+	}
+	cs.acquired, cs.provisioned, cs.shelves, cs.storages, cs.transports = nil, nil, nil, nil, nil
 	return err
 }
 
@@ -98,6 +114,7 @@ func (cs *clients) provision(ctx caddy.Context, c *Credentials) (tokenTransport,
 	if config, err = json.Marshal(identity(*h)); err != nil {
 		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
 	}
+	server, hidden := contentIdentity(*h) // Provision says what is wrong with a file
 	if len(h.Versions) == 0 {
 		// Each token request ends its connection. Over HTTP/2, requests share a
 		// connection, so one request would end the connection of others.
@@ -117,19 +134,87 @@ func (cs *clients) provision(ctx caddy.Context, c *Credentials) (tokenTransport,
 			return tokenTransport{}, fmt.Errorf("client_certificate: %w", err)
 		}
 	}
-	return tokenTransport{h, config, proxied}, nil
+	return tokenTransport{h, config, server, hidden, proxied}, nil
 }
 
-// identity returns a transport without the settings that say only how long to wait, and
-// how connections are used. The others decide which server is reached, and as whom.
-func identity(h reverseproxy.HTTPTransport) reverseproxy.HTTPTransport {
-	h.KeepAlive, h.MaxConnsPerHost, h.Versions = nil, 0, nil
-	h.DialTimeout, h.FallbackDelay, h.ResponseHeaderTimeout, h.ExpectContinueTimeout, h.ReadTimeout, h.WriteTimeout = 0, 0, 0, 0, 0, 0
-	h.MaxResponseHeaderSize, h.WriteBufferSize, h.ReadBufferSize = 0, 0, 0
-	if h.TLS != nil {
-		tls := *h.TLS
-		tls.HandshakeTimeout = 0
-		h.TLS = &tls
+// shelves holds the storages of all configs that are in use. All that use one storage know
+// together whether it works.
+var shelves = caddy.NewUsagePool()
+
+// share returns how a client shares its token.
+func (cs *clients) share(ctx caddy.Context, c *Credentials, transport tokenTransport, e *endpoint) (*sharing, error) {
+	if err := cmp.Or(transport.hidden, c.checkSharedSecret()); err != nil {
+		return nil, err
 	}
-	return h
+	storage, err := cs.storage(ctx, *c.ShareTokens)
+	if err != nil {
+		return nil, fmt.Errorf("share_tokens: %w", err)
+	}
+	used, err := cs.shelf(storage)
+	if err != nil {
+		return nil, err
+	}
+	return &sharing{shelf: used, server: transport.server, count: e.metrics.sharing(), logger: cs.logger.With(e.logFields()...)}, nil
 }
+
+// storage returns the storage of share_tokens. Clients with the same one share it. s is a copy:
+// LoadModule takes the JSON out of it.
+func (cs *clients) storage(ctx caddy.Context, s ShareTokens) (certmagic.Storage, error) {
+	if s.StorageRaw == nil {
+		return ctx.Storage(), nil
+	}
+	config := string(s.StorageRaw)
+	if storage, ok := cs.storages[config]; ok {
+		return storage, nil
+	}
+	module, err := ctx.LoadModule(&s, "StorageRaw")
+	if err != nil {
+		return nil, err
+	}
+	storage, err := module.(caddy.StorageConverter).CertMagicStorage()
+	if err != nil {
+		return nil, err
+	}
+	if cs.storages == nil {
+		cs.storages = make(map[string]certmagic.Storage)
+	}
+	cs.storages[config] = storage
+	return storage, nil
+}
+
+// passwordInURL finds what an error of a storage may repeat of its config.
+var passwordInURL = regexp.MustCompile(`://[^/\s@]*@`)
+
+// shelf returns the shelf of a storage. close gives it back.
+func (cs *clients) shelf(storage certmagic.Storage) (*shelf.Shelf, error) {
+	logger := cs.logger
+	begin := func() *shelf.Shelf {
+		text := func(err error) zap.Field {
+			return zap.String("error", passwordInURL.ReplaceAllString(err.Error(), "://…@"))
+		}
+		return shelf.New(storage, shelf.News{
+			Failed: func(err error) {
+				logger.Warn("the storage of share_tokens fails: until it works again, each instance has tokens of its own", text(err))
+			},
+			Back: func() { logger.Info("the storage of share_tokens works again") },
+			Lockless: func(err error) {
+				logger.Warn("the storage of share_tokens gives no locks: for five minutes, instances that need a token at the same time all ask for one", text(err))
+			},
+		})
+	}
+	if !reflect.ValueOf(storage).Comparable() {
+		return begin(), nil
+	}
+	used, _, err := shelves.LoadOrNew(storage, func() (caddy.Destructor, error) { return usedShelf{begin()}, nil })
+	if err != nil {
+		return nil, err
+	}
+	cs.shelves = append(cs.shelves, storage)
+	return used.(usedShelf).Shelf, nil
+}
+
+// usedShelf is a shelf in the pool. There is nothing to end: each operation ends by itself.
+type usedShelf struct{ *shelf.Shelf }
+
+// Destruct implements caddy.Destructor.
+func (usedShelf) Destruct() error { return nil }

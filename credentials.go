@@ -159,6 +159,12 @@ type Credentials struct {
 	// `bind_certificate`. Default: none, so that the token is a bearer token.
 	DPoP string `json:"dpop,omitempty"`
 
+	// Whether all instances of a fleet use one token, and keep it over restarts.
+	// The instance that gets a token stores it, encrypted, and the others take it
+	// from there. Not with `bind_certificate` or `dpop`, whose tokens are of use
+	// to one instance only. Default: none, so that each instance has its own.
+	ShareTokens *ShareTokens `json:"share_tokens,omitempty"`
+
 	// What the token is granted for.
 	//
 	// - `client_credentials`: for the client itself
@@ -351,6 +357,24 @@ type BearerHeader struct {
 	Scheme *string `json:"scheme,omitempty"`
 }
 
+// ShareTokens says how the instances of a fleet share a token. A fault of the storage never
+// fails a request: the instance then gets a token of its own.
+type ShareTokens struct {
+	// The secret from which the key of the records is made, of at least 20 bytes.
+	// All instances need the same one. Global placeholders are supported. The
+	// gateway reads it for each token request. Default: the `client_secret` or
+	// the `private_key`, which all instances with the same one have.
+	Key string `json:"key,omitempty"`
+
+	// Where the records are: a storage module of Caddy. Default: the storage of
+	// Caddy's config.
+	StorageRaw json.RawMessage `json:"storage,omitempty" caddy:"namespace=caddy.storage inline_key=module"`
+
+	// Whether the token is not shared, although the settings around say so.
+	// Default: `false`.
+	Off bool `json:"off,omitempty"`
+}
+
 // ReplayBody says how the gateway sends a request with a body once more.
 type ReplayBody struct {
 	// How much of the body the gateway keeps, in bytes, 1 MiB at most. It can
@@ -532,6 +556,9 @@ func (c *Credentials) neverRetries() bool { return slices.Equal(c.RetryOn, []int
 // proof.
 func (c *Credentials) repeats() bool { return !c.neverRetries() || c.DPoP != "" }
 
+// shares reports whether the token is shared with other instances.
+func (c *Credentials) shares() bool { return c.ShareTokens != nil && !c.ShareTokens.Off }
+
 // lifecycle returns what the settings say about the life of a token.
 func (c *Credentials) lifecycle() lifecycle {
 	return lifecycle{
@@ -539,6 +566,7 @@ func (c *Credentials) lifecycle() lifecycle {
 		defaultLifetime: cmp.Or(time.Duration(c.DefaultLifetime), defaultTokenLifetime),
 		maxLifetime:     time.Duration(c.MaxLifetime),
 		fetchTimeout:    cmp.Or(time.Duration(c.TokenTimeout), defaultTokenTimeout),
+		shared:          c.shares(),
 	}
 }
 
@@ -553,6 +581,9 @@ func (c Credentials) shape(transportConfig []byte) ([]byte, error) {
 	c.AssertionLifetime = cmp.Or(c.AssertionLifetime, caddy.Duration(defaultAssertionLifetime))
 	c.TokenTransport, c.TokenTimeout, c.RefreshBefore, c.DefaultLifetime, c.MaxLifetime = nil, 0, 0, 0, 0
 	c.Name, c.Tenant, c.Headers, c.BearerHeader, c.RetryOn, c.ReplayBody = "", nil, nil, nil, nil, nil
+	if !c.shares() { // who shares has no token with those that do not
+		c.ShareTokens = nil
+	}
 	c.Scopes = slices.Compact(slices.Sorted(slices.Values(c.Scopes))) // they have no order (RFC 6749 §3.3)
 	// encoding/json sorts the maps, and keeps values that follow each other
 	// apart.

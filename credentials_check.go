@@ -3,6 +3,7 @@
 package outboundauth
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -94,6 +95,9 @@ func (c *Credentials) check() error {
 			return errors.New("retry_on: write error statuses (400 to 599), grpc (in JSON: 16), or off (in JSON: [-1])")
 		}
 	}
+	if s := c.ShareTokens; s != nil && s.Off && (s.Key != "" || s.StorageRaw != nil) {
+		return errors.New("share_tokens: off contradicts its other settings: remove one of the two")
+	}
 	if err := c.checkReplay(); err != nil {
 		return err
 	}
@@ -168,6 +172,24 @@ func (c *Credentials) checkReplayUse() error {
 	}
 	return nil
 }
+
+// checkSharing checks share_tokens. c has what it inherits.
+func (c *Credentials) checkSharing() error {
+	const remedy = "; write `share_tokens off` here, or remove one of the two"
+	switch {
+	case !c.shares():
+		return nil
+	case c.BindCertificate:
+		return errors.New("share_tokens: with bind_certificate, a token is of use only to the instance that has the certificate" + remedy)
+	case c.DPoP != "":
+		return errors.New("share_tokens: with dpop, a token is of use only to the instance that has the key" + remedy)
+	case c.ShareTokens.Key == "" && c.ClientSecret == "" && !c.usesKey() && c.ClientCertificate == nil:
+		return errNoSharedKey
+	}
+	return nil
+}
+
+var errNoSharedKey = errors.New("share_tokens: the client has no secret from which a key could be made; give share_tokens a key of its own")
 
 // checkTexts finds a setting that holds only white space, or that Caddy could not read
 // as it was written.
@@ -259,7 +281,7 @@ func (c *Credentials) checkTogether() error {
 	if err := c.checkAuthTogether(); err != nil {
 		return err
 	}
-	if err := c.checkReplayUse(); err != nil {
+	if err := cmp.Or(c.checkReplayUse(), c.checkSharing()); err != nil {
 		return err
 	}
 	var taken fieldSet
@@ -491,6 +513,9 @@ func (c *Credentials) templates() map[string]string {
 		"private_key":    c.PrivateKey,
 		"assertion_file": c.AssertionFile,
 		"subject":        c.Subject,
+	}
+	if c.ShareTokens != nil {
+		templates["share_tokens"] = c.ShareTokens.Key
 	}
 	if c.ClientCertificate != nil {
 		templates["client_certificate"] = c.ClientCertificate.Certificate + c.ClientCertificate.Key

@@ -34,6 +34,7 @@ func (c Credentials) inherit(base *Credentials) Credentials {
 	if !c.BindCertificate { // which binds them already; else bound tokens would become others without a word
 		c.DPoP = cmp.Or(c.DPoP, base.DPoP)
 	}
+	c.ShareTokens = c.ShareTokens.inherit(base.ShareTokens)
 	c.GrantType = cmp.Or(c.GrantType, base.GrantType)
 	if c.grantsByJWT() && c.AssertionFile == "" { // otherwise nothing uses them
 		c.Subject = cmp.Or(c.Subject, base.Subject)
@@ -59,6 +60,19 @@ func (c Credentials) inherit(base *Credentials) Credentials {
 		c.ReplayBody = cmp.Or(c.ReplayBody, base.ReplayBody)
 	}
 	return c
+}
+
+// inherit returns s with what it takes from base. Either may be nil.
+func (s *ShareTokens) inherit(base *ShareTokens) *ShareTokens {
+	if s == nil || base == nil || s.Off || base.Off {
+		return cmp.Or(s, base)
+	}
+	own := *s
+	own.Key = cmp.Or(own.Key, base.Key)
+	if own.StorageRaw == nil {
+		own.StorageRaw = base.StorageRaw
+	}
+	return &own
 }
 
 // authSettings returns the names of the settings of client authentication that c

@@ -126,6 +126,8 @@ func settingChanges(t *testing.T) map[string]settingChange {
 
 		"dpop": secret(func(c *Credentials) { c.DPoP = "ES256" }, func(c *Credentials) { c.DPoP = "EdDSA" }),
 
+		"share_tokens": secret(nil, func(c *Credentials) { c.ShareTokens = &ShareTokens{Key: "{env.SHARED_KEY}"} }),
+
 		"grant_type": key(func(c *Credentials) { c.GrantType = grantClientCredentials },
 			func(c *Credentials) { c.GrantType = grantJWTBearer }),
 		"subject": grant(nil, func(c *Credentials) { c.Subject = "billing" }),
@@ -249,6 +251,10 @@ func TestInheritance(t *testing.T) {
 		{"another certificate is bound only if the block says so", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"client_certificate":{"certificate":"d","key":"l"}}`, `{"client_certificate":{"certificate":"d","key":"l"}}`},
 		{"a bound certificate needs no dpop", `{"dpop":"ES256"}`, `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`},
 		{"nor does dpop need a bound certificate", `{"client_certificate":{"certificate":"c","key":"k"},"bind_certificate":true}`, `{"dpop":"EdDSA"}`, `{"client_certificate":{"certificate":"c","key":"k"},"dpop":"EdDSA"}`},
+		{"sharing is inherited in parts", `{"share_tokens":{"key":"k","storage":{"module":"a"}}}`, `{"share_tokens":{"key":"l"}}`, `{"share_tokens":{"key":"l","storage":{"module":"a"}}}`},
+		{"sharing is inherited with another storage", `{"share_tokens":{"key":"k","storage":{"module":"a"}}}`, `{"share_tokens":{"storage":{"module":"b"}}}`, `{"share_tokens":{"key":"k","storage":{"module":"b"}}}`},
+		{"sharing is turned off", `{"share_tokens":{"key":"k"}}`, `{"share_tokens":{"off":true}}`, `{"share_tokens":{"off":true}}`},
+		{"sharing is turned on", `{"share_tokens":{"off":true}}`, `{"share_tokens":{}}`, `{"share_tokens":{}}`},
 		{"another client has another name", `{"name":"a","client_id":"a","client_secret":"s"}`, `{"client_id":"b"}`, `{"client_id":"b","client_secret":"s"}`},
 		{"a client of another server, too", `{"name":"a","client_id":"a"}`, `{"token_url":"https://b.example/token"}`, `{"token_url":"https://b.example/token","client_id":"a"}`},
 		{"the same client has the same name", `{"name":"a","client_id":"a"}`, `{"scopes":["b"]}`, `{"name":"a","client_id":"a","scopes":["b"]}`},

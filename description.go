@@ -13,6 +13,7 @@ type description struct {
 	ClientID      string   `json:"client_id,omitempty"`
 	AuthMethod    string   `json:"auth_method,omitempty"`
 	GrantType     string   `json:"grant_type"`
-	DPoP          string   `json:"dpop,omitempty"`   // the algorithm of the keys that its tokens are bound to
+	DPoP          string   `json:"dpop,omitempty"` // the algorithm of the keys that its tokens are bound to
+	ShareTokens   bool     `json:"share_tokens,omitempty"`
 	Scopes        []string `json:"scopes,omitempty"` // the scopes that the client asks for
 }

@@ -282,7 +282,7 @@ var environmentPlaceholder = regexp.MustCompile(`\{(?:env\.|\$)(\w+)`)
 func setPlaceholders(t *testing.T, source []byte) {
 	t.Helper()
 	for _, match := range environmentPlaceholder.FindAllSubmatch(source, -1) {
-		name, value := string(match[1]), "value"
+		name, value := string(match[1]), "value-of-a-placeholder"
 		switch {
 		case strings.Contains(name, "URL"):
 			value = "https://auth.example.com/token"

@@ -334,7 +334,7 @@ func TestAccessLogTellsHowRequestsGotTheirTokens(t *testing.T) {
 	eventually(t, func() bool { return len(auth.asked()) == 3 && sourceOf(t, "orders").Peek() != nil }, "the renewal")
 	auth.script(refusing(http.StatusUnauthorized, `{"error":"invalid_client"}`))
 	_, _ = sourceOf(t, "orders").rested().FetchNow(t.Context())
-	_ = sourceOf(t, "orders").rested().Forget()
+	_ = sourceOf(t, "orders").rested().Forget(t.Context())
 	g.get().want(t, http.StatusServiceUnavailable)
 	got := g.accesses(5)[4]
 	if got.Client != "orders" || got.Token != "none" || got.Retried != false || got.Status != http.StatusServiceUnavailable {

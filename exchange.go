@@ -4,6 +4,7 @@ package outboundauth
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"io"
 	"net"
@@ -15,6 +16,7 @@ import (
 	"sync/atomic"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
 // tokenTransport is a transport to a token endpoint, with the part of its config that
@@ -22,7 +24,23 @@ import (
 type tokenTransport struct {
 	http.RoundTripper
 	config  []byte
-	proxied bool // connections go through a proxy, see usesProxy
+	server  json.RawMessage // config, with files by their content
+	hidden  error           // why nobody can tell which server it reaches, so that nothing may be shared
+	proxied bool            // connections go through a proxy, see usesProxy
+}
+
+// identity returns a transport without the settings that say only how long to wait, and
+// how connections are used. The others decide which server is reached, and as whom.
+func identity(h reverseproxy.HTTPTransport) reverseproxy.HTTPTransport {
+	h.KeepAlive, h.MaxConnsPerHost, h.Versions = nil, 0, nil
+	h.DialTimeout, h.FallbackDelay, h.ResponseHeaderTimeout, h.ExpectContinueTimeout, h.ReadTimeout, h.WriteTimeout = 0, 0, 0, 0, 0, 0
+	h.MaxResponseHeaderSize, h.WriteBufferSize, h.ReadBufferSize = 0, 0, 0
+	if h.TLS != nil {
+		tls := *h.TLS
+		tls.HandshakeTimeout = 0
+		h.TLS = &tls
+	}
+	return h
 }
 
 // A destination says where a request to the authorization server may lead, and where

@@ -265,3 +265,5 @@ func (r received) bearerOf(a *authServer) string {
 type unbound struct{}
 
 func (unbound) newKey() (*dpop.Key, error) { return nil, nil }
+
+func (unbound) share(context.Context) *shared { return nil }

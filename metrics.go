@@ -79,6 +79,10 @@ var (
 		Namespace: "caddy", Subsystem: "oauth2", Name: "invalidated_tokens_total",
 		Help: "Tokens replaced because an upstream refused them.",
 	}, []string{"client"})
+	sharedTokensTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Namespace: "caddy", Subsystem: "oauth2", Name: "shared_tokens_total",
+		Help: "What has come of sharing tokens with other instances: taken and stored ones, and why there was none.",
+	}, []string{"client", "result"})
 )
 
 // registerMetrics adds the metrics to the registry of a config, unless another
@@ -87,7 +91,7 @@ func registerMetrics(ctx caddy.Context) error {
 	registry := ctx.GetMetricsRegistry()
 	for _, collector := range []prometheus.Collector{
 		sourceCollector{},
-		tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, refusedRequestsTotal, refusedTokensTotal,
+		tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, refusedRequestsTotal, refusedTokensTotal, sharedTokensTotal,
 	} {
 		if err := registry.Register(collector); err != nil {
 			if _, ok := errors.AsType[prometheus.AlreadyRegisteredError](err); ok {
@@ -147,6 +151,14 @@ func (m *clientMetrics) tokenRequested(took time.Duration, err error) {
 	if asked { // otherwise there was no request: a setting could not be read
 		m.duration.Observe(took.Seconds())
 	}
+}
+
+// sharing returns what counts what has come of sharing a token. The series exist from now on.
+func (c *clientCounters) sharing() (count func(result string)) {
+	for _, result := range sharedResults {
+		sharedTokensTotal.WithLabelValues(c.name, result)
+	}
+	return func(result string) { sharedTokensTotal.WithLabelValues(c.name, result).Inc() }
 }
 
 // countersByName holds the clientCounters of all names so far. Like the series,

@@ -173,7 +173,7 @@ func TestMetricsTellHowRequestsGotTheirTokens(t *testing.T) {
 	g.get().want(t, http.StatusOK)
 	eventually(t, func() bool { return g.scrape().of(name)[`token_requests_total{result="ok"}`] == 2 }, "the renewal")
 
-	_ = sourceOf(t, name).rested().Forget()
+	_ = sourceOf(t, name).rested().Forget(t.Context())
 	auth.script(refusingForLong(http.StatusUnauthorized, `{"error":"invalid_client"}`))
 	wantAll(t, g.burst(4), http.StatusServiceUnavailable)
 
@@ -481,7 +481,7 @@ func TestMetricsTellTheStateOfTheToken(t *testing.T) {
 		t.Fatal(err)
 	}
 	wantState(stateFresh, nil)
-	_ = source.rested().Forget()
+	_ = source.rested().Forget(t.Context())
 	wantState(stateAbsent, series{"token_expiry_timestamp_seconds": 0, "token_renewal_timestamp_seconds": 0})
 
 	// What passes by itself, and what somebody has to change.

@@ -140,7 +140,7 @@ func (s *tokenSource) fetchFor(r *refusal, now time.Time) bool {
 		r.at.NoToken(&s.places.budget, &r.Refusal)
 		return false
 	}
-	s.start(early).cause = r
+	s.startFor(early, fleetView{refused: true}).cause = r
 	return true
 }
 

@@ -123,32 +123,45 @@ func (c *Credentials) oddities(values map[string]string) (odd []string) {
 // nothing about requests. Placeholders may name files, and nobody can interrupt
 // the reading of a file. When ctx ends, resolve returns and the reading goes on.
 func (c *Credentials) resolve(ctx context.Context, certificates *clientcert.Cache) (resolved, error) {
+	r, err := interruptible(ctx, func() (resolved, error) { return c.resolveNow(certificates) })
+	switch {
+	case errors.Is(err, errInterrupted):
+		return resolved{}, &tokenError{
+			Endpoint: c.host(), Code: codeTimeout, Description: "reading the client's secrets from their files took too long",
+			Hint: "name files on a disk that answers, and no pipe to which nobody writes", local: true,
+		}
+	case err != nil:
+		return resolved{}, configurationError(c.host(), err)
+	}
+	return r, nil
+}
+
+// interruptible returns what f returns. If ctx ends before, it returns errInterrupted, and f goes
+// on.
+func interruptible[T any](ctx context.Context, f func() (T, error)) (T, error) {
 	type result struct {
-		resolved
-		err error
+		value T
+		err   error
 	}
 	done := make(chan result, 1)
 	go func() {
 		var res result
 		res.err = safely(func() (err error) {
-			res.resolved, err = c.resolveNow(certificates)
+			res.value, err = f()
 			return err
 		})
 		done <- res
 	}()
 	select {
 	case res := <-done:
-		if res.err != nil {
-			return resolved{}, configurationError(c.host(), res.err)
-		}
-		return res.resolved, nil
+		return res.value, res.err
 	case <-ctx.Done():
-		return resolved{}, &tokenError{
-			Endpoint: c.host(), Code: codeTimeout, Description: "reading the client's secrets from their files took too long",
-			Hint: "name files on a disk that answers, and no pipe to which nobody writes",
-		}
+		var none T
+		return none, errInterrupted
 	}
 }
+
+var errInterrupted = errors.New("it took too long")
 
 func (c *Credentials) resolveNow(certificates *clientcert.Cache) (r resolved, err error) {
 	repl := caddy.NewReplacer()

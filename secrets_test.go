@@ -510,7 +510,7 @@ func TestWhatAServerRemembersIsNotShown(t *testing.T) {
 	for what, remembered := range map[string]string{"a former token": former, "the token": s.Peek().value, "a former secret": "the-former-secret"} {
 		writeFile(t, secretFile, []byte("the-present-secret"))
 		auth.script(refusing(http.StatusBadRequest, `{"error":"invalid_grant","error_description":"you hold `+remembered+`"}`))
-		_ = s.rested().Forget()
+		_ = s.rested().Forget(t.Context())
 		s.rested()
 		r := g.get()
 		if r.err != nil || !strings.Contains(r.body, "is not shown") {

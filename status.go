@@ -33,6 +33,7 @@ type sourceStatus struct {
 	obtained, renewal, expires time.Time // zero if there is no token
 	bound                      bool      // the token is bound to a key or a certificate
 	thumbprint                 string    // of the key; "" if it is bound to none
+	taken                      bool      // another instance has asked for it
 	fetching                   bool
 
 	// About the failures since the last success.
@@ -145,6 +146,7 @@ func (s *tokenSource) statusAlone(now time.Time) (sourceStatus, []requester) {
 	status := sourceStatus{state: stateAbsent, failures: s.failures, fetching: s.inflight != nil, upstreams: upstreams}
 	if t := s.current; t != nil {
 		status.obtained, status.renewal, status.expires = t.obtained, t.refreshAt, t.expires
+		status.taken = t.grant.taken
 		status.bound = t.key != nil || t.binding != nil
 		if t.key != nil {
 			status.thumbprint = t.key.Thumbprint()

@@ -207,6 +207,9 @@ func statusTable(statuses []clientStatus, left int, selected selection, now time
 			lastError = s.LastError.text()
 		}
 		state := s.State
+		if s.Shared != "" {
+			state += ", " + s.Shared
+		}
 		if s.Fetching {
 			state += ", fetching"
 		}

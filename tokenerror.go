@@ -39,6 +39,9 @@ type tokenError struct {
 
 	answer     answerKind
 	permanent  bool
+	local      bool      // the fault is on this machine
+	heldBy     string    // see heldUntil
+	heldUntil  time.Time // another instance has asked, and this one does not before that; zero if this one has
 	retryAfter time.Duration
 	leadsTo    string // where a redirect leads: the server's words, which nobody has searched for secrets
 }

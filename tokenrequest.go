@@ -39,6 +39,7 @@ type endpoint struct {
 	transport    http.RoundTripper // token_transport
 	certificates clientcert.Cache
 	proofs       tokenProofs
+	sharing      *sharing // nil if the token is not shared
 	metrics      *clientMetrics
 	events       *emitter
 	logger       *zap.Logger
@@ -90,7 +91,11 @@ func newEndpoint(c Credentials, urlTemplate string, transport tokenTransport, pl
 // warnOfValues warns of secrets that can't be had now, and of values that look odd.
 func (e *endpoint) warnOfValues() {
 	values, faults := e.credentials.valuesNow()
+	delete(values, "share_tokens") // it is not sent
 	for _, fault := range faults {
+		if strings.HasPrefix(fault.Error(), "share_tokens") {
+			continue // no token request needs it, see sharing.of
+		}
 		e.logger.Warn(fault.Error()+"; until then, no token can be requested", e.logFields()...)
 	}
 	for _, odd := range e.credentials.oddities(values) {
@@ -431,6 +436,10 @@ func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
 		if errors.Is(err, errReleased) {
 			return
 		}
+		if isElsewhere(err) {
+			e.logger.Debug("another instance has failed to obtain the token, so this one asks later", append(e.logFields(), zap.Time("retry_at", err.retryAt))...)
+			return // it is news at the instance that has asked
+		}
 		e.logger.Warn("obtaining token failed", append(e.logFields(),
 			zap.Error(err.err), zap.Int("failures", failures+1), zap.Time("retry_at", err.retryAt))...)
 		failed := reportError(err)
@@ -443,15 +452,31 @@ func (e *endpoint) fetched(t *token, err *fetchError, failures int) {
 	if failures > 0 {
 		e.logger.Info("obtaining token succeeded again", append(e.logFields(),
 			zap.Int("failures", failures), zap.Time("expires", t.expires))...)
+	} else if t.grant.taken {
+		e.logger.Debug("took the token of another instance", append(e.logFields(),
+			zap.Time("expires", t.expires), zap.Time("renewal", t.refreshAt))...)
 	} else {
 		e.logger.Debug("obtained token", append(e.logFields(),
 			zap.Time("expires", t.expires), zap.Time("renewal", t.refreshAt))...)
+	}
+	if t.grant.taken {
+		return // it is news at the instance that has asked
 	}
 	e.events.emit(eventObtained, map[string]any{"client": e.metrics.name, "expires": t.expires, "renewal": t.refreshAt})
 }
 
 // logFields returns the log fields that tell which client a line is about.
 func (e *endpoint) logFields() []zap.Field { return e.credentials.logFields() }
+
+// share implements requester.
+func (e *endpoint) share(ctx context.Context) *shared {
+	if e.sharing == nil {
+		return nil
+	}
+	return e.sharing.of(ctx, &e.credentials, func(ctx context.Context) (resolved, error) {
+		return e.credentials.resolve(ctx, &e.certificates)
+	})
+}
 
 // concurrent implements requester. Some servers accept an assertion only once, so one
 // from a file can't be sent twice (RFC 7523 §3). The JWTs that are made here have a
@@ -474,6 +499,7 @@ func (e *endpoint) describe() description {
 		AuthMethod:    c.authMethod(),
 		GrantType:     c.grantType(),
 		DPoP:          c.DPoP,
+		ShareTokens:   c.shares(),
 		Scopes:        c.Scopes,
 	}
 }

@@ -77,6 +77,9 @@ type tokenSource struct {
 
 	granted redact.Secrets // the last tokens, which may be valid still
 
+	notBefore time.Time // when an operator last took a token out of use, also that of other instances
+	held      heldBy    // why this instance has not asked
+
 	requested time.Time // when the last token request ended
 	usual     usual     // how long the server takes
 
@@ -344,7 +347,7 @@ func (s *tokenSource) Peek() *token {
 // if the current token is good, or if the last fetch failed a moment ago. If
 // nobody may ask the server now, it returns an *earlyError.
 func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
-	for looked := false; ; looked = true {
+	for looked, joined := false, false; ; looked = true {
 		s.mu.Lock()
 		now := time.Now()
 		early := s.early(now)
@@ -352,7 +355,7 @@ func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
 			s.mu.Unlock()
 			return nil, early
 		}
-		f := s.start(early != nil)
+		f := s.startFor(early != nil, fleetView{alone: true})
 		timeout := s.life.fetchTimeout
 		seen := f.progress() // when the caller last looked
 		s.join(ctx, f)
@@ -370,6 +373,8 @@ func (s *tokenSource) FetchNow(ctx context.Context) (*token, error) {
 			s.mu.Lock()
 			defer s.mu.Unlock()
 			return nil, cmp.Or(ctx.Err(), s.whyNot(f, seen))
+		case !f.attempts.view.alone && !joined && f.instead(): // others have asked, and this caller wants this instance to
+			joined = true
 		case !f.unchanged: // otherwise the fetch has only compared the secrets
 			return f.t, f.err
 		}
@@ -412,16 +417,25 @@ func (s *tokenSource) early(now time.Time) *earlyError {
 	return &earlyError{s.lastErr.soonest, s.lastErr}
 }
 
-// Forget takes the current token out of use, even as the last resort. If a token
-// was requested only a moment ago, it returns an *earlyError: the next request
-// would make the gateway fetch another one.
-func (s *tokenSource) Forget() error {
+// Forget takes the current token out of use, even as the last resort, and deletes what is shared
+// of it. If a token was requested only a moment ago, it returns an *earlyError: the next request
+// would make the gateway fetch another one. Another error means that other instances may still
+// take the token.
+func (s *tokenSource) Forget(ctx context.Context) error {
 	s.mu.Lock()
-	defer s.mu.Unlock()
 	if early := s.early(time.Now()); s.current != nil && early != nil && early.cause == nil {
+		s.mu.Unlock()
 		return early
 	}
-	s.current = nil
+	s.current, s.notBefore = nil, time.Now()
+	last := s.last
+	s.mu.Unlock()
+	switch shared := shareOf(ctx, last); {
+	case shared != nil:
+		return shared.forget(ctx)
+	case last != nil && last.describe().ShareTokens: // but its key can't be had now
+		return errStillShared
+	}
 	return nil
 }
 
@@ -591,6 +605,11 @@ func (f *fetch) ended() bool {
 	}
 }
 
+// instead reports whether a fetch has ended with what another instance has got, or said.
+func (f *fetch) instead() bool {
+	return isElsewhere(f.err) || (f.t != nil && f.t.grant.taken)
+}
+
 // progress says how far a fetch is that has not ended. The source's mu is held.
 func (f *fetch) progress() progress {
 	if f.slot == nil {
@@ -603,10 +622,16 @@ func (f *fetch) progress() progress {
 // fetch ends with the last error unless the secrets have changed since. mu is
 // held.
 func (s *tokenSource) start(onlyIfChanged bool) *fetch {
+	return s.startFor(onlyIfChanged, fleetView{})
+}
+
+// startFor is start with what other instances may change about the fetch. mu is held.
+func (s *tokenSource) startFor(onlyIfChanged bool, view fleetView) *fetch {
 	if s.inflight != nil {
 		return s.inflight
 	}
 	s.stopTimer()
+	view.held = s.held
 	now := time.Now()
 	s.nextCheckAt = now.Add(secretCheckInterval)
 
@@ -621,9 +646,10 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 		started: now, renews: s.valid(now), awaited: s.wanted && !s.valid(now),
 	}
 	f.attempts = attempts{
-		requester: s.last, life: s.life, current: s.current, granted: slices.Clone(s.granted), failures: s.failures,
+		requester: s.last, life: s.life, current: s.current, granted: slices.Clone(s.granted), failures: s.failures, last: s.lastErr,
 		silence: max(s.life.fetchTimeout/silenceDivisor, 2*s.usual.median()),
 		joined:  joined, needed: func() bool { return s.needs(f) }, queued: func(t *slot) { s.queue(f, t) }, newest: s.newest,
+		view: view, notBefore: s.takenNotBefore,
 		began: now, tried: now, // in case there is no attempt
 	}
 	if onlyIfChanged {
@@ -632,6 +658,13 @@ func (s *tokenSource) start(onlyIfChanged bool) *fetch {
 	s.inflight = f
 	go s.run(ctx, f)
 	return f
+}
+
+// takenNotBefore returns when an operator last took a token out of use.
+func (s *tokenSource) takenNotBefore() time.Time {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.notBefore
 }
 
 // queue notes that f waits for its turn, or has it.
@@ -704,11 +737,12 @@ func (s *tokenSource) run(ctx context.Context, f *fetch) {
 	cancel()
 	f.unchanged = err == nil && f.failedWith != "" && f.failedWith == f.attempts.secrets
 	if err == nil && !f.unchanged {
-		f.t, err = f.attempts.obtain(ctx)
+		f.t, err = f.attempts.get(ctx)
 	}
 	now := time.Now()
 	released := err != nil && errors.Is(context.Cause(ctx), errReleased)
-	if !f.unchanged && !released {
+	asked := !f.unchanged && !isElsewhere(err) && (f.t == nil || !f.t.grant.taken)
+	if asked && !released {
 		_ = safely(func() error {
 			s.trace(f, f.attempts.requester, err)
 			return nil
@@ -716,7 +750,7 @@ func (s *tokenSource) run(ctx context.Context, f *fetch) {
 	}
 
 	s.mu.Lock()
-	if !f.unchanged {
+	if asked {
 		s.requested = now
 	}
 	var failed *fetchError
@@ -737,6 +771,10 @@ func (s *tokenSource) run(ctx context.Context, f *fetch) {
 	s.finish(f)
 	s.mu.Unlock()
 
+	_ = safely(func() error {
+		f.attempts.publish(ctx, f.t, failed)
+		return nil
+	})
 	if f.t != nil || failed != nil {
 		_ = safely(func() error {
 			f.attempts.fetched(f.t, failed, f.attempts.failures)
@@ -824,7 +862,9 @@ func (s *tokenSource) fail(f *fetch, err error, now time.Time) *fetchError {
 	if s.failures == 0 {
 		s.failingFrom = f.attempts.began
 	}
-	s.failures++
+	if s.failures == 0 || !isElsewhere(err) { // otherwise it has not failed again, but waits longer
+		s.failures++
+	}
 	s.failedWith = ""
 	if isPermanent(err) {
 		s.failedWith, s.warming = f.attempts.secrets, false
@@ -833,7 +873,18 @@ func (s *tokenSource) fail(f *fetch, err error, now time.Time) *fetchError {
 	if s.valid(now) {
 		last.left = s.current.expires.Sub(now)
 	}
-	soonest, retryAt := s.streak.next(last)
+	s.held = s.held.next(err)
+	var soonest, retryAt time.Time
+	if until := heldUntil(err); until.IsZero() {
+		soonest, retryAt = s.streak.next(last)
+	} else {
+		soonest = now.Add(min(heldWithoutToken, until.Sub(now)))
+		// Not all at once: the server may just have come back. But before the end of the token.
+		retryAt = until.Add(jitter(max(minBackoff, until.Sub(now)/4)))
+		if s.current != nil && retryAt.After(s.current.usableTo) {
+			retryAt = until
+		}
+	}
 	if f.awaited && last.left == 0 {
 		retryAt = soonest // requests are refused meanwhile
 	}
@@ -855,7 +906,9 @@ func (s *tokenSource) succeed(t *token) {
 		s.granted = append(s.granted, t.value)
 		s.granted = s.granted[max(0, len(s.granted)-maxGranted):]
 	}
-	s.usual.add(t.grant.took)
-	s.warming = false
+	if !t.grant.taken {
+		s.usual.add(t.grant.took)
+	}
+	s.warming, s.held = false, heldBy{}
 	s.failures, s.failingFrom, s.lastErr, s.streak, s.failedWith = 0, time.Time{}, nil, streak{}, ""
 }

@@ -28,8 +28,8 @@ func wantEarly(t *testing.T, err error, until time.Time) {
 func TestForcedRequestsAreSpacedOut(t *testing.T) {
 	for name, force := range map[string]func(context.Context, *tokenSource){
 		"renew":             func(ctx context.Context, s *tokenSource) { _, _ = s.FetchNow(ctx) },
-		"forget and use":    func(ctx context.Context, s *tokenSource) { _ = s.Forget(); _, _, _ = s.Token(ctx) },
-		"forget and renew":  func(ctx context.Context, s *tokenSource) { _ = s.Forget(); _, _ = s.FetchNow(ctx) },
+		"forget and use":    func(ctx context.Context, s *tokenSource) { _ = s.Forget(t.Context()); _, _, _ = s.Token(ctx) },
+		"forget and renew":  func(ctx context.Context, s *tokenSource) { _ = s.Forget(t.Context()); _, _ = s.FetchNow(ctx) },
 		"many at once":      func(ctx context.Context, s *tokenSource) { go func() { _, _ = s.FetchNow(ctx) }() },
 		"with what is fast": func(ctx context.Context, s *tokenSource) { s.Warm(); _, _ = s.FetchNow(ctx) },
 	} {
@@ -156,17 +156,17 @@ func TestTokenIsForgottenWhateverTheServerSays(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		r := &scriptedRequester{lifetime: time.Hour}
 		s := newTestSource(t, r)
-		if err := s.Forget(); err != nil {
+		if err := s.Forget(t.Context()); err != nil {
 			t.Errorf("Forget() = %v without a token, want no error", err)
 		}
 		expectToken(t, s, "t1", 0)
-		wantEarly(t, s.Forget(), time.Now().Add(time.Second))
+		wantEarly(t, s.Forget(t.Context()), time.Now().Add(time.Second))
 		expectToken(t, s, "t1", 0)
 		time.Sleep(time.Second)
 		r.fail = during(0, time.Hour, &scriptedError{permanent: true})
 		_, _ = s.FetchNow(t.Context())
 		time.Sleep(time.Second)
-		if err := s.Forget(); err != nil || s.Peek() != nil {
+		if err := s.Forget(t.Context()); err != nil || s.Peek() != nil {
 			t.Errorf("Forget() = %v during a lock-out, want that the token is gone", err)
 		}
 		expectRequests(t, r, 2)

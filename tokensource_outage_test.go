@@ -445,7 +445,7 @@ func TestStrictestSettingsCount(t *testing.T) {
 		if got.value != "t1" || got.expires.Sub(start) != time.Minute || got.refreshAt.Sub(start) > 30*time.Second {
 			t.Errorf("got %q, until %v, renewed after %v, want t1, a minute and half of that", got.value, got.expires.Sub(start), got.refreshAt.Sub(start))
 		}
-		if want := (lifecycle{30 * time.Second, true, time.Minute, 0, time.Minute}); s.life != want {
+		if want := (lifecycle{30 * time.Second, true, time.Minute, 0, time.Minute, false}); s.life != want {
 			t.Errorf("got %+v, want %+v", s.life, want)
 		}
 		s.detach(strict, func() {})

@@ -89,7 +89,7 @@ func newLoggingClient(t testing.TB, c Credentials, way http.RoundTripper, logger
 	if err != nil {
 		t.Fatalf("expand() = %v, want no error", err)
 	}
-	e, err := newEndpoint(expanded, c.TokenURL, tokenTransport{way, []byte("null"), false}, false, logger, nil)
+	e, err := newEndpoint(expanded, c.TokenURL, tokenTransport{RoundTripper: way, config: []byte("null")}, false, logger, nil)
 	if err != nil {
 		t.Fatalf("newEndpoint() = %v, want no error", err)
 	}

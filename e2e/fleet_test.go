@@ -239,6 +239,9 @@ func TestFleetLosesAnInstance(t *testing.T) { //nolint:tparallel // nine gateway
 			first := f.start(t, setting)
 			time.Sleep(time.Second)
 			second := f.start(t, setting)
+			if got := f.as.stats(t).Granted[f.client.ID]; got != 0 {
+				t.Fatalf("%d token requests, want that the first one still asks", got)
+			}
 			first.kill()
 			waited := f.ask(t, second)
 			t.Logf("the holder of the lock was killed: the other one was served after %v", waited)

@@ -5,7 +5,6 @@ package shelf
 import (
 	"context"
 	"errors"
-	"fmt"
 	"io/fs"
 	"math/rand/v2"
 	"sync"
@@ -44,8 +43,7 @@ var errSlow = errors.New("the storage does not answer")
 // A Shelf is a storage. It is safe for concurrent use.
 type Shelf struct {
 	storage Storage
-	failed  func(error) // is told of the first failure of an outage
-	back    func()      // is told of its end
+	news    News
 
 	mu            sync.Mutex
 	reads, writes health    // guarded by mu, as all below: one may fail without the other
@@ -60,11 +58,15 @@ type health struct {
 	resting time.Time // until then, there is none
 }
 
-// New returns a storage as a shelf. failed is called when it fails, with the error of the
-// storage, and back when it works again.
-func New(storage Storage, failed func(error), back func()) *Shelf {
-	return &Shelf{storage: storage, failed: failed, back: back}
+// News is told how a storage goes. It must not use the shelf.
+type News struct {
+	Failed   func(error) // an outage has begun, with this error of the storage
+	Back     func()      // it has ended
+	Lockless func(error) // there are only errors instead of locks
 }
+
+// New returns a storage as a shelf.
+func New(storage Storage, news News) *Shelf { return &Shelf{storage: storage, news: news} }
 
 // Load returns what is stored under a key; nil if there is nothing.
 func (s *Shelf) Load(ctx context.Context, key string) ([]byte, error) {
@@ -203,9 +205,9 @@ func (s *Shelf) note(kind *health, err error) {
 	s.mu.Unlock()
 	switch {
 	case is && !was:
-		s.failed(err)
+		s.news.Failed(err)
 	case was && !is:
-		s.back()
+		s.news.Back()
 	}
 }
 
@@ -215,6 +217,7 @@ type Lock struct {
 	shelf     *Shelf
 	wanted    context.CancelFunc
 	got, lost chan struct{}
+	lose      func()                // closes lost; it may be called again
 	erred     atomic.Pointer[error] // the last error, if there was nothing else so far
 	o         *operation
 }
@@ -236,15 +239,16 @@ const (
 func (s *Shelf) Lock(ctx context.Context, name string) *Lock {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	l := &Lock{shelf: s, wanted: cancel, got: make(chan struct{}), lost: make(chan struct{}), o: &operation{ended: make(chan struct{})}}
+	l.lose = sync.OnceFunc(func() { close(l.lost) })
 	if !s.locks(time.Now()) {
-		close(l.lost)
+		l.lose()
 		s.end(l.o)
 		return l
 	}
 	go func() {
 		defer s.end(l.o)
 		if !l.acquire(ctx, name) {
-			close(l.lost)
+			l.lose()
 			return
 		}
 		close(l.got)
@@ -268,22 +272,32 @@ func (s *Shelf) locks(now time.Time) bool {
 // fails.
 func (l *Lock) acquire(ctx context.Context, name string) bool {
 	s := l.shelf
+	// Somebody else has the lock, or nothing can be written at all.
+	writes := func() bool {
+		return s.do(ctx, readLimit, &s.writes, func(ctx context.Context) (func(), error) {
+			return nil, s.storage.Store(ctx, name+triedSuffix, []byte("1"))
+		}) == nil
+	}
+	silent := time.AfterFunc(readLimit, func() {
+		if ctx.Err() == nil && !writes() && ctx.Err() == nil {
+			l.lose()
+		}
+	})
+	defer silent.Stop()
 	for {
 		_, err := safely(ctx, func(ctx context.Context) (any, error) { return nil, s.storage.Lock(ctx, name) })
 		if err == nil { // also if it comes too late: then it has to be given back
 			s.mu.Lock()
 			s.doubted = false
 			s.mu.Unlock()
+			l.erred.Store(nil)
 			return true
 		}
 		if ctx.Err() != nil {
 			return false
 		}
 		l.erred.Store(&err)
-		// Somebody else has the lock, or nothing can be written at all.
-		if s.do(ctx, readLimit, &s.writes, func(ctx context.Context) (func(), error) {
-			return nil, s.storage.Store(ctx, name+triedSuffix, []byte("1"))
-		}) != nil {
+		if !writes() {
 			return false
 		}
 		pause := time.NewTimer(retryLock + rand.N(2*retryLock)) //nolint:gosec // no secret
@@ -316,7 +330,7 @@ func (l *Lock) Doubt() {
 	s.doubted = true
 	s.mu.Unlock()
 	if news {
-		s.failed(fmt.Errorf("its locks: %w", *err))
+		s.news.Lockless(*err)
 	}
 }
 

@@ -44,7 +44,9 @@ func (o *told) want(t *testing.T, news ...string) {
 
 func newShelf(st Storage) (*Shelf, *told) {
 	o := new(told)
-	return New(st, func(err error) { o.add(err.Error()) }, func() { o.add("back") }), o
+	return New(st, News{
+		Failed: func(err error) { o.add(err.Error()) }, Back: func() { o.add("back") }, Lockless: func(err error) { o.add("its locks: " + err.Error()) },
+	}), o
 }
 
 var errDown = errors.New("down")
@@ -239,7 +241,7 @@ func TestLocksThatLie(t *testing.T) {
 		time.Sleep(time.Second)
 		late.Release()
 		time.Sleep(time.Minute)
-		wantAsked(t, st, "lock k", "unlock k")
+		wantAsked(t, st, "lock k", "store k-try", "unlock k")
 		s.mu.Lock()
 		defer s.mu.Unlock()
 		if n := st.Locks(); s.hanging != 0 || n > 0 {
@@ -282,6 +284,29 @@ func TestStorageThatCannotBeWritten(t *testing.T) {
 			t.Error(err)
 		}
 		o.want(t, "down", "back")
+		time.Sleep(time.Minute)
+	})
+}
+
+// A storage may hang with everything that it has to write.
+func TestLockThatHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		st := new(shelftest.Storage)
+		st.With(func(ctx context.Context, op string) error {
+			if !strings.HasPrefix(op, "load ") {
+				<-ctx.Done()
+			}
+			return ctx.Err()
+		})
+		s, o := newShelf(st)
+		start := time.Now()
+		l := s.Lock(t.Context(), "k")
+		<-l.Lost()
+		if took := time.Since(start); took > 2*readLimit {
+			t.Errorf("the lock was given up after %v, want %v", took, 2*readLimit)
+		}
+		l.Release()
+		o.want(t, "the storage does not answer")
 		time.Sleep(time.Minute)
 	})
 }
