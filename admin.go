@@ -37,6 +37,7 @@ const totalHeader = "X-Total-Count"
 // The query of the first has any of these parameters, and no others:
 //
 //	name   of the clients, or a pattern of path.Match in which * matches a slash, too
+//	key    of requests whose client it is, as client_by has it
 //	state  fresh, stale, expired, absent, failing or refused; or several, with commas
 //	limit  how many clients to show at most; the header X-Total-Count says how many there are
 //

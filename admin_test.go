@@ -233,7 +233,7 @@ func TestAdminRefusesQueries(t *testing.T) {
 		"limit=0":    `limit: \"0\" is not a positive integer`,
 		"limit=+5":   `limit: \" 5\" is not a positive integer`,
 		"limit":      `limit: \"\" is not a positive integer`,
-		"client=a":   `\"client\": is not a parameter of this list; it has name, state, limit`,
+		"client=a":   `\"client\": is not a parameter of this list; it has name, key, state, limit`,
 		"name=%zz":   `the query can't be read: invalid URL escape \"%zz\"`,
 		"limit=1;a":  `the query can't be read`,
 	} {

@@ -132,12 +132,21 @@ func (r *freshReplacer) renew(b *testing.B) {
 // any case, whether the transport sets some or not.
 func newRequestReplacer() *caddy.Replacer {
 	repl := caddy.NewReplacer()
-	repl.Map(func(name string) (any, bool) { return nil, strings.HasPrefix(name, "http.request.") })
+	repl.Map(func(name string) (any, bool) {
+		if name == "http.request.header.X-Key" {
+			return benchKey, true
+		}
+		return nil, strings.HasPrefix(name, "http.request.")
+	})
 	for _, name := range proxyPlaceholders {
 		repl.Set(name, 1)
 	}
 	return repl
 }
+
+// benchKey is the client key of all requests. Its value becomes an interface as that of a header
+// does.
+var benchKey = "key-9999"
 
 var proxyPlaceholders = append([]string{
 	"http.reverse_proxy.upstream.requests", "http.reverse_proxy.upstream.max_requests", "http.reverse_proxy.upstream.fails",
@@ -157,8 +166,13 @@ func BenchmarkRoundTrip(b *testing.B) {
 	dial := dialAddress{"tcp", strings.TrimPrefix(server.URL, "http://")}
 	ctx := upstreamContext(b, dial.address)
 	repl := &freshReplacer{Replacer: ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer)}
-	few, many := benchTransport(b, 1, dial), benchTransport(b, 10_000, dial)
-	for _, t := range []*Transport{few, many} {
+	few, many, keyed := benchTransport(b, 1, dial), benchTransport(b, 10_000, dial), benchTransport(b, 10_000, dial)
+	ch := &choice{placeholder: "http.request.header.X-Key", named: make(map[string]route)}
+	for i := range 10_000 {
+		ch.named[fmt.Sprint("key-", i)] = keyed.routes[dialAddress{"tcp", fmt.Sprintf("127.0.0.1:%d", 20000+i)}]
+	}
+	keyed.routes[dial] = route{choice: ch}
+	for _, t := range []*Transport{few, many, keyed} {
 		t.HTTPTransport.Transport.RegisterProtocol("stub", &stubTransport{res: http.Response{StatusCode: 204, Body: http.NoBody}})
 		t.plaintext = true
 	}
@@ -191,6 +205,7 @@ func BenchmarkRoundTrip(b *testing.B) {
 		run(connection.name+"/1/http", connection.url, few.HTTPTransport, dressed.Header)
 		run(connection.name+"/1/oauth2", connection.url, few, nil)
 		run(connection.name+"/10000/oauth2", connection.url, many, nil)
+		run(connection.name+"/10000/oauth2, by key", connection.url, keyed, nil)
 	}
 	// Upstreams have refused a token: another one, and this one.
 	source := few.routes[dial].source

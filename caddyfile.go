@@ -75,6 +75,13 @@ import (
 //		}
 //		upstream <address...> off
 //
+//		# other credentials for some of the requests
+//		client_by            <placeholder>
+//		client (<key...> | default) [{
+//			<any of the above but upstream>
+//		}]
+//		client (<key...> | default) off
+//
 //		insecure_plaintext   token_url | upstream ...
 //
 //		<any option of transport http>
@@ -94,8 +101,17 @@ func (t *Transport) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 
 	base := newCredentialsBlock(d)
 	var blocks []*credentialsBlock // one for each of t.Upstreams
+	var keyed keyedBlocks
 	for d.NextBlock(0) {
 		switch d.Val() {
+		case "client_by":
+			if err := keyed.unmarshalBy(d); err != nil {
+				return err
+			}
+		case "client":
+			if err := keyed.unmarshal(d); err != nil {
+				return err
+			}
 		case "upstream":
 			upstream, block, err := unmarshalUpstream(d)
 			if err != nil {
@@ -128,7 +144,11 @@ func (t *Transport) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 			return err
 		}
 	}
-	return t.checkBlocks(base, blocks)
+	var err error
+	if t.Clients, err = keyed.config(); err != nil {
+		return err
+	}
+	return t.checkBlocks(base, blocks, keyed.blocks)
 }
 
 // unmarshalPlaintext parses insecure_plaintext.
@@ -150,25 +170,57 @@ func (t *Transport) unmarshalPlaintext(d *caddyfile.Dispenser) error {
 
 // checkBlocks finds mistakes that show only when the whole block has been read.
 // Provision would find them too, but it knows neither file nor line.
-func (t *Transport) checkBlocks(base *credentialsBlock, blocks []*credentialsBlock) error {
-	if len(t.Upstreams) == 0 || base.missing() == "" { // otherwise upstreams only inherit from it
-		if err := t.checkBlock(base, nil); err != nil {
+func (t *Transport) checkBlocks(base *credentialsBlock, upstreams, keyed []*credentialsBlock) error {
+	if len(t.Upstreams) == 0 || t.missingFor(&base.Credentials) == nil { // otherwise upstreams only inherit from it
+		if err := t.checkClients(base, nil, keyed); err != nil {
 			return err
 		}
 	}
 	var inheriting []*Credentials
+	if t.Clients != nil && t.missingFor(t.Credentials) == nil {
+		inheriting = t.Clients.credentials()
+	}
 	for i, upstream := range t.Upstreams {
 		if upstream.Off {
 			continue
 		}
-		if err := t.checkBlock(blocks[i], t.Credentials); err != nil {
+		if err := t.checkClients(upstreams[i], t.Credentials, keyed); err != nil {
 			return err
 		}
 		inheriting = append(inheriting, upstream.Credentials)
+		if setting := upstream.unusedAuth(t.Clients.credentials()); setting != "" {
+			at := upstreams[i].seen[setting]
+			return at.WrapErr(unusedAuthError(setting, t.Clients != nil))
+		}
+	}
+	if t.Clients == nil && base.missing() == "" { // it is a client itself
+		return nil
 	}
 	if setting := base.unusedAuth(inheriting); setting != "" {
 		at := base.seen[setting]
-		return at.WrapErr(unusedAuthError(setting))
+		return at.WrapErr(unusedAuthError(setting, t.Clients != nil))
+	}
+	return nil
+}
+
+// checkClients checks the clients that a block leads to: its own, or those of the client blocks
+// that inherit from it. base is around the block.
+func (t *Transport) checkClients(block *credentialsBlock, base *Credentials, keyed []*credentialsBlock) error {
+	if t.Clients == nil {
+		return t.checkBlock(block, base)
+	}
+	merged := block.inherit(base)
+	if err := t.checkPlaintext(block, &merged); err != nil {
+		return err
+	}
+	for _, k := range keyed {
+		// The server may be around the block, which keeps it off.
+		if own := block.authSettings(); base != nil && len(own) > 0 && k.inherits("token_url") && merged.TokenURL+merged.Issuer == "" && base.TokenURL+base.Issuer != "" {
+			return block.at.WrapErr(fmt.Errorf("transport oauth2: %s (this block sets %s, so no client block inherits any client authentication from the settings around it)", merged.missing(), own[0]))
+		}
+		if err := t.checkBlock(k, &merged); err != nil {
+			return err
+		}
 	}
 	return nil
 }
@@ -188,6 +240,11 @@ func (t *Transport) checkBlock(block *credentialsBlock, base *Credentials) error
 		}
 		return block.at.WrapErr(err)
 	}
+	return t.checkPlaintext(block, &merged)
+}
+
+// checkPlaintext checks the URLs of a block. merged has what it inherits.
+func (t *Transport) checkPlaintext(block *credentialsBlock, merged *Credentials) error {
 	for setting, raw := range map[string]string{"token_url": block.TokenURL, "issuer": block.Issuer} {
 		at, ok := block.seen[setting]
 		if !ok || slices.Contains(t.InsecurePlaintext, plaintextTokenURL) {
@@ -237,17 +294,8 @@ func unmarshalUpstream(d *caddyfile.Dispenser) (*Upstream, *credentialsBlock, er
 		upstream.Addresses = append(upstream.Addresses, u.Dial)
 	}
 
-	for nesting := d.Nesting(); d.NextBlock(nesting); {
-		if off {
-			return nil, nil, d.Err("upstream: off takes no block: remove one of the two")
-		}
-		ours, err := block.unmarshal(d)
-		if err != nil {
-			return nil, nil, err
-		}
-		if !ours {
-			return nil, nil, d.Err("upstream: the line does not begin with a setting of credentials, and an upstream block takes no others: options of transport http stand beside it")
-		}
+	if err := block.unmarshalAll(d, "upstream", off); err != nil {
+		return nil, nil, err
 	}
 	if !off && len(block.seen) == 0 {
 		return nil, nil, d.Err("upstream: has no settings of its own: open a block with them, or write off")

@@ -56,6 +56,24 @@ func (b *credentialsBlock) unmarshal(d *caddyfile.Dispenser) (ours bool, err err
 	return true, nil
 }
 
+// unmarshalAll reads a block of settings, which is one of a kind: upstream or client. One that is
+// off has none.
+func (b *credentialsBlock) unmarshalAll(d *caddyfile.Dispenser, kind string, off bool) error {
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		if off {
+			return d.Errf("%s: off takes no block: remove one of the two", kind)
+		}
+		ours, err := b.unmarshal(d)
+		if err != nil {
+			return err
+		}
+		if !ours {
+			return d.Errf("%s: the line does not begin with a setting of credentials, and such a block takes no others: options of transport http stand beside it", kind)
+		}
+	}
+	return nil
+}
+
 var repeatableSettings = []string{"param", "claim", "token_request_header", "header"}
 
 // credentialsSettings has the parsers for the settings of Credentials, by name.

@@ -16,6 +16,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 )
 
@@ -153,10 +154,15 @@ func caddyfileName(field reflect.StructField) string {
 // settingNames returns the names of all settings of Credentials.
 func settingNames() []string {
 	var names []string
-	for field := range reflect.TypeFor[Credentials]().Fields() {
+	for _, field := range settingFields() {
 		names = append(names, caddyfileName(field))
 	}
 	return slices.Sorted(slices.Values(names))
+}
+
+// settingFields returns the fields of Credentials that are settings.
+func settingFields() []reflect.StructField {
+	return slices.DeleteFunc(slices.Collect(reflect.TypeFor[Credentials]().Fields()), func(field reflect.StructField) bool { return !field.IsExported() })
 }
 
 func TestJSONNamesAreTheNamesInTheCaddyfile(t *testing.T) {
@@ -164,7 +170,7 @@ func TestJSONNamesAreTheNamesInTheCaddyfile(t *testing.T) {
 	if want := settingNames(); !slices.Equal(got, want) {
 		t.Errorf("got the settings %q, want those of the JSON names, %q", got, want)
 	}
-	for field := range reflect.TypeFor[Credentials]().Fields() {
+	for _, field := range settingFields() {
 		name, _, _ := strings.Cut(field.Tag.Get("json"), ",")
 		if field.Type.Kind() == reflect.Map && !strings.HasSuffix(name, "s") {
 			t.Errorf("got the JSON name %s of a map, want a plural, as Caddy has them", name)
@@ -175,7 +181,7 @@ func TestJSONNamesAreTheNamesInTheCaddyfile(t *testing.T) {
 // A field of the same name would hide one of the http transport without a
 // word, and so would a setting in the Caddyfile.
 func TestSettingsHideNoneOfTheHTTPTransport(t *testing.T) {
-	options := jsonNames(reflect.TypeFor[Transport]().Field(3).Type.Elem())
+	options := jsonNames(reflect.TypeFor[reverseproxy.HTTPTransport]())
 	if !slices.Contains(options, "dial_timeout") {
 		t.Fatalf("got %q, want the fields of the http transport", options)
 	}
@@ -184,7 +190,7 @@ func TestSettingsHideNoneOfTheHTTPTransport(t *testing.T) {
 			t.Errorf("got %s in Transport, want that it is left to the http transport", name)
 		}
 	}
-	settings := append(slices.Sorted(maps.Keys(credentialsSettings)), "upstream", "insecure_plaintext")
+	settings := append(slices.Sorted(maps.Keys(credentialsSettings)), "upstream", "client_by", "client", "insecure_plaintext")
 	for _, name := range settings {
 		d := caddyfile.NewTestDispenser("http {\n\t" + name + "\n}")
 		http := new(Transport).CaddyModule().New().(*Transport).HTTPTransport
@@ -192,10 +198,12 @@ func TestSettingsHideNoneOfTheHTTPTransport(t *testing.T) {
 			t.Errorf("got %v, want that the http transport does not know %s", err, name)
 		}
 	}
-	own := jsonNames(reflect.TypeFor[Upstream]())
-	for _, name := range jsonNames(reflect.TypeFor[Credentials]()) {
-		if slices.Contains(own, name) {
-			t.Errorf("got %s in Upstream, want that it is left to Credentials", name)
+	for _, typ := range []reflect.Type{reflect.TypeFor[Upstream](), reflect.TypeFor[NamedClient](), reflect.TypeFor[DefaultClient]()} {
+		own := jsonNames(typ)
+		for _, name := range jsonNames(reflect.TypeFor[Credentials]()) {
+			if slices.Contains(own, name) {
+				t.Errorf("got %s in %v, want that it is left to Credentials", name, typ)
+			}
 		}
 	}
 }

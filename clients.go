@@ -33,8 +33,9 @@ type clients struct {
 	transports  map[*reverseproxy.HTTPTransport]tokenTransport // clients that inherit the same token_transport share one
 }
 
-// open opens the client for complete credentials.
-func (cs *clients) open(ctx caddy.Context, c Credentials) (*client, error) {
+// open opens the client for complete credentials. keys are the client keys of its requests, if
+// they have any.
+func (cs *clients) open(ctx caddy.Context, c Credentials, keys []string) (*client, error) {
 	expanded, err := c.expand(caddy.NewReplacer())
 	if err != nil {
 		return nil, err
@@ -47,6 +48,7 @@ func (cs *clients) open(ctx caddy.Context, c Credentials) (*client, error) {
 	if err != nil {
 		return nil, err
 	}
+	e.keys = keys
 	if expanded.shares() {
 		if e.sharing, err = cs.share(ctx, &expanded, transport, e); err != nil {
 			return nil, errors.Join(err, e.release())

@@ -41,7 +41,7 @@ func (p configPlaces) sort(transports []*Transport) {
 
 // settings returns the transport's own settings, by which it is found in a config.
 func (t *Transport) settings() string {
-	text, _ := json.Marshal([]any{t.Credentials, t.Upstreams, t.InsecurePlaintext}) // can't fail: it comes from JSON
+	text, _ := json.Marshal([]any{t.Credentials, t.Upstreams, t.Clients, t.InsecurePlaintext}) // can't fail: it comes from JSON
 	return string(text)
 }
 

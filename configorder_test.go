@@ -30,7 +30,7 @@ func TestTokenCommandKeepsTheOrderOfTheConfig(t *testing.T) {
 	}
 	source.WriteString("}\n")
 	for range 5 {
-		reports, err := requestTokens(adaptCaddyfile(t, source.String()), "", false)
+		reports, err := requestTokens(adaptCaddyfile(t, source.String()), wantedClients{}, false)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -305,6 +305,10 @@ type Credentials struct {
 	// How the gateway sends a request with a body once more. Default: it keeps
 	// 64 KiB of the body.
 	ReplayBody *ReplayBody `json:"replay_body,omitempty"`
+
+	// They are those of a client block: another client of the same server, which need not be
+	// named again. In an upstream block, a secret that stands alone may be meant for another.
+	ofServer bool
 }
 
 // ClientCertificate is a certificate with its key. Both are names of PEM

@@ -470,7 +470,7 @@ func (c *Credentials) missingBeside(base *Credentials) string {
 	if base == nil || len(own) == 0 {
 		return missing
 	}
-	notInherited := slices.DeleteFunc(base.authSettings(), func(name string) bool { return slices.Contains(own, name) })
+	notInherited := slices.DeleteFunc(base.authSettings(), func(name string) bool { return slices.Contains(own, name) || c.inherits(name) })
 	switch method := merged.authMethod(); {
 	case base.AuthMethod != "" && c.AuthMethod == "" && method != authByGrant: // that one has no name
 		missing = fmt.Sprintf("auth_method is missing: around this block it is %s; repeat that, or set another", base.AuthMethod)
@@ -484,24 +484,26 @@ func (c *Credentials) missingBeside(base *Credentials) string {
 }
 
 // unusedAuth returns the first setting of client authentication in c that nobody
-// uses, and "" if there is none. c stands around blocks. If c is no complete client
-// itself, it is only there to be inherited from. But a block with client
+// uses, and "" if there is none. c stands around blocks of a kind, and is only there to be
+// inherited from. But a block with client
 // authentication of its own inherits none. Without this check, bind_certificate
 // could stand there without a word, and no token would be bound.
 func (c *Credentials) unusedAuth(blocks []*Credentials) string {
-	settings := c.authSettings()
-	if len(settings) == 0 || len(blocks) == 0 || c.missing() == "" {
+	if len(blocks) == 0 {
 		return ""
 	}
-	for _, block := range blocks {
-		if len(block.authSettings()) == 0 {
-			return ""
+	for _, setting := range c.authSettings() {
+		if !slices.ContainsFunc(blocks, func(block *Credentials) bool { return block.inherits(setting) }) {
+			return setting
 		}
 	}
-	return settings[0]
+	return ""
 }
 
-func unusedAuthError(setting string) error {
+func unusedAuthError(setting string, beside bool) error {
+	if beside {
+		return fmt.Errorf("%s has no effect: each client block sets client authentication, so no block inherits it; remove it, or move it into the blocks", setting)
+	}
 	return fmt.Errorf("%s has no effect: each upstream block sets client authentication, so no block inherits any; move it into the blocks", setting)
 }
 

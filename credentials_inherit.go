@@ -12,7 +12,7 @@ import (
 // `token_request_header` and `header` one by one. But if c sets anything of
 // client authentication, it takes nothing of client authentication. Otherwise
 // nobody could foretell which settings of base go together with which settings
-// of c.
+// of c. A client block takes the server all the same.
 func (c Credentials) inherit(base *Credentials) Credentials {
 	if base == nil {
 		return c
@@ -22,8 +22,10 @@ func (c Credentials) inherit(base *Credentials) Credentials {
 		c.Name = cmp.Or(c.Name, base.Name)
 	}
 	c.ClientID = cmp.Or(c.ClientID, base.ClientID)
-	if !ownAuth {
+	if c.inherits("token_url") {
 		c.TokenURL, c.Issuer = base.TokenURL, base.Issuer
+	}
+	if !ownAuth {
 		c.ClientSecret, c.AuthMethod, c.BasicEncoding = base.ClientSecret, base.AuthMethod, base.BasicEncoding
 		c.PrivateKey, c.KeyID, c.SigningAlg = base.PrivateKey, base.KeyID, base.SigningAlg
 		c.AssertionAudience, c.AssertionTyp, c.AssertionLifetime = base.AssertionAudience, base.AssertionTyp, base.AssertionLifetime
@@ -73,6 +75,14 @@ func (s *ShareTokens) inherit(base *ShareTokens) *ShareTokens {
 		own.StorageRaw = base.StorageRaw
 	}
 	return &own
+}
+
+// inherits reports whether c takes a setting of client authentication from around it.
+func (c *Credentials) inherits(setting string) bool {
+	if c.ofServer && (setting == "token_url" || setting == "issuer") {
+		return c.TokenURL == "" && c.Issuer == ""
+	}
+	return len(c.authSettings()) == 0
 }
 
 // authSettings returns the names of the settings of client authentication that c

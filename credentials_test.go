@@ -160,9 +160,8 @@ func settingChanges(t *testing.T) map[string]settingChange {
 func eachSetting(t *testing.T, f func(t *testing.T, field int, base, change, changed Credentials)) {
 	t.Helper()
 	changes := settingChanges(t)
-	typ := reflect.TypeFor[Credentials]()
-	for i := range typ.NumField() {
-		name := caddyfileName(typ.Field(i))
+	for _, field := range settingFields() {
+		i, name := field.Index[0], caddyfileName(field)
 		t.Run(name, func(t *testing.T) {
 			s := changes[name]
 			value := reflect.ValueOf(s.change).Field(i)
@@ -195,9 +194,9 @@ var authSettings = []string{
 
 // withoutAuth returns c without its settings of client authentication.
 func withoutAuth(c Credentials) Credentials {
-	for i := range reflect.TypeFor[Credentials]().NumField() {
-		if slices.Contains(authSettings, caddyfileName(reflect.TypeFor[Credentials]().Field(i))) {
-			reflect.ValueOf(&c).Elem().Field(i).SetZero()
+	for _, field := range settingFields() {
+		if slices.Contains(authSettings, caddyfileName(field)) {
+			reflect.ValueOf(&c).Elem().FieldByIndex(field.Index).SetZero()
 		}
 	}
 	return c
@@ -224,13 +223,25 @@ func TestEverySettingOverridesWhatIsInherited(t *testing.T) {
 	})
 }
 
+// A client block has another client of the same server: it inherits that unless it names one.
+func TestClientBlockInheritsTheServer(t *testing.T) {
+	eachSetting(t, func(t *testing.T, _ int, base, change, _ Credentials) {
+		want := change.inherit(&base)
+		if change.TokenURL == "" && change.Issuer == "" {
+			want.TokenURL, want.Issuer = base.TokenURL, base.Issuer
+		}
+		change.ofServer = true
+		wantSettings(t, change.inherit(&base), want)
+	})
+}
+
 // wantSettings compares credentials setting by setting.
 func wantSettings(t *testing.T, got, want Credentials) {
 	t.Helper()
-	for i := range reflect.TypeFor[Credentials]().NumField() {
-		got, want := reflect.ValueOf(got).Field(i).Interface(), reflect.ValueOf(want).Field(i).Interface()
+	for _, field := range settingFields() {
+		got, want := reflect.ValueOf(got).FieldByIndex(field.Index).Interface(), reflect.ValueOf(want).FieldByIndex(field.Index).Interface()
 		if !reflect.DeepEqual(got, want) {
-			t.Errorf("%s: got %v, want %v", reflect.TypeFor[Credentials]().Field(i).Name, got, want)
+			t.Errorf("%s: got %v, want %v", field.Name, got, want)
 		}
 	}
 }

@@ -16,4 +16,5 @@ type description struct {
 	DPoP          string   `json:"dpop,omitempty"` // the algorithm of the keys that its tokens are bound to
 	ShareTokens   bool     `json:"share_tokens,omitempty"`
 	Scopes        []string `json:"scopes,omitempty"` // the scopes that the client asks for
+	Keys          []string `json:"keys,omitempty"`   // the client keys of its requests
 }

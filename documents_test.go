@@ -122,7 +122,7 @@ func TestReadmeListsClientAuthentication(t *testing.T) {
 func TestReadmeNamesEverySetting(t *testing.T) {
 	readme := readFile(t, "README.md")
 	names := slices.Sorted(maps.Keys(credentialsSettings))
-	for _, name := range append(names, "upstream", "insecure_plaintext") {
+	for _, name := range append(names, "upstream", "client_by", "client", "insecure_plaintext") {
 		if !namesSetting(readme, name) {
 			t.Errorf("got nothing about %s in README.md, want `%s` explained", name, name)
 		}
@@ -133,7 +133,7 @@ func TestReadmeNamesEverySetting(t *testing.T) {
 // the Caddyfile as well.
 func TestDocumentsNameEveryJSONField(t *testing.T) {
 	text := readFile(t, "README.md") + readFile(t, "docs/json.md")
-	for _, name := range append(jsonNames(reflect.TypeFor[Credentials]()), "credentials", "upstreams", "addresses", "off", "insecure_plaintext") {
+	for _, name := range append(jsonNames(reflect.TypeFor[Credentials]()), "credentials", "upstreams", "addresses", "off", "clients", "by", "named", "keys", "default", "insecure_plaintext") {
 		if !namesSetting(text, name) {
 			t.Errorf("got nothing about %s in README.md and docs/json.md, want `%s` explained", name, name)
 		}

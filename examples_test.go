@@ -151,7 +151,7 @@ func TestExamplesShowTokens(t *testing.T) {
 			if first, second := r.token(t), e.ask(d.method, d.ask).want(t, http.StatusOK).token(t); first != second {
 				t.Errorf("got the token %s after %s, want the same", second, first)
 			}
-			reports, err := requestTokens(adaptCaddyfile(t, e.config), "", false)
+			reports, err := requestTokens(adaptCaddyfile(t, e.config), wantedClients{}, false)
 			if err != nil || len(reports) != 1 {
 				t.Fatalf("got %d reports, err %v, want one", len(reports), err)
 			}

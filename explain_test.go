@@ -219,7 +219,7 @@ func TestExplanationOfASharedLookUp(t *testing.T) {
 func TestTokenCommandExplains(t *testing.T) {
 	auth := newAuthServer(t)
 	config := adaptCaddyfile(t, "http://127.0.0.1:1 {\n"+expand(threeOfTwoClients, "$AUTH", auth.URL)+"\n}")
-	reports, err := requestTokens(config, "127.0.0.1:9001", true)
+	reports, err := requestTokens(config, wantedClients{upstream: "127.0.0.1:9001"}, true)
 	if err != nil || len(reports) != 1 {
 		t.Fatalf("got %d reports, err %v, want 1", len(reports), err)
 	}

@@ -83,6 +83,17 @@ const (
 	errConnect = methodError("CONNECT is refused: it asks the upstream for a tunnel, through which the client could send requests of its own; use another method")
 )
 
+// A keyError refuses a request because of its client key. Whoever tries keys learns nothing
+// more.
+type keyError struct{ reason, text string }
+
+func (e keyError) Error() string { return e.text }
+
+var (
+	errNoKey      = keyError{keyMissing, "the request has no client key, and no client block is the default"}
+	errUnknownKey = keyError{keyUnknown, "no client has the client key of this request"}
+)
+
 // checkMethod refuses methods whose answer would hand the token to the client: the
 // request itself (RFC 9110 §9.3.8), or a tunnel (§9.3.6). TRACK is what another server
 // calls TRACE, and some take a method in any case. The proxy has already made a GET of
@@ -151,6 +162,8 @@ func setFailurePlaceholders(repl *caddy.Replacer, err error) {
 		code = codeInvalidResponse // the server has granted a token that can't be used
 	} else if _, ok := errors.AsType[methodError](err); ok {
 		code = codeMethod
+	} else if _, ok := errors.AsType[keyError](err); ok {
+		code = codeClientKey
 	}
 	repl.Set(phError, code)
 	repl.Set(phDescription, description)

@@ -162,6 +162,17 @@ func TestConnectIsRefused(t *testing.T) {
 	g := newGateway(t)
 	g.global = "servers {\nprotocols h1 h2c\n}\n"
 	g.load(proxySite(up, auth, ""))
+	wantConnectRefused(t, g)
+	g.load(proxySite(up, auth, "client_by {http.request.header.X-Key}\nclient acme\nclient default off"))
+	wantConnectRefused(t, g) // although it is without a token: others use the connection
+	if got := len(up.got()); got != 0 {
+		t.Errorf("got %d requests at the upstream, want none", got)
+	}
+}
+
+// wantConnectRefused fails the test unless the gateway refuses CONNECT in both protocols.
+func wantConnectRefused(t *testing.T, g *gateway) {
+	t.Helper()
 	var h2c http.Protocols
 	h2c.SetUnencryptedHTTP2(true)
 	for _, transport := range []*http.Transport{{}, {Protocols: &h2c}} {
@@ -178,9 +189,6 @@ func TestConnectIsRefused(t *testing.T) {
 		if res.StatusCode != http.StatusMethodNotAllowed || res.Header.Get("Allow") == "" {
 			t.Errorf("got %s and Allow: %q, want 405 and the other methods", res.Status, res.Header.Get("Allow"))
 		}
-	}
-	if got := len(up.got()); got != 0 {
-		t.Errorf("got %d requests at the upstream, want none", got)
 	}
 }
 

@@ -63,23 +63,23 @@ func addressed(req *http.Request, dial reverseproxy.DialInfo) *http.Request {
 
 // check sends a check to the upstream that dial names.
 func (t *Transport) check(req *http.Request, dial reverseproxy.DialInfo, target checkTarget) (*http.Response, error) {
-	r, proxy := t.routeOfCheck(dial), t.proxyOf(req)
-	if r.block == nil || t.exposes(req, dial, proxy) {
+	b, proxy := t.routeOfCheck(dial).ofChecks(), t.proxyOf(req)
+	if b == nil || t.exposes(req, dial, proxy) {
 		return t.sendCheck(req, nil, nil)
 	}
 	if err := checkProxied(req, dial, proxy); err != nil {
 		return t.fail(req, http.StatusBadGateway, err)
 	}
-	tok, waited, err := r.tokenForCheck(req.Context())
+	tok, waited, err := b.tokenForCheck(req.Context())
 	if err != nil {
 		return t.repeatAnswer(req, target)
 	}
-	res, sent, err := t.checkWith(req, r.block, tok)
+	res, sent, err := t.checkWith(req, b, tok)
 	waited = waited || sent != tok
 	if err != nil && waited && outOfTime(req.Context()) {
 		return t.repeatAnswer(req, target) // the upstream had too little of the check's time
 	}
-	if err == nil && sent.inReserve(time.Now()) && t.refusesCheck(r.block, res) {
+	if err == nil && sent.inReserve(time.Now()) && t.refusesCheck(b, res) {
 		_ = res.Body.Close()
 		return t.repeatAnswer(req, target) // the token has expired by the upstream's clock
 	}

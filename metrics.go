@@ -35,6 +35,14 @@ var refusalOutcomes = []string{
 	refusalRecovered, refusalRefusedAgain, refusalNoToken, refusalNotRepeatable, refusalNoAnswer, refusalPath, refusalProof, refusalProofAgain,
 }
 
+// Why a request was refused because of its client key.
+const (
+	keyMissing = "no_key"
+	keyUnknown = "unknown_key"
+)
+
+var keyReasons = []string{keyMissing, keyUnknown}
+
 // resultOK is the result of a token request that brought a token. All other
 // results are error codes.
 const resultOK = "ok"
@@ -83,6 +91,10 @@ var (
 		Namespace: "caddy", Subsystem: "oauth2", Name: "shared_tokens_total",
 		Help: "What has come of sharing tokens with other instances: taken and stored ones, and why there was none.",
 	}, []string{"client", "result"})
+	refusedKeysTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Namespace: "caddy", Subsystem: "oauth2", Name: "client_refusals_total",
+		Help: "Requests that were refused because of their client key, by the reason: no_key, or unknown_key.",
+	}, []string{"reason"})
 )
 
 // registerMetrics adds the metrics to the registry of a config, unless another
@@ -91,7 +103,7 @@ func registerMetrics(ctx caddy.Context) error {
 	registry := ctx.GetMetricsRegistry()
 	for _, collector := range []prometheus.Collector{
 		sourceCollector{},
-		tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, refusedRequestsTotal, refusedTokensTotal, sharedTokensTotal,
+		tokenRequestsTotal, tokenRequestDuration, requestsTotal, waitDuration, refusedRequestsTotal, refusedTokensTotal, sharedTokensTotal, refusedKeysTotal,
 	} {
 		if err := registry.Register(collector); err != nil {
 			if _, ok := errors.AsType[prometheus.AlreadyRegisteredError](err); ok {
@@ -227,7 +239,7 @@ func (m *clientMetrics) requested(ctx context.Context, got acquisition) {
 // set.
 func forgetUse(ctx context.Context) {
 	if repl, ok := replacerOf(ctx); ok {
-		for _, placeholder := range []string{phClient, phToken, phWait, phRetried} {
+		for _, placeholder := range []string{phKey, phClient, phToken, phWait, phRetried} {
 			repl.Delete(placeholder)
 		}
 	}

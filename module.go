@@ -49,6 +49,11 @@ type Transport struct {
 	// Other credentials for some of the upstreams. Default: none.
 	Upstreams []*Upstream `json:"upstreams,omitempty"`
 
+	// Credentials that each request chooses by its client key. Those around
+	// them are then only there to be inherited. Default: all requests to an
+	// upstream have the same credentials.
+	Clients *ClientsByKey `json:"clients,omitempty"`
+
 	// Where secrets may travel unencrypted to another machine. `token_url`
 	// allows http to the token endpoint and to the issuer. `upstream` allows
 	// http to the upstreams. Loopback addresses and Unix sockets are always
@@ -57,7 +62,7 @@ type Transport struct {
 
 	*reverseproxy.HTTPTransport
 
-	clients       clients               // all OAuth clients of this transport
+	opened        clients               // all OAuth clients of this transport
 	fallback      route                 // the route by the settings outside of Upstreams
 	routes        map[dialAddress]route // the routes to the addresses that the config names
 	others        route                 // the route to all other addresses
@@ -100,17 +105,56 @@ type Upstream struct {
 	*Credentials
 }
 
-// A route says how requests to an upstream address are sent: with a block of
-// credentials, or without any. The zero route belongs to addresses about which
-// the config says nothing.
-type route struct {
-	*block      // nil if off is true, and in the zero route
-	off    bool // proxy as the http transport does
+// ClientsByKey has the credentials of requests by their client key, which says on behalf of whom
+// a request is made.
+type ClientsByKey struct {
+	// Where the client key of a request comes from: one placeholder, such as
+	// `{http.auth.user.id}`. Whoever can choose its value chooses the
+	// credentials. So it has to come from something that was authenticated
+	// before: from an authentication handler, from a header that
+	// `forward_auth` sets, or from a `map` of such a value. There is a warning
+	// if it comes from what every client can send. Required.
+	By string `json:"by,omitempty"`
+
+	// The credentials of the keys that the config names. Requests with any
+	// other key are refused with status 403. Required.
+	Named []*NamedClient `json:"named,omitempty"`
+
+	// What happens to requests without a key: if its value is empty, or if the
+	// placeholder has none. Default: they are refused with status 403.
+	Default *DefaultClient `json:"default,omitempty"`
 }
 
-// unknown reports whether the config says nothing about the address. No request
-// is sent to such an address.
-func (r route) unknown() bool { return r.block == nil && !r.off }
+// NamedClient has the credentials of one or more client keys.
+type NamedClient struct {
+	// The client keys, as requests have them: upper and lower case differ. A
+	// key has no brace, and no character that can't be seen. No placeholders.
+	// Required.
+	Keys []string `json:"keys,omitempty"`
+
+	// Send these requests without a token. What the transport sets for other
+	// requests is removed from them all the same. Default: `false`.
+	Off bool `json:"off,omitempty"`
+
+	// The credentials of these requests. They inherit what is not set here
+	// from the entry of `upstreams` that the request's upstream has, and that
+	// inherits from `credentials`. As there, settings of client authentication
+	// are inherited all or none. But `token_url` and `issuer` are inherited
+	// unless one of the two is set here. Default: those around.
+	*Credentials
+}
+
+// DefaultClient has the credentials of requests without a client key.
+type DefaultClient struct {
+	// Send these requests without a token. What the transport sets for other
+	// requests is removed from them all the same. Default: `false`.
+	Off bool `json:"off,omitempty"`
+
+	// The credentials of these requests. They inherit what is not set here
+	// from the entry of `upstreams` that the request's upstream has, and that
+	// inherits from `credentials`. Default: those around.
+	*Credentials
+}
 
 // CaddyModule returns the Caddy module information.
 func (*Transport) CaddyModule() caddy.ModuleInfo {
@@ -127,7 +171,7 @@ func (*Transport) CaddyModule() caddy.ModuleInfo {
 // acquired.
 func (t *Transport) Cleanup() error {
 	t.unload()
-	return errors.Join(t.HTTPTransport.Cleanup(), t.clients.close())
+	return errors.Join(t.HTTPTransport.Cleanup(), t.opened.close())
 }
 
 // loaded has the transports that are provisioned. The command caddy oauth2-token finds

@@ -14,7 +14,8 @@ const (
 	phDescription = "http.oauth2.error_description"
 	phStatus      = "http.oauth2.status"
 
-	// For logs: how the request got its token.
+	// For logs: whose token the request has, and how it got it.
+	phKey     = "http.oauth2.key"
 	phClient  = "http.oauth2.client"
 	phToken   = "http.oauth2.token"
 	phWait    = "http.oauth2.wait_ms"

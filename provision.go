@@ -51,7 +51,7 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return fmt.Errorf("getting events app: %w", err)
 	}
-	t.clients = clients{
+	t.opened = clients{
 		logger:    t.logger,
 		events:    &emitter{app.(*caddyevents.App), ctx, t.logger},
 		plaintext: slices.Contains(t.InsecurePlaintext, plaintextTokenURL),
@@ -79,8 +79,19 @@ func (t *Transport) Provision(ctx caddy.Context) error {
 // opens the clients of all credentials.
 func (t *Transport) provisionRoutes(ctx caddy.Context) error {
 	repl := caddy.NewReplacer()
-	if len(t.Upstreams) == 0 && t.Credentials == nil {
+	if len(t.Upstreams) == 0 && t.Credentials == nil && t.Clients == nil {
 		return errors.New("transport oauth2: token_url, client_id and client_secret are missing")
+	}
+	if err := t.Clients.check(); err != nil {
+		return err
+	}
+	if t.Clients != nil {
+		for _, reason := range keyReasons { // the series exist from now on
+			refusedKeysTotal.WithLabelValues(reason)
+		}
+		if warning := t.Clients.warning(); warning != "" {
+			t.logger.Warn(warning)
+		}
 	}
 	var base *Credentials
 	if t.Credentials != nil {
@@ -89,19 +100,30 @@ func (t *Transport) provisionRoutes(ctx caddy.Context) error {
 			return err
 		}
 		base = &own
-		if missing := own.missing(); missing == "" {
-			if t.fallback, err = t.open(ctx, own); err != nil {
+	}
+	if base != nil { // others inherit from it
+		if err := cmp.Or(base.check(), base.checkReplayUse()); err != nil {
+			return err
+		}
+	}
+	if base != nil || t.Clients != nil {
+		missing := t.missingFor(base)
+		switch {
+		case missing == nil:
+			var err error
+			if t.fallback, err = t.open(ctx, base); err != nil {
 				return err
 			}
-		} else if len(t.Upstreams) == 0 {
-			return errors.New(missing)
-		} else if err := cmp.Or(own.check(), own.checkReplayUse()); err != nil { // upstreams inherit from it
-			return err
+		case len(t.Upstreams) == 0:
+			return missing
 		}
 	}
 
 	t.routes = make(map[dialAddress]route)
 	var inheriting []*Credentials
+	if !t.fallback.unknown() {
+		inheriting = t.Clients.credentials()
+	}
 	for i, upstream := range t.Upstreams {
 		if upstream == nil {
 			return fmt.Errorf("upstream %d: is null", i)
@@ -129,11 +151,28 @@ func (t *Transport) provisionRoutes(ctx caddy.Context) error {
 	if len(t.Upstreams) == 0 { // beside them, see assignRoutes
 		t.others = t.fallback
 	}
-	if base == nil {
+	if base == nil || (t.Clients == nil && base.missing() == "") { // it is a client itself
 		return nil
 	}
 	if setting := base.unusedAuth(inheriting); setting != "" {
-		return unusedAuthError(setting)
+		return unusedAuthError(setting, t.Clients != nil)
+	}
+	return nil
+}
+
+// missingFor returns what is missing for the clients that these credentials lead to: for
+// those of the client blocks, if there are any.
+func (t *Transport) missingFor(c *Credentials) error {
+	for _, k := range t.Clients.all() {
+		if missing := k.missingBeside(c); missing != "" && !k.off {
+			return fmt.Errorf("%s: %s", k.name(), missing)
+		}
+	}
+	if t.Clients != nil {
+		return nil
+	}
+	if missing := c.missing(); missing != "" {
+		return errors.New(missing)
 	}
 	return nil
 }
@@ -159,31 +198,69 @@ func (t *Transport) openUpstream(ctx caddy.Context, u *Upstream, base *Credentia
 	if err := own.check(); err != nil {
 		return route{}, err
 	}
-	if missing := own.missingBeside(base); missing != "" {
+	merged := own.inherit(base)
+	if t.Clients != nil {
+		if err := t.missingFor(&merged); err != nil {
+			return route{}, err
+		}
+		if setting := own.unusedAuth(t.Clients.credentials()); setting != "" {
+			return route{}, unusedAuthError(setting, t.Clients != nil)
+		}
+	} else if missing := own.missingBeside(base); missing != "" {
 		return route{}, errors.New(missing)
 	}
-	return t.open(ctx, own.inherit(base))
+	return t.open(ctx, &merged)
 }
 
-// open opens the route for complete credentials.
-func (t *Transport) open(ctx caddy.Context, c Credentials) (route, error) {
+// open opens the route for credentials. They are complete, or else each client block is
+// complete that inherits from them.
+func (t *Transport) open(ctx caddy.Context, c *Credentials) (route, error) {
+	if t.Clients == nil {
+		b, err := t.openBlock(ctx, *c, nil)
+		return route{block: b}, err
+	}
+	ch := &choice{placeholder: t.Clients.placeholder(), named: make(map[string]route)}
+	for _, k := range t.Clients.all() {
+		r := route{off: k.off}
+		if !k.off {
+			own, err := k.canonical()
+			if err != nil {
+				return route{}, fmt.Errorf("%s: %w", k.name(), err)
+			}
+			if r.block, err = t.openBlock(ctx, own.inherit(c), k.keys); err != nil {
+				return route{}, fmt.Errorf("%s: %w", k.name(), err)
+			}
+			ch.blocks = append(ch.blocks, r.block)
+		}
+		for _, key := range k.keys {
+			ch.named[key] = r
+		}
+		if len(k.keys) == 0 {
+			ch.none = r
+		}
+	}
+	return route{choice: ch}, nil
+}
+
+// openBlock opens the block for complete credentials, and the requests with these client keys.
+func (t *Transport) openBlock(ctx caddy.Context, c Credentials, keys []string) (*block, error) {
 	var bound *boundTransport
 	if c.BindCertificate && c.ClientCertificate != nil { // without a certificate, clients.open returns an error
 		var err error
 		if bound, err = newBoundTransport(t.HTTPTransport); err != nil {
-			return route{}, fmt.Errorf("bind_certificate: %w", err)
+			return nil, fmt.Errorf("bind_certificate: %w", err)
 		}
-		t.clients.closeToo(bound)
+		t.opened.closeToo(bound)
 	}
 	// This comes last: others that share the token source use the client at once.
-	cl, err := t.clients.open(ctx, c)
+	cl, err := t.opened.open(ctx, c, keys)
 	if err != nil {
-		return route{}, err
+		return nil, err
 	}
 	b := newBlock(cl)
 	b.bound = bound
 	b.fields(&t.reserved)
-	return route{block: b}, nil
+	return b, nil
 }
 
 // parentHandler returns the handler of the transport that is being provisioned.
@@ -212,19 +289,21 @@ func (t *Transport) checkUpstreams(handler *reverseproxy.Handler) error {
 	for _, u := range all.static {
 		r := t.routeTo(u.dialAddress)
 		if r.unknown() {
-			missing := "token_url, client_id and client_secret are missing"
+			missing := errors.New("token_url, client_id and client_secret are missing")
 			if t.Credentials != nil {
-				missing = t.Credentials.missing()
+				missing = t.missingFor(t.Credentials)
 			}
-			return fmt.Errorf("upstream %s has no credentials: %s; or add `upstream %s { … }` or `upstream %s off`", u.written, missing, u.written, u.written)
+			return fmt.Errorf("upstream %s has no credentials: %w; or add `upstream %s { … }` or `upstream %s off`", u.written, missing, u.written, u.written)
 		}
-		if r.block != nil && !t.plaintext && !t.private(u.dialAddress) {
+		if !r.off && !t.plaintext && !t.private(u.dialAddress) {
 			return plaintextError(u.written)
 		}
 		fallbackUsed = fallbackUsed || r == t.fallback
 	}
-	if t.fallback.block != nil && !fallbackUsed {
-		t.fallback.spare = true
+	if !fallbackUsed {
+		for b := range t.fallback.blocks() {
+			b.spare = true
+		}
 	}
 	t.readHealthChecks(handler, all)
 	return nil
@@ -251,8 +330,8 @@ func (t *Transport) readHealthChecks(handler *reverseproxy.Handler, all configur
 		return
 	}
 	for _, u := range all.static {
-		if r := t.routeOfCheck(checkedAt(checks, u)); r.block != nil {
-			r.keep()
+		if b := t.routeOfCheck(checkedAt(checks, u)).ofChecks(); b != nil {
+			b.keep()
 		}
 	}
 }
@@ -304,7 +383,7 @@ func (t *Transport) private(dial dialAddress) bool {
 // requests need not wait. Caddy emits the event when it starts and after each
 // reload, but not when it only validates a config.
 func (t *Transport) warmUp() error {
-	return t.clients.events.app.On("started", onStarted(t.clients.acquired))
+	return t.opened.events.app.On("started", onStarted(t.opened.acquired))
 }
 
 // onStarted has the clients to warm up when the config has started.

@@ -45,6 +45,14 @@ func (t *Transport) RoundTrip(req *http.Request) (*http.Response, error) {
 	if !targetsPath(req) {
 		return t.fail(req, http.StatusBadRequest, errOpaque)
 	}
+	if r.choice != nil {
+		if r, err = choose(req, r.choice); err != nil {
+			return t.fail(req, http.StatusForbidden, err)
+		}
+		if r.off {
+			return t.sendBare(req)
+		}
+	}
 	tok, got, err := r.source.Token(ctx)
 	r.endpoint.metrics.requested(ctx, got)
 	if err != nil {
@@ -89,6 +97,22 @@ func (t *Transport) routeOf(req *http.Request) (route, error) {
 		return route{}, plaintextError(to.String())
 	}
 	return r, checkProxied(req, dial, proxy)
+}
+
+// choose returns the route of a request by its client key, and notes the key.
+func choose(req *http.Request, c *choice) (route, error) {
+	ctx := req.Context()
+	r, key, err := c.of(ctx)
+	if refused, ok := errors.AsType[keyError](err); ok {
+		refusedKeysTotal.WithLabelValues(refused.reason).Inc()
+	}
+	if err != nil || r.off {
+		forgetUse(ctx) // of another proxy, or of an earlier try
+	}
+	if repl, ok := replacerOf(ctx); ok && err == nil {
+		repl.Set(phKey, key)
+	}
+	return r, err
 }
 
 // targetsPath reports whether the target that net/http would write is a path, or the
@@ -305,11 +329,35 @@ func withOwnVars(out *http.Request) *http.Request {
 // outbound returns the request that goes upstream: a shallow copy of req with its
 // own header.
 func (t *Transport) outbound(req *http.Request, b *block, tok *token) (*http.Request, error) {
+	out := t.bare(req, 1+len(b.identity))
+	return out, b.dress(out, tok)
+}
+
+// bare returns a shallow copy of req without the headers that only the transport sets, and with
+// room for more. It still has the body of req.
+func (t *Transport) bare(req *http.Request, more int) *http.Request {
 	out := new(http.Request)
 	*out = *req
-	out.Header = t.reserved.without(req.Header, 1+len(b.identity))
+	out.Header = t.reserved.without(req.Header, more)
 	keepHTTP(out.Header)
-	return out, b.dress(out, tok)
+	return out
+}
+
+// sendBare sends the request of a client that is off. It goes over the connections of requests
+// that have a token. So what holds for these, holds for it: without that, its body could become
+// the beginning of the next request, or its answer a tunnel to the upstream.
+func (t *Transport) sendBare(req *http.Request) (*http.Response, error) {
+	out := t.bare(req, 0)
+	if hasBody(req) {
+		setBody(out, req.Body, t.reserved.without(req.Trailer, 0), &t.reserved)
+	} else {
+		out.Trailer = nil // see record
+	}
+	res, err := t.send(out, nil, nil)
+	if err != nil {
+		return nil, err
+	}
+	return checkSwitch(out, res)
 }
 
 // record makes the body of req the body of out. If it may be sent again, it is
@@ -347,12 +395,22 @@ func (t *Transport) send(req *http.Request, b *block, tok *token) (res *http.Res
 		return nil, upstreamFailure(req.Context(), err)
 	}
 	delete(res.Header, failureField)
-	if b != nil && res.StatusCode == http.StatusSwitchingProtocols && !switchesAsAsked(req, res) {
-		_ = res.Body.Close()
-		return nil, errSwitched
+	if b != nil {
+		if res, err = checkSwitch(req, res); err != nil {
+			return nil, err
+		}
 	}
 	if res.StatusCode != http.StatusSwitchingProtocols && res.Body != http.NoBody { // or it is a connection
 		res.Body = foreignBody{res.Body, req.Context()}
+	}
+	return res, nil
+}
+
+// checkSwitch returns res, or an error if it switches to a protocol that nobody asked for.
+func checkSwitch(req *http.Request, res *http.Response) (*http.Response, error) {
+	if res.StatusCode == http.StatusSwitchingProtocols && !switchesAsAsked(req, res) {
+		_ = res.Body.Close()
+		return nil, errSwitched
 	}
 	return res, nil
 }

@@ -18,11 +18,12 @@ import (
 // have the same names.
 const (
 	paramName  = "name"
+	paramKey   = "key"
 	paramState = "state"
 	paramLimit = "limit"
 )
 
-var selectionParams = []string{paramName, paramState, paramLimit}
+var selectionParams = []string{paramName, paramKey, paramState, paramLimit}
 
 // A list can also be asked for what the state of a token does not say.
 const (
@@ -35,6 +36,7 @@ var selectableStates = append(slices.Clone(tokenStates), stateFailing, stateRefu
 // selection says which clients a list shows. The zero value says all.
 type selection struct {
 	name   string   // a pattern; "" selects all names
+	key    string   // a client key; "" selects all clients
 	states []string // some of selectableStates, of which a client has one; none selects all
 	limit  int      // how many clients are shown at most; 0 if there is no limit
 }
@@ -52,6 +54,10 @@ func parseSelection(params url.Values) (s selection, err error) {
 		switch value := params.Get(param); param {
 		case paramName:
 			err = s.setName(value)
+		case paramKey:
+			if s.key = value; value == "" {
+				err = errors.New("key: is empty; name a client key, or leave it out to get all clients")
+			}
 		case paramState:
 			err = s.setStates(value)
 		case paramLimit:
@@ -100,6 +106,9 @@ func (s selection) query() string {
 	if s.name != "" {
 		params.Set(paramName, s.name)
 	}
+	if s.key != "" {
+		params.Set(paramKey, s.key)
+	}
 	if len(s.states) > 0 {
 		params.Set(paramState, strings.Join(s.states, ","))
 	}
@@ -129,7 +138,7 @@ func withoutSlashes(s string) string { return strings.ReplaceAll(s, "/", "\x00")
 
 // selects reports whether a client is selected.
 func (s selection) selects(client *sourceStatus) bool {
-	return s.selectsName(client.name) && (len(s.states) == 0 || slices.ContainsFunc(s.states, client.is))
+	return s.selectsName(client.name) && (s.key == "" || slices.Contains(client.Keys, s.key)) && (len(s.states) == 0 || slices.ContainsFunc(s.states, client.is))
 }
 
 // is reports whether one of the selectableStates holds.

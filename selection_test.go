@@ -111,6 +111,25 @@ func TestSelectionByState(t *testing.T) {
 	}
 }
 
+func TestSelectionByKey(t *testing.T) {
+	s, err := parseSelection(url.Values{"key": {"acme"}})
+	if err != nil || s.query() != "?key=acme" {
+		t.Fatalf("got %q, err %v, want the query", s.query(), err)
+	}
+	for _, test := range []struct {
+		keys []string
+		want bool
+	}{
+		{nil, false},
+		{[]string{"globex", "acme"}, true},
+		{[]string{"acme-2", "ACME", "a*"}, false},
+	} {
+		if got := s.selects(&sourceStatus{description: description{Keys: test.keys}}); got != test.want {
+			t.Errorf("%q: got %v, want %v", test.keys, got, test.want)
+		}
+	}
+}
+
 func TestSelectionErrors(t *testing.T) {
 	evil := "\x1b[31m\u202e\n\u009b"
 	for query, want := range map[string]string{
@@ -119,6 +138,8 @@ func TestSelectionErrors(t *testing.T) {
 		`name=a\`:                       `name: "a\\" is not a pattern`,
 		"name=[]":                       "is not a pattern",
 		"name=a&name=b":                 "name: is given 2 times; give it once",
+		"key=":                          "key: is empty; name a client key, or leave it out",
+		"key=a&key=b":                   "key: is given 2 times",
 		"state=":                        `state: "" is not known; name one or more of fresh, stale, expired, absent, failing, refused`,
 		"state=Fresh":                   `state: "Fresh" is not known`,
 		"state=fresh,":                  `state: "" is not known`,
@@ -132,7 +153,7 @@ func TestSelectionErrors(t *testing.T) {
 		"limit=0x10":                    "is not a positive integer",
 		"limit=99999999999999999999999": "is not a positive integer",
 		"limit=1&limit=1":               "limit: is given 2 times",
-		"Limit=1":                       `"Limit": is not a parameter of this list; it has name, state, limit`,
+		"Limit=1":                       `"Limit": is not a parameter of this list; it has name, key, state, limit`,
 		"offset=1&limit=x":              `limit: "x"`,
 		"sort=1&sort=2":                 `"sort": is not a parameter`,
 		"name=[" + evil:                 "is not a pattern",

@@ -128,9 +128,15 @@ func (s *tokenSource) statuses(now time.Time) []sourceStatus {
 	var statuses []sourceStatus
 	for _, r := range requesters {
 		status.description = r.describe()
-		named := func(other sourceStatus) bool { return other.name == status.name }
-		if !slices.ContainsFunc(statuses, named) {
+		same := slices.IndexFunc(statuses, func(other sourceStatus) bool { return other.name == status.name })
+		if same < 0 {
 			statuses = append(statuses, status)
+			continue
+		}
+		for _, key := range status.Keys {
+			if known := &statuses[same].Keys; !slices.Contains(*known, key) {
+				*known = append(slices.Clip(*known), key) // a copy: the client has its own
+			}
 		}
 	}
 	return statuses

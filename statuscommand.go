@@ -4,6 +4,7 @@ package outboundauth
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"os/signal"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -33,7 +35,7 @@ const clearScreen = "\x1b[H\x1b[2J"
 func init() {
 	caddycmd.RegisterCommand(caddycmd.Command{
 		Name:  "oauth2-status",
-		Usage: "[--name <pattern>] [--state <states>] [--limit <number>] [--address <admin address>] [--config <path> [--adapter <name>]] [--watch] [--json]",
+		Usage: "[--name <pattern>] [--key <client key>] [--state <states>] [--limit <number>] [--address <admin address>] [--config <path> [--adapter <name>]] [--watch] [--json]",
 		Short: "Shows the state of the OAuth clients of a running Caddy",
 		Long: `
 Asks the admin API of a running Caddy for its OAuth clients, and shows for each
@@ -47,6 +49,7 @@ those whose token an upstream refuses. Each group is sorted by name.
 --name shows the clients of one name, or of a pattern: * stands for any text,
 ? for one character, [a-z] for one of several. A slash is a character like all
 others. Write a backslash before one of these that is a part of the name.
+--key shows the client of the requests that have this client key (client_by).
 --state shows the clients in one of some states, with commas between them:
 fresh, stale, expired or absent is the state of the token; failing means that
 the last attempt to get a token failed, refused that an upstream refuses the
@@ -59,6 +62,7 @@ interrupted; --json writes what the admin API answers.`,
 		Flags: func() *flag.FlagSet {
 			fs := flag.NewFlagSet("oauth2-status", flag.ExitOnError)
 			fs.String(paramName, "", "Only clients of this name or `pattern`")
+			fs.String(paramKey, "", "Only the client of this client `key`")
 			fs.String(paramState, "", "Only clients in one of these `states`: "+strings.Join(selectableStates, ","))
 			fs.String(paramLimit, "", "Only this `number` of clients")
 			fs.String("address", "", "Address of the admin API")
@@ -193,14 +197,19 @@ func askAdmin(ctx context.Context, address, path string) (http.Header, []byte, e
 func statusTable(statuses []clientStatus, left int, selected selection, now time.Time) string {
 	switch {
 	case len(statuses) > 0:
-	case selected.name != "" || len(selected.states) > 0:
+	case selected.name != "" || selected.key != "" || len(selected.states) > 0:
 		return "no OAuth clients match\n"
 	default:
 		return "no OAuth clients\n"
 	}
 	var b strings.Builder
 	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(table, "ID\tCLIENT\tTOKEN\tEXPIRES\tRENEWAL\tFAILURES\tRETRY\tLAST ERROR")
+	byKey := slices.ContainsFunc(statuses, func(s clientStatus) bool { return len(s.Keys) > 0 })
+	fmt.Fprint(table, "ID\tCLIENT\t")
+	if byKey {
+		fmt.Fprint(table, "KEYS\t")
+	}
+	fmt.Fprintln(table, "TOKEN\tEXPIRES\tRENEWAL\tFAILURES\tRETRY\tLAST ERROR")
 	for _, s := range statuses {
 		lastError := ""
 		if s.LastError != nil {
@@ -213,7 +222,11 @@ func statusTable(statuses []clientStatus, left int, selected selection, now time
 		if s.Fetching {
 			state += ", fetching"
 		}
-		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", oneLine(s.ID), oneLine(s.Name), oneLine(state),
+		fmt.Fprintf(table, "%s\t%s\t", oneLine(s.ID), oneLine(s.Name))
+		if byKey {
+			fmt.Fprintf(table, "%s\t", cmp.Or(oneLine(strings.Join(s.Keys, " ")), "-"))
+		}
+		fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", oneLine(state),
 			until(s.Expires, now, "ago"), until(s.Renewal, now, "due"), strconv.Itoa(s.Failures), until(s.RetryAt, now, "due"), oneLine(lastError))
 	}
 	_ = table.Flush() // can't fail: it writes to memory

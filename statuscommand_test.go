@@ -50,6 +50,20 @@ func TestStatusTable(t *testing.T) {
 	}
 }
 
+func TestStatusTableWithKeys(t *testing.T) {
+	got := statusTable([]clientStatus{
+		{ID: "0a0a0a0a0a0a", Name: "a", State: stateAbsent, description: description{Keys: []string{"acme", "globex\x1b"}}},
+		{ID: "0b0b0b0b0b0b", Name: "b", State: stateAbsent},
+	}, 0, selection{}, time.Now())
+	want := `ID            CLIENT  KEYS          TOKEN   EXPIRES  RENEWAL  FAILURES  RETRY  LAST ERROR
+0a0a0a0a0a0a  a       acme globex�  absent  -        -        0         -      
+0b0b0b0b0b0b  b       -             absent  -        -        0         -      
+`
+	if want = strings.ReplaceAll(want, `\ufffd`, "\ufffd"); got != want {
+		t.Errorf("got\n%s\nwant\n%s", got, want)
+	}
+}
+
 func TestStatusTableOfUpstreams(t *testing.T) {
 	now := time.Date(2025, 3, 1, 12, 0, 0, 0, time.UTC)
 	ago := func(d time.Duration) time.Time { return now.Add(-d) }

@@ -56,9 +56,17 @@ func TestTrailersReachTheUpstream(t *testing.T) {
 
 // What a client may not say in a header, it may not say in a trailer.
 func TestIdentityInTrailersIsRemoved(t *testing.T) {
-	for _, announced := range []bool{true, false} {
-		t.Run(fmt.Sprint("announced: ", announced), func(t *testing.T) {
-			g, _, up := gateAndFakes(t, "header X-User someone")
+	const byKey = "\nclient_by {http.request.header.X-Key}\nclient acme\nclient default off"
+	for _, test := range []struct {
+		announced bool
+		more      string
+	}{{true, ""}, {false, ""}, {true, byKey}, {false, byKey}} {
+		announced := test.announced
+		t.Run(fmt.Sprintf("announced: %t, a client that is off: %t", announced, test.more != ""), func(t *testing.T) {
+			g, _, up := gateAndFakes(t, "header X-User someone"+test.more)
+			if test.more != "" {
+				up.auth = nil // it gets no token
+			}
 			announcement := ""
 			if announced {
 				announcement = "Trailer: X-Tenant-Id, x-user, X-Checksum\r\n"

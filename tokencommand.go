@@ -33,7 +33,7 @@ const (
 func init() {
 	caddycmd.RegisterCommand(caddycmd.Command{
 		Name:  "oauth2-token",
-		Usage: "[--config <path>] [--adapter <name>] [--upstream <address>] [--explain] [--show-token] [--json]",
+		Usage: "[--config <path>] [--adapter <name>] [--upstream <address>] [--key <client key>] [--explain] [--show-token] [--json]",
 		Short: "Obtains the access tokens of a config, and shows what comes back",
 		Long: `
 Loads the config like 'caddy validate', makes one token request for each OAuth
@@ -48,7 +48,8 @@ answer has.
 
 The config is the Caddyfile of the current directory unless --config names
 another. --upstream picks the client of one upstream, written as in
-reverse_proxy. The token itself is shown only with --show-token.
+reverse_proxy, and --key the client of requests with one client key (client_by).
+The token itself is shown only with --show-token.
 
 Placeholders are replaced in the environment of the command: {env.*} are its
 own variables, and files have to be readable by its user.
@@ -61,6 +62,7 @@ the scopes that are configured.`,
 			fs.String("config", "", "Configuration file")
 			fs.String("adapter", "", "Name of the config adapter")
 			fs.String("upstream", "", "Only for the client of this upstream")
+			fs.String("key", "", "Only for the client of this client key")
 			fs.Bool("explain", false, "Show each step on the way to the token")
 			fs.Bool("show-token", false, "Show the token itself")
 			fs.Bool("json", false, "Write JSON")
@@ -74,7 +76,7 @@ the scopes that are configured.`,
 			if err != nil {
 				return caddy.ExitCodeFailedStartup, err
 			}
-			reports, err := requestTokens(config, fl.String("upstream"), fl.Bool("explain"))
+			reports, err := requestTokens(config, wantedClients{fl.String("upstream"), fl.String("key")}, fl.Bool("explain"))
 			if err != nil {
 				return caddy.ExitCodeFailedStartup, err
 			}
@@ -104,9 +106,8 @@ func readConfig(file, adapter string) (*caddy.Config, error) {
 }
 
 // requestTokens provisions a config, and requests a token for each of its
-// clients. If upstream is not empty, it requests only the token of that
-// upstream's client. The reports are in the order of the config.
-func requestTokens(config *caddy.Config, upstream string, explain bool) ([]tokenReport, error) {
+// clients that are wanted. The reports are in the order of the config.
+func requestTokens(config *caddy.Config, wanted wantedClients, explain bool) ([]tokenReport, error) {
 	// The gateway may be running with this config. The command must neither
 	// take its admin address nor write to its logs.
 	config.Admin = &caddy.AdminConfig{Disabled: true}
@@ -129,14 +130,17 @@ func requestTokens(config *caddy.Config, upstream string, explain bool) ([]token
 		return nil, errors.New("the config has no transport oauth2")
 	}
 	places.sort(transports)
-	clients, err := selectClients(transports, upstream)
+	clients, err := wanted.in(transports)
 	if err != nil {
 		return nil, err
 	}
 	reports := make([]tokenReport, len(clients))
 	var wg sync.WaitGroup
 	for i, c := range clients {
-		wg.Go(func() { reports[i] = c.report(c.upstreams, explain) })
+		wg.Go(func() {
+			reports[i] = c.report(c.upstreams, explain)
+			reports[i].Keys = c.keys
+		})
 		if explain { // one by one, or chance would say which client of an issuer shows the look-up
 			wg.Wait()
 		}
@@ -145,24 +149,55 @@ func requestTokens(config *caddy.Config, upstream string, explain bool) ([]token
 	return reports, nil
 }
 
-// upstreamClient is a client and the upstreams that get its token.
+// upstreamClient is a client, the upstreams that get its token, and the client keys of the
+// requests that have it.
 type upstreamClient struct {
 	*client
-	upstreams []string
+	upstreams, keys []string
 }
 
-// selectClients returns the clients of all upstreams in the order of the
-// config, or only the client of one upstream. Equal clients share one token, so
-// it returns only one of them.
-func selectClients(transports []*Transport, upstream string) ([]*upstreamClient, error) {
-	wanted, err := parseUpstream(upstream)
+// wantedClients says whose tokens are wanted. "" is any of them.
+type wantedClients struct{ upstream, key string }
+
+// in returns the clients that are wanted, in the order of the config. Equal clients share one
+// token, so it returns only one of them.
+func (w wantedClients) in(transports []*Transport) ([]*upstreamClient, error) {
+	wanted, err := parseUpstream(w.upstream)
 	if err != nil {
 		return nil, err
 	}
 	var selected []*upstreamClient
-	byKey := make(map[sourceKey]*upstreamClient)
-	known := make(map[string]bool)
-	off := false
+	bySource := make(map[sourceKey]*upstreamClient)
+	selectAt := func(b *block, upstream string) {
+		if w.key != "" && !slices.Contains(b.endpoint.keys, w.key) {
+			return
+		}
+		c := bySource[b.key]
+		if c == nil {
+			c = &upstreamClient{client: b.client}
+			bySource[b.key] = c
+			selected = append(selected, c)
+		}
+		if upstream != "" && !slices.Contains(c.upstreams, upstream) {
+			c.upstreams = append(c.upstreams, upstream)
+		}
+		for _, key := range b.endpoint.keys {
+			if !slices.Contains(c.keys, key) {
+				c.keys = append(c.keys, key)
+			}
+		}
+	}
+	known, keys := make(map[string]bool), make(map[string]bool)
+	off, keyOff := false, false
+	note := func(r route) { // its keys
+		if r.choice == nil {
+			return
+		}
+		for key, of := range r.choice.named {
+			keys[key] = true
+			keyOff = keyOff || (key == w.key && of.off)
+		}
+	}
 	for _, t := range transports {
 		for _, n := range t.named {
 			r := t.routeTo(n.dialAddress)
@@ -170,39 +205,42 @@ func selectClients(transports []*Transport, upstream string) ([]*upstreamClient,
 				continue // only what it yields has credentials
 			}
 			known[n.String()] = true
-			if upstream != "" && !n.is(wanted) {
+			if w.upstream != "" && !n.is(wanted) {
 				continue
 			}
-			if r.block == nil {
-				off = true
-				continue
-			}
-			if _, ok := byKey[r.key]; !ok {
-				byKey[r.key] = &upstreamClient{client: r.client}
-				selected = append(selected, byKey[r.key])
-			}
-			if c := byKey[r.key]; !slices.Contains(c.upstreams, n.String()) {
-				c.upstreams = append(c.upstreams, n.String())
+			off = off || r.off
+			note(r)
+			for b := range r.blocks() {
+				selectAt(b, n.String())
 			}
 		}
-		// Upstreams that the config does not name get the token of this one.
-		if r := t.others; r.block != nil && upstream == "" && byKey[r.key] == nil {
-			byKey[r.key] = &upstreamClient{client: r.client}
-			selected = append(selected, byKey[r.key])
+		if w.upstream == "" { // upstreams that the config does not name get the tokens of this one
+			note(t.others)
+			for b := range t.others.blocks() {
+				selectAt(b, "")
+			}
 		}
 	}
+	list := func(names map[string]bool) string { return strings.Join(slices.Sorted(maps.Keys(names)), ", ") }
 	switch {
 	case len(selected) > 0:
 		return selected, nil
-	case upstream == "":
+	case keyOff:
+		return nil, fmt.Errorf("--key %s: it is off, and gets no token", w.key)
+	case w.key != "" && len(keys) == 0:
+		return nil, fmt.Errorf("--key %s: the config has no client keys there; leave it out", w.key)
+	case w.key != "":
+		return nil, fmt.Errorf("--key %s: the config has no such client key; it has %s", w.key, list(keys))
+	case w.upstream == "" && len(keys) > 0:
+		return nil, errors.New("all clients are off: there is no token to obtain")
+	case w.upstream == "":
 		return nil, errors.New("all upstreams are off: there is no token to obtain")
 	case off:
-		return nil, fmt.Errorf("--upstream %s: it is off, and gets no token", upstream)
+		return nil, fmt.Errorf("--upstream %s: it is off, and gets no token", w.upstream)
 	case len(known) == 0:
-		return nil, fmt.Errorf("--upstream %s: all upstreams are dynamic; leave it out", upstream)
+		return nil, fmt.Errorf("--upstream %s: all upstreams are dynamic; leave it out", w.upstream)
 	}
-	return nil, fmt.Errorf("--upstream %s: the config has no such upstream; it has %s",
-		upstream, strings.Join(slices.Sorted(maps.Keys(known)), ", "))
+	return nil, fmt.Errorf("--upstream %s: the config has no such upstream; it has %s", w.upstream, list(known))
 }
 
 // parseUpstream reads an address as reverse_proxy does. For "", it returns the

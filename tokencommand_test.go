@@ -22,7 +22,7 @@ import (
 func runTokenCommand(t *testing.T, site, upstream string, showToken, asJSON bool) (output string, status int, err error) {
 	t.Helper()
 	config := adaptCaddyfile(t, "{\nauto_https off\n}\nhttp://127.0.0.1:1 {\n"+site+"\n}")
-	reports, err := requestTokens(config, upstream, false)
+	reports, err := requestTokens(config, wantedClients{upstream: upstream}, false)
 	if err != nil {
 		return "", caddy.ExitCodeFailedStartup, err
 	}
@@ -316,6 +316,31 @@ func TestTokenCommandPicksAnUpstream(t *testing.T) {
 			t.Errorf("%s: got\n%s\nwant the client %s only", test.upstream, output, test.want)
 		}
 	}
+}
+
+func TestTokenCommandPicksAKey(t *testing.T) {
+	auth := newAuthServer(t)
+	site := expand(keyedSite, "$UP", "127.0.0.1:9000", "$AUTH", auth.URL, "$DEFAULT", "client {args}\nclient default {\nclient_id of-nobody\nclient_secret canary-secret-d\n}")
+	site = strings.Replace(site, "client {args}\n", "client initrode {\nclient_id of-acme\nclient_secret canary-secret-a\n}\n", 1) // the token of acme
+	for _, test := range []struct{ key, want, err string }{
+		{"", "of-acme acme initrode|of-globex globex Initech|of-nobody", ""},
+		{"acme", "of-acme acme", ""},
+		{"Initech", "of-globex globex Initech", ""},
+		{"ACME", "", "--key ACME: the config has no such client key; it has Initech, acme, globex, guests, initrode"},
+		{"guests", "", "--key guests: it is off, and gets no token"},
+	} {
+		reports, err := requestTokens(adaptCaddyfile(t, "{\nauto_https off\n}\nhttp://127.0.0.1:1 {\n"+site+"\n}"), wantedClients{key: test.key}, false)
+		wantError(t, err, test.err)
+		var got []string
+		for _, r := range reports {
+			got = append(got, strings.Join(append([]string{r.ClientID}, r.Keys...), " "))
+		}
+		if strings.Join(got, "|") != test.want {
+			t.Errorf("%q: got %q, want %q", test.key, got, test.want)
+		}
+	}
+	_, err := requestTokens(adaptCaddyfile(t, expand("{\nauto_https off\n}\nhttp://127.0.0.1:1 {\n"+threeOfTwoClients+"\n}", "$AUTH", auth.URL)), wantedClients{key: "acme"}, false)
+	wantError(t, err, "--key acme: the config has no client keys there")
 }
 
 func TestTokenCommandNamesUpstreamsAsInTheConfig(t *testing.T) {

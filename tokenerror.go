@@ -22,7 +22,8 @@ const (
 	codeInvalidResponse = "invalid_response"
 	codeHTTPStatus      = "http_status"
 	codeConfiguration   = "configuration"
-	codeMethod          = "method" // that the client uses
+	codeMethod          = "method"     // that the client uses
+	codeClientKey       = "client_key" // that the request has, or has not
 )
 
 // withheld stands for a text of the server that repeats a secret.

@@ -210,6 +210,7 @@ func (r *tokenReport) write(w io.Writer) error {
 	line("issuer", r.Issuer)
 	line("token endpoint", r.TokenEndpoint)
 	line("client", r.ClientID)
+	line("client keys", strings.Join(r.Keys, " "))
 	line("auth method", cmp.Or(r.AuthMethod, "the assertion alone"))
 	line("grant", r.GrantType)
 	line("scopes", strings.Join(r.Scopes, " "))

@@ -32,6 +32,8 @@ type endpoint struct {
 	// request still have their placeholders.
 	credentials Credentials
 
+	keys []string // the client keys of its requests, if they have any
+
 	url         *url.URL   // nil if the URL is discovered
 	urlTemplate string     // token_url with its placeholders
 	discovery   *discovery // nil if the URL is configured
@@ -501,5 +503,6 @@ func (e *endpoint) describe() description {
 		DPoP:          c.DPoP,
 		ShareTokens:   c.shares(),
 		Scopes:        c.Scopes,
+		Keys:          e.keys,
 	}
 }

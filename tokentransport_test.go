@@ -33,10 +33,10 @@ func TestTokenRequestsMakeOneConnectionEach(t *testing.T) {
 		fmt.Fprintf(&settings, "upstream 127.0.0.1:%d {\ntoken_url %s/token\nclient_id c%d\nclient_secret s\n}\n", 20000+i, server.URL, i)
 	}
 	transport := newTransport(t, settings.String())
-	if err := onStarted(transport.clients.acquired).Handle(t.Context(), caddy.Event{}); err != nil {
+	if err := onStarted(transport.opened.acquired).Handle(t.Context(), caddy.Event{}); err != nil {
 		t.Fatal(err)
 	}
-	for _, cl := range transport.clients.acquired {
+	for _, cl := range transport.opened.acquired {
 		if _, _, err := cl.source.Token(t.Context()); err != nil {
 			t.Fatal(err)
 		}
