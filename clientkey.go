@@ -61,7 +61,8 @@ func (cs *ClientsByKey) credentials() (all []*Credentials) {
 // placeholder returns that of the client key, without braces.
 func (cs *ClientsByKey) placeholder() string { return strings.Trim(cs.By, "{}") }
 
-// check returns what is wrong with the client blocks, apart from their credentials.
+// check returns what is wrong with the client blocks. What a block lacks shows only together
+// with what it inherits.
 func (cs *ClientsByKey) check() error {
 	if cs == nil {
 		return nil
@@ -154,6 +155,8 @@ func checkClientKey(key string) error {
 		return errors.New("client: a key is empty; requests without a key are those of `client default`")
 	case checkUTF8(key) != nil || strings.TrimSpace(key) != key || strings.IndexFunc(key, func(r rune) bool { return !unicode.IsPrint(r) }) >= 0:
 		return errors.New("client: a key holds a character that can't be seen, which no client key has")
+	case key == "*": // who writes that means any key
+		return errors.New("client: * is no key; name each key that has a client")
 	case strings.ContainsAny(key, "{}"):
 		return errors.New("client: a key holds a brace; there are no placeholders here: write the key as requests have it")
 	}

@@ -259,6 +259,7 @@ func TestJSONIsCheckedLikeTheCaddyfile(t *testing.T) {
 		{"client with an empty key", `{"credentials":{` + client + `},"clients":{"by":"{http.auth.user.id}","named":[{"keys":[""]}]}}`, "client: a key is empty"},
 		{"client with a key of two lines", `{"credentials":{` + client + `},"clients":{"by":"{http.auth.user.id}","named":[{"keys":["a\nb"]}]}}`, "client: a key holds a character that can't be seen"},
 		{"client with a blank behind its key", `{"credentials":{` + client + `},"clients":{"by":"{http.auth.user.id}","named":[{"keys":["a "]}]}}`, "client: a key holds a character that can't be seen"},
+		{"client whose key is any", `{"credentials":{` + client + `},"clients":{"by":"{http.auth.user.id}","named":[{"keys":["*"]}]}}`, "client: * is no key"},
 		{"client with a placeholder", `{"credentials":{` + client + `},"clients":{"by":"{http.auth.user.id}","named":[{"keys":["{env.A}"]}]}}`, "client: a key holds a brace"},
 		{"client with the subject of a certificate", `{"credentials":{` + client + `},"clients":{"by":"{http.request.tls.client.subject}","named":[{"keys":["CN=acme,O=Acme Inc"]}]}}`, ""},
 		{"client that is complete, beside an upstream that is off", `{"upstreams":[{"addresses":["127.0.0.1:9001"],"off":true}],"clients":{"by":"{http.auth.user.id}","named":[{"keys":["a"],` + client + `}]}}`, "upstream 127.0.0.1:9001: reverse_proxy has no such upstream"},
