@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"reflect"
 	"regexp"
+	"sync"
 
 	"github.com/caddyserver/certmagic"
 	"go.uber.org/zap"
@@ -116,7 +117,7 @@ func (cs *clients) provision(ctx caddy.Context, c *Credentials) (tokenTransport,
 	if config, err = json.Marshal(identity(*h)); err != nil {
 		return tokenTransport{}, fmt.Errorf("token_transport: %w", err)
 	}
-	server, hidden := contentIdentity(*h) // Provision says what is wrong with a file
+	server := sync.OnceValues(func() (json.RawMessage, error) { return contentIdentity(config) })
 	if len(h.Versions) == 0 {
 		// Each token request ends its connection. Over HTTP/2, requests share a
 		// connection, so one request would end the connection of others.
@@ -136,7 +137,7 @@ func (cs *clients) provision(ctx caddy.Context, c *Credentials) (tokenTransport,
 			return tokenTransport{}, fmt.Errorf("client_certificate: %w", err)
 		}
 	}
-	return tokenTransport{h, config, server, hidden, proxied}, nil
+	return tokenTransport{h, config, server, proxied}, nil
 }
 
 // shelves holds the storages of all configs that are in use. All that use one storage know
@@ -145,7 +146,8 @@ var shelves = caddy.NewUsagePool()
 
 // share returns how a client shares its token.
 func (cs *clients) share(ctx caddy.Context, c *Credentials, transport tokenTransport, e *endpoint) (*sharing, error) {
-	if err := cmp.Or(transport.hidden, c.checkSharedSecret()); err != nil {
+	server, err := transport.server()
+	if err = cmp.Or(err, c.checkSharedSecret()); err != nil {
 		return nil, err
 	}
 	storage, err := cs.storage(ctx, *c.ShareTokens)
@@ -156,7 +158,7 @@ func (cs *clients) share(ctx caddy.Context, c *Credentials, transport tokenTrans
 	if err != nil {
 		return nil, err
 	}
-	return &sharing{shelf: used, server: transport.server, count: e.metrics.sharing(), logger: cs.logger.With(e.logFields()...)}, nil
+	return &sharing{shelf: used, server: server, count: e.metrics.sharing(), logger: cs.logger.With(e.logFields()...)}, nil
 }
 
 // storage returns the storage of share_tokens. Clients with the same one share it. s is a copy:

@@ -24,9 +24,8 @@ import (
 type tokenTransport struct {
 	http.RoundTripper
 	config  []byte
-	server  json.RawMessage // config, with files by their content
-	hidden  error           // why nobody can tell which server it reaches, so that nothing may be shared
-	proxied bool            // connections go through a proxy, see usesProxy
+	server  func() (json.RawMessage, error) // config, with files by their content; only those who share a token need it
+	proxied bool                            // connections go through a proxy, see usesProxy
 }
 
 // identity returns a transport without the settings that say only how long to wait, and

@@ -320,7 +320,7 @@ func TestWhoSharesWithWhom(t *testing.T) {
 	var names []string
 	for _, content := range []string{"one", "another", "one"} {
 		writeFile(t, ca, []byte(content))
-		server, err := contentIdentity(transport)
+		server, err := contentIdentity(encode(t, transport))
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -330,12 +330,12 @@ func TestWhoSharesWithWhom(t *testing.T) {
 		names = append(names, name(base, server))
 	}
 	transport.TLS.CARaw = json.RawMessage(fmt.Sprintf(`{"provider":"combined","sources":[{"provider":"file","pem_files":[%q]}]}`, ca))
-	nested, err := contentIdentity(transport)
+	nested, err := contentIdentity(encode(t, transport))
 	if err != nil || bytes.Contains(nested, []byte(dir)) {
 		t.Errorf("got %s, err %v, want no name of a file", nested, err)
 	}
 	transport.TLS.CARaw = json.RawMessage(`{"provider":"pki_root","authority":["local"]}`)
-	_, err = contentIdentity(transport)
+	_, err = contentIdentity(encode(t, transport))
 	wantError(t, err, "nobody can tell whether all instances trust the same CA")
 	if names[0] == names[1] || names[0] != names[2] || slices.Contains(names, first) {
 		t.Errorf("got the records %q for CAs one, another, one", names)

@@ -149,16 +149,18 @@ func (c *Credentials) granted(r resolved, server json.RawMessage) ([]byte, error
 	})
 }
 
-// contentIdentity is identity with the contents of the files that say which server is trusted:
-// one instance may have another CA in its file, and believe a false server.
-func contentIdentity(h reverseproxy.HTTPTransport) (json.RawMessage, error) {
-	h = identity(h)
-	if h.TLS != nil {
-		tls := *h.TLS
+// contentIdentity returns the config of a tokenTransport with the contents of the files that say
+// which server is trusted: one instance may have another CA in its file, and believe a false
+// server. If nobody can tell which server that is, the error says why.
+func contentIdentity(config []byte) (json.RawMessage, error) {
+	var h reverseproxy.HTTPTransport
+	if err := json.Unmarshal(config, &h); err != nil {
+		return nil, err
+	}
+	if tls := h.TLS; tls != nil {
 		tls.ClientCertificateKeyFile = ""
 		var err error
-		tls.RootCAPEMFiles = slices.Clone(tls.RootCAPEMFiles) //nolint:staticcheck // configs have it
-		for i, file := range tls.RootCAPEMFiles {             //nolint:staticcheck // likewise
+		for i, file := range tls.RootCAPEMFiles { //nolint:staticcheck // configs have it
 			if tls.RootCAPEMFiles[i], err = fileContent(file); err != nil { //nolint:staticcheck // likewise
 				return nil, err
 			}
@@ -169,7 +171,6 @@ func contentIdentity(h reverseproxy.HTTPTransport) (json.RawMessage, error) {
 		if tls.CARaw, err = withContents(tls.CARaw); err != nil {
 			return nil, err
 		}
-		h.TLS = &tls
 	}
 	return json.Marshal(h)
 }
