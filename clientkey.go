@@ -64,9 +64,6 @@ func (cs *ClientsByKey) placeholder() string { return strings.Trim(cs.By, "{}") 
 // check returns what is wrong with the client blocks. What a block lacks shows only together
 // with what it inherits.
 func (cs *ClientsByKey) check() error {
-	if cs == nil {
-		return nil
-	}
 	if err := checkClientBy(cs.By); err != nil {
 		return err
 	}

@@ -82,43 +82,13 @@ func (t *Transport) provisionRoutes(ctx caddy.Context) error {
 	if len(t.Upstreams) == 0 && t.Credentials == nil && t.Clients == nil {
 		return errors.New("transport oauth2: token_url, client_id and client_secret are missing")
 	}
-	if err := t.Clients.check(); err != nil {
+	if err := t.checkClientKeys(); err != nil {
 		return err
 	}
-	if t.Clients != nil {
-		for _, reason := range keyReasons { // the series exist from now on
-			refusedKeysTotal.WithLabelValues(reason)
-		}
-		if warning := t.Clients.warning(); warning != "" {
-			t.logger.Warn(warning)
-		}
+	base, err := t.openFallback(ctx)
+	if err != nil {
+		return err
 	}
-	var base *Credentials
-	if t.Credentials != nil {
-		own, err := t.Credentials.canonical()
-		if err != nil {
-			return err
-		}
-		base = &own
-	}
-	if base != nil { // others inherit from it
-		if err := cmp.Or(base.check(), base.checkReplayUse()); err != nil {
-			return err
-		}
-	}
-	if base != nil || t.Clients != nil {
-		missing := t.missingFor(base)
-		switch {
-		case missing == nil:
-			var err error
-			if t.fallback, err = t.open(ctx, base); err != nil {
-				return err
-			}
-		case len(t.Upstreams) == 0:
-			return missing
-		}
-	}
-
 	t.routes = make(map[dialAddress]route)
 	var inheriting []*Credentials
 	if !t.fallback.unknown() {
@@ -158,6 +128,50 @@ func (t *Transport) provisionRoutes(ctx caddy.Context) error {
 		return unusedAuthError(setting, t.Clients != nil)
 	}
 	return nil
+}
+
+// checkClientKeys checks where client keys come from, and which ones the config names.
+func (t *Transport) checkClientKeys() error {
+	if t.Clients == nil {
+		return nil
+	}
+	if err := t.Clients.check(); err != nil {
+		return err
+	}
+	for _, reason := range keyReasons { // the series exist from now on
+		refusedKeysTotal.WithLabelValues(reason)
+	}
+	if warning := t.Clients.warning(); warning != "" {
+		t.logger.Warn(warning)
+	}
+	return nil
+}
+
+// openFallback opens the route by the settings outside of Upstreams, if they are complete. It
+// returns the credentials there, from which others inherit; nil if there are none.
+func (t *Transport) openFallback(ctx caddy.Context) (base *Credentials, err error) {
+	if t.Credentials != nil {
+		own, err := t.Credentials.canonical()
+		if err != nil {
+			return nil, err
+		}
+		if err := cmp.Or(own.check(), own.checkReplayUse()); err != nil {
+			return nil, err
+		}
+		base = &own
+	}
+	if base == nil && t.Clients == nil {
+		return nil, nil //nolint:nilnil // see above
+	}
+	missing := t.missingFor(base)
+	if missing == nil {
+		t.fallback, err = t.open(ctx, base)
+		return base, err
+	}
+	if len(t.Upstreams) == 0 {
+		return nil, missing
+	}
+	return base, nil
 }
 
 // missingFor returns what is missing for the clients that these credentials lead to: for

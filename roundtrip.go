@@ -348,11 +348,7 @@ func (t *Transport) bare(req *http.Request, more int) *http.Request {
 // the beginning of the next request, or its answer a tunnel to the upstream.
 func (t *Transport) sendBare(req *http.Request) (*http.Response, error) {
 	out := t.bare(req, 0)
-	if hasBody(req) {
-		setBody(out, req.Body, t.reserved.without(req.Trailer, 0), &t.reserved)
-	} else {
-		out.Trailer = nil // see record
-	}
+	t.record(out, req, nil)
 	res, err := t.send(out, nil, nil)
 	if err != nil {
 		return nil, err
@@ -362,7 +358,7 @@ func (t *Transport) sendBare(req *http.Request) (*http.Response, error) {
 
 // record makes the body of req the body of out. If it may be sent again, it is
 // recorded. record returns the recorded body and the trailers that req announces.
-// If the body is not recorded, body is nil.
+// If the body is not recorded, body is nil. Without a token, b is nil.
 func (t *Transport) record(out, req *http.Request, b *block) (body *replay.Body, trailer http.Header) {
 	if !hasBody(req) {
 		out.Trailer = nil // nobody fills it, and its names are the caller's
@@ -370,7 +366,7 @@ func (t *Transport) record(out, req *http.Request, b *block) (body *replay.Body,
 	}
 	trailer = t.reserved.without(req.Trailer, 0)
 	reader := req.Body
-	if len(b.retryOn) > 0 || b.proves {
+	if b != nil && (len(b.retryOn) > 0 || b.proves) {
 		body = replay.New(req.Body, b.replayLimit)
 		if req.ProtoMajor > 1 { // over HTTP/1, net/http's server closes no body that is being read
 			body.CloseEndsReads()

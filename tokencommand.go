@@ -166,17 +166,60 @@ func (w wantedClients) in(transports []*Transport) ([]*upstreamClient, error) {
 	if err != nil {
 		return nil, err
 	}
-	var selected []*upstreamClient
-	bySource := make(map[sourceKey]*upstreamClient)
-	selectAt := func(b *block, upstream string) {
-		if w.key != "" && !slices.Contains(b.endpoint.keys, w.key) {
-			return
+	f := foundClients{
+		wantedClients: w,
+		bySource:      make(map[sourceKey]*upstreamClient), upstreams: make(map[string]bool), keys: make(map[string]bool),
+	}
+	for _, t := range transports {
+		for _, n := range t.named {
+			r := t.routeTo(n.dialAddress)
+			if r.unknown() {
+				continue // only what it yields has credentials
+			}
+			f.upstreams[n.String()] = true
+			if w.upstream == "" || n.is(wanted) {
+				f.add(r, n.String())
+			}
 		}
-		c := bySource[b.key]
+		if w.upstream == "" { // upstreams that the config does not name get the tokens of this one
+			f.add(t.others, "")
+		}
+	}
+	if len(f.clients) == 0 {
+		return nil, f.none()
+	}
+	return f.clients, nil
+}
+
+// foundClients are the clients that are wanted, as far as they were found.
+type foundClients struct {
+	wantedClients
+
+	clients  []*upstreamClient
+	bySource map[sourceKey]*upstreamClient
+
+	upstreams, keys map[string]bool // that there are
+	off, keyOff     bool            // what was wanted is off
+}
+
+// add adds the clients of a route. upstream is "" if the config does not name it.
+func (f *foundClients) add(r route, upstream string) {
+	f.off = f.off || r.off
+	if r.choice != nil {
+		for key, of := range r.choice.named {
+			f.keys[key] = true
+			f.keyOff = f.keyOff || (key == f.key && of.off)
+		}
+	}
+	for b := range r.blocks() {
+		if f.key != "" && !slices.Contains(b.endpoint.keys, f.key) {
+			continue
+		}
+		c := f.bySource[b.key]
 		if c == nil {
 			c = &upstreamClient{client: b.client}
-			bySource[b.key] = c
-			selected = append(selected, c)
+			f.bySource[b.key] = c
+			f.clients = append(f.clients, c)
 		}
 		if upstream != "" && !slices.Contains(c.upstreams, upstream) {
 			c.upstreams = append(c.upstreams, upstream)
@@ -187,60 +230,28 @@ func (w wantedClients) in(transports []*Transport) ([]*upstreamClient, error) {
 			}
 		}
 	}
-	known, keys := make(map[string]bool), make(map[string]bool)
-	off, keyOff := false, false
-	note := func(r route) { // its keys
-		if r.choice == nil {
-			return
-		}
-		for key, of := range r.choice.named {
-			keys[key] = true
-			keyOff = keyOff || (key == w.key && of.off)
-		}
-	}
-	for _, t := range transports {
-		for _, n := range t.named {
-			r := t.routeTo(n.dialAddress)
-			if r.unknown() {
-				continue // only what it yields has credentials
-			}
-			known[n.String()] = true
-			if w.upstream != "" && !n.is(wanted) {
-				continue
-			}
-			off = off || r.off
-			note(r)
-			for b := range r.blocks() {
-				selectAt(b, n.String())
-			}
-		}
-		if w.upstream == "" { // upstreams that the config does not name get the tokens of this one
-			note(t.others)
-			for b := range t.others.blocks() {
-				selectAt(b, "")
-			}
-		}
-	}
+}
+
+// none says why there is no client that is wanted.
+func (f *foundClients) none() error {
 	list := func(names map[string]bool) string { return strings.Join(slices.Sorted(maps.Keys(names)), ", ") }
 	switch {
-	case len(selected) > 0:
-		return selected, nil
-	case keyOff:
-		return nil, fmt.Errorf("--key %s: it is off, and gets no token", w.key)
-	case w.key != "" && len(keys) == 0:
-		return nil, fmt.Errorf("--key %s: the config has no client keys there; leave it out", w.key)
-	case w.key != "":
-		return nil, fmt.Errorf("--key %s: the config has no such client key; it has %s", w.key, list(keys))
-	case w.upstream == "" && len(keys) > 0:
-		return nil, errors.New("all clients are off: there is no token to obtain")
-	case w.upstream == "":
-		return nil, errors.New("all upstreams are off: there is no token to obtain")
-	case off:
-		return nil, fmt.Errorf("--upstream %s: it is off, and gets no token", w.upstream)
-	case len(known) == 0:
-		return nil, fmt.Errorf("--upstream %s: all upstreams are dynamic; leave it out", w.upstream)
+	case f.keyOff:
+		return fmt.Errorf("--key %s: it is off, and gets no token", f.key)
+	case f.key != "" && len(f.keys) == 0:
+		return fmt.Errorf("--key %s: the config has no client keys there; leave it out", f.key)
+	case f.key != "":
+		return fmt.Errorf("--key %s: the config has no such client key; it has %s", f.key, list(f.keys))
+	case f.upstream == "" && len(f.keys) > 0:
+		return errors.New("all clients are off: there is no token to obtain")
+	case f.upstream == "":
+		return errors.New("all upstreams are off: there is no token to obtain")
+	case f.off:
+		return fmt.Errorf("--upstream %s: it is off, and gets no token", f.upstream)
+	case len(f.upstreams) == 0:
+		return fmt.Errorf("--upstream %s: all upstreams are dynamic; leave it out", f.upstream)
 	}
-	return nil, fmt.Errorf("--upstream %s: the config has no such upstream; it has %s", w.upstream, list(known))
+	return fmt.Errorf("--upstream %s: the config has no such upstream; it has %s", f.upstream, list(f.upstreams))
 }
 
 // parseUpstream reads an address as reverse_proxy does. For "", it returns the
