@@ -208,17 +208,20 @@ func TestLock(t *testing.T) {
 	})
 }
 
+// withoutLocks is the fault of a storage that gives nobody the lock k.
+func withoutLocks(_ context.Context, op string) error {
+	if op == "lock k" {
+		return errDown
+	}
+	return nil
+}
+
 // Some storages say with an error that somebody else has the lock, and others give a lock to
 // those who do not want it any more.
 func TestLocksThatLie(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		st := new(shelftest.Storage)
-		st.With(func(_ context.Context, op string) error {
-			if op == "lock k" {
-				return errDown
-			}
-			return nil
-		})
+		st.With(withoutLocks)
 		s, o := newShelf(st)
 		l := s.Lock(t.Context(), "k")
 		time.Sleep(time.Second)
@@ -315,12 +318,7 @@ func TestLockThatHangs(t *testing.T) {
 func TestLocksThatOnlyErr(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		st := new(shelftest.Storage)
-		st.With(func(_ context.Context, op string) error {
-			if op == "lock k" {
-				return errDown
-			}
-			return nil
-		})
+		st.With(withoutLocks)
 		s, o := newShelf(st)
 		for range 3 {
 			l := s.Lock(t.Context(), "k")
